@@ -1,0 +1,117 @@
+"""Times encoding and decoding: one ViTok variant, eager and compiled, next to two yardsticks in the same process.
+
+The floor is the model's own matrix products and attention calls, replayed with the same operands and nothing in between.
+The peer is diffusers' `AutoencoderKL` in the configuration of Stable Diffusion, with random weights, eager.
+
+    python examples/benchmark.py --variant S-B/16 --size 256 --batch_size 4 --dtype bfloat16
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from accelerate import PartialState
+from diffusers import AutoencoderKL
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from vitok_hf import AutoencoderViTok
+from vitok_hf.evaluation.macs import count_macs
+
+
+class RecordProducts(TorchDispatchMode):
+    """Keeps the matrix products and attention calls that run inside it, with their operands."""
+
+    NAMES = ("mm", "addmm", "bmm", "baddbmm", "linear", "_scaled_dot_product")
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if name in self.NAMES or name.startswith("_scaled_dot_product"):
+            self.calls.append((func, args, kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+    def replay(self) -> None:
+        for func, args, kwargs in self.calls:
+            func(*args, **kwargs)
+
+
+def synchronize() -> None:
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+
+
+def timed(function: Callable[[], object]) -> float:
+    synchronize()
+    began = time.perf_counter()
+    function()
+    synchronize()
+    return time.perf_counter() - began
+
+
+def stable_diffusion_vae() -> AutoencoderKL:
+    return AutoencoderKL(
+        block_out_channels=(128, 256, 512, 512),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=2,
+        latent_channels=4,
+        sample_size=512,
+    )
+
+
+@torch.inference_mode()
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--variant", default="S-B/16")
+    parser.add_argument("--size", type=int, default=256, help="height and width in pixels")
+    parser.add_argument("--batch_size", type=int, default=4)
+    parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--rounds", type=int, default=15, help="the median of so many timings counts")
+    parser.add_argument("--peer_rounds", type=int, default=2, help="timings of the AutoencoderKL; 0 leaves it out")
+    parser.add_argument("--no_compile", action="store_true", help="leave out torch.compile")
+    args = parser.parse_args()
+
+    device, dtype = PartialState().default_device, getattr(torch, args.dtype)
+    vae = AutoencoderViTok.from_variant(args.variant, sample_size=args.size).to(device, dtype).eval()
+    frames = (vae.config.sample_frames,) if not vae.is_image_model else ()
+    x = torch.randn(args.batch_size, 3, *frames, args.size, args.size, device=device, dtype=dtype)
+    with RecordProducts() as products:
+        vae(x)
+    runs = {"floor": products.replay, "eager": lambda: vae(x)}
+    vae_fused = AutoencoderViTok.from_config(vae.config).to(device, dtype).eval()
+    vae_fused.fuse_qkv_projections()
+    runs["eager, fused qkv"] = lambda: vae_fused(x)
+    if not args.no_compile:
+        compiled = torch.compile(vae, fullgraph=True)
+        runs["compiled"] = lambda: compiled(x)
+    for run in runs.values():
+        for _ in range(3):
+            run()
+    timings = {name: [] for name in runs}
+    for _ in range(args.rounds):  # in turns, so that a disturbance meets them all
+        for name, run in runs.items():
+            timings[name].append(timed(run))
+    medians = {name: statistics.median(values) for name, values in timings.items()}
+
+    macs = count_macs(vae, x.shape)
+    print(f"{args.variant}, {tuple(x.shape)}, {args.dtype} on {device}, {torch.get_num_threads()} threads, {macs / 1e9:.1f} GMACs")
+    for name, seconds in medians.items():
+        ratio = seconds / medians["floor"]
+        print(f"{name:18} {1e3 * seconds:8.1f} ms  {ratio:5.2f} x floor  {2e-12 * macs / seconds:5.2f} TFLOP/s")
+    if args.peer_rounds:
+        peer, image = stable_diffusion_vae().to(device, dtype).eval(), x if x.ndim == 4 else x[:, :, 0]
+        peer(image[:1])
+        seconds = statistics.median(timed(lambda: peer(image)) for _ in range(args.peer_rounds))
+        seconds *= frames[0] if frames else 1
+        print(f"{'AutoencoderKL (SD)':18} {1e3 * seconds:8.1f} ms")
+        for name in list(medians)[1:]:
+            print(f"  {name} is {seconds / medians[name]:.1f} times faster")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,62 @@
+from pathlib import Path
+
+import torch
+from einops import rearrange
+from PIL import Image
+from torch.nn import functional as F
+
+from .metrics import psnr, ssim
+
+
+def to_float(pixels: torch.Tensor) -> torch.Tensor:
+    """uint8 -> float32 in [-1, 1]."""
+    return pixels.float() / 127.5 - 1.0
+
+
+def to_uint8(sample: torch.Tensor) -> torch.Tensor:
+    """[-1, 1] -> uint8, clipped and rounded."""
+    return ((sample.float() + 1.0) * 127.5).clamp(0.0, 255.0).round().to(torch.uint8)
+
+
+def pad_to_multiples(pixels: torch.Tensor, multiples: tuple[int, int, int]) -> torch.Tensor:
+    """Repeats the last frame, row and column of (B, C, T, H, W) until (T, H, W) are multiples of `multiples`."""
+    padding = [-side % multiple for side, multiple in zip(pixels.shape[2:], multiples)]
+    return F.pad(pixels, (0, padding[2], 0, padding[1], 0, padding[0]), mode="replicate")
+
+
+@torch.no_grad()
+def reconstruct(vae, images: torch.Tensor) -> torch.Tensor:
+    """Reconstructions of uint8 pictures or clips from the mode of the posterior.
+
+    Args:
+        vae: `AutoencoderViTok`.
+        images: (B, 3, H, W) or (B, 3, T, H, W) of any size. Sizes that do not fit the patches are padded by repeating
+            the last row, column or frame, and cropped back.
+
+    Returns:
+        uint8 of the shape of `images`, on its device.
+    """
+    video = images if images.ndim == 5 else images.unsqueeze(2)
+    p = vae.spatial_compression_ratio
+    pixels = pad_to_multiples(to_float(video.to(vae.device)), (vae.temporal_compression_ratio, p, p)).to(vae.dtype)
+    frames, height, width = video.shape[2:]
+    sample = to_uint8(vae(pixels).sample)[:, :, :frames, :height, :width].to(images.device)
+    return sample.view(images.shape) if images.ndim == 4 else sample
+
+
+def evaluate_reconstruction(vae, images: torch.Tensor, batch_size: int = 4) -> tuple[dict[str, float], torch.Tensor]:
+    """Mean PSNR (dB) and SSIM over uint8 pictures (N, 3, H, W), and their reconstructions (N, 3, H, W)."""
+    reconstructions = torch.cat([reconstruct(vae, batch) for batch in images.split(batch_size)])
+    metrics = {"psnr": psnr(reconstructions, images), "ssim": ssim(reconstructions, images)}
+    return {name: values.mean().item() for name, values in metrics.items()}, reconstructions
+
+
+def side_by_side(images: torch.Tensor, reconstructions: torch.Tensor) -> torch.Tensor:
+    """(B, 3, H, W) uint8, twice -> (B, H, 2 W, 3): original left, reconstruction right."""
+    return rearrange([images, reconstructions], "two b c h w -> b h (two w) c")
+
+
+def save_comparison(path: str | Path, images: torch.Tensor, reconstructions: torch.Tensor) -> None:
+    """Saves pictures (B, 3, H, W) uint8 in a column, each beside its reconstruction."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(side_by_side(images, reconstructions).flatten(0, 1).numpy()).save(path)

@@ -1,0 +1,4 @@
+from .autoencoder_vitok import AutoencoderViTok
+
+
+__all__ = ["AutoencoderViTok"]

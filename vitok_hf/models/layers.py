@@ -1,0 +1,172 @@
+"""Layers shared by the autoencoder and the diffusion transformer.
+
+Token sequences are (B, L, D), row-major over the grid (t, h, w); attention heads are (B, L, heads, head_dim).
+"""
+
+import torch
+from diffusers.models.attention import AttentionModuleMixin, FeedForward
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from einops import rearrange
+from torch import nn
+
+
+def patchify(video: torch.Tensor, temporal_patch_size: int, patch_size: int, frames_per_item: int) -> torch.Tensor:
+    """(B, C, T, H, W) -> (B * items, L, C * q * p * p): clips of `frames_per_item` frames are cut apart along T."""
+    pattern = "b c (n t q) (h p) (w r) -> (b n) (t h w) (c q p r)"
+    q, p = temporal_patch_size, patch_size
+    return rearrange(video, pattern, n=video.shape[2] // frames_per_item, q=q, p=p, r=p)
+
+
+def unpatchify(
+    tokens: torch.Tensor, grid: tuple[int, int, int], temporal_patch_size: int, patch_size: int, num_items: int
+) -> torch.Tensor:
+    """Inverse of `patchify`: `grid` is the (t, h, w) of one item, `num_items` the number of items per video."""
+    pattern = "(b n) (t h w) (c q p r) -> b c (n t q) (h p) (w r)"
+    t, h, w = grid
+    q, p = temporal_patch_size, patch_size
+    return rearrange(tokens, pattern, n=num_items, t=t, h=h, w=w, q=q, p=p, r=p)
+
+
+def split_rotary_pairs(head_dim: int, num_axes: int) -> list[int]:
+    """Rotary pairs per axis, as equal as possible; the last axes (rows, columns) get what does not divide."""
+    pairs = head_dim // 2
+    if head_dim % 2 or pairs < num_axes:
+        raise ValueError(
+            f"A head size of {head_dim} cannot hold rotary pairs for {num_axes} axes: "
+            f"choose an even hidden_size / num_attention_heads of at least {2 * num_axes}."
+        )
+    return [(pairs + axis) // num_axes for axis in range(num_axes)]
+
+
+def rotary_embedding(
+    grid: tuple[int, ...], head_dim: int, device: torch.device, dtype: torch.dtype, theta: float = 10000.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Axial rotary tables (cos, sin), each (L, 1, head_dim), for positions on `grid`.
+
+    The pair (i, i + head_dim / 2) turns by position / theta ** (2 j / axis_dim): the first pairs follow the first axis,
+    and so on. `sin` carries the sign of each member, so that `apply_rotary_embedding` needs no negation. Angles and
+    tables are computed in float32 from one short table an axis, which is why they are not worth a cache.
+    """
+    angles = []
+    for axis, (length, pairs) in enumerate(zip(grid, split_rotary_pairs(head_dim, len(grid)))):
+        frequencies = theta ** -(torch.arange(pairs, dtype=torch.float32, device=device) / pairs)
+        positions = torch.arange(length, dtype=torch.float32, device=device)
+        shape = [1] * len(grid) + [pairs]
+        shape[axis] = length
+        angles.append(torch.outer(positions, frequencies).view(shape))
+    cos = torch.cat([angle.cos().to(dtype).expand(*grid, -1) for angle in angles], dim=-1)  # (t, h, w, head_dim / 2)
+    sin = torch.cat([angle.sin().to(dtype).expand(*grid, -1) for angle in angles], dim=-1)
+    cos, sin = torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)  # (t, h, w, head_dim)
+    return cos.view(-1, 1, head_dim), sin.view(-1, 1, head_dim)
+
+
+def apply_rotary_embedding(
+    hidden_states: torch.Tensor, rotary_emb: tuple[torch.Tensor, torch.Tensor]
+) -> torch.Tensor:
+    """Rotates the pairs (i, i + head_dim / 2) of (B, L, heads, head_dim) by the tables of `rotary_embedding`."""
+    cos, sin = rotary_emb
+    swapped = hidden_states.roll(hidden_states.shape[-1] // 2, dims=-1)
+    return torch.addcmul(hidden_states * cos, swapped, sin)
+
+
+class RMSNorm(nn.Module):
+    """RMSNorm whose mean square is accumulated in float32 without a float32 copy of the input.
+
+    Equal to `torch.nn.RMSNorm` up to rounding, and one to two orders of magnitude faster on a CPU in bfloat16.
+    """
+
+    def __init__(self, dim: int, eps: float = 1e-6):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        norm = torch.linalg.vector_norm(hidden_states, dim=-1, keepdim=True, dtype=torch.float32)
+        scale = torch.rsqrt(norm.square() / hidden_states.shape[-1] + self.eps)
+        return hidden_states * scale.to(hidden_states.dtype) * self.weight.to(hidden_states.dtype)
+
+
+class ViTokAttnProcessor:
+    """Full self-attention with rotary positions through diffusers' attention backends."""
+
+    _attention_backend = None
+    _parallel_config = None
+
+    def __call__(
+        self, attn: "ViTokAttention", hidden_states: torch.Tensor, rotary_emb: tuple[torch.Tensor, torch.Tensor]
+    ) -> torch.Tensor:
+        if attn.fused_projections:
+            query, key, value = attn.to_qkv(hidden_states).chunk(3, dim=-1)
+        else:
+            query, key, value = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
+        query, key, value = (x.unflatten(-1, (attn.heads, -1)) for x in (query, key, value))  # (B, L, heads, head_dim)
+        query = apply_rotary_embedding(attn.norm_q(query), rotary_emb)
+        key = apply_rotary_embedding(attn.norm_k(key), rotary_emb)
+        hidden_states = dispatch_attention_fn(
+            query, key, value, backend=self._attention_backend, parallel_config=self._parallel_config
+        )
+        return attn.to_out[0](hidden_states.flatten(2))  # (B, L, D)
+
+
+class ViTokAttention(nn.Module, AttentionModuleMixin):
+    _default_processor_cls = ViTokAttnProcessor
+    _available_processors = [ViTokAttnProcessor]
+
+    def __init__(self, hidden_size: int, num_heads: int, qk_norm: bool, bias: bool):
+        super().__init__()
+        self.heads = num_heads
+        self.use_bias = bias
+        self.to_q = nn.Linear(hidden_size, hidden_size, bias=bias)
+        self.to_k = nn.Linear(hidden_size, hidden_size, bias=bias)
+        self.to_v = nn.Linear(hidden_size, hidden_size, bias=bias)
+        self.norm_q = RMSNorm(hidden_size // num_heads) if qk_norm else nn.Identity()
+        self.norm_k = RMSNorm(hidden_size // num_heads) if qk_norm else nn.Identity()
+        self.to_out = nn.ModuleList([nn.Linear(hidden_size, hidden_size, bias=bias)])
+        self.set_processor(ViTokAttnProcessor())
+
+    def forward(self, hidden_states: torch.Tensor, rotary_emb: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        return self.processor(self, hidden_states, rotary_emb)
+
+
+class LayerScale(nn.Module):
+    def __init__(self, dim: int, init: float):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((dim,), init))
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return hidden_states * self.gamma
+
+
+class ViTokBlock(nn.Module):
+    """Pre-norm block: attention, then SwiGLU (v1), or both on the same normed input, summed (v2, `parallel`)."""
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        ff_inner_dim: int,
+        parallel: bool,
+        qk_norm: bool,
+        layer_scale_init: float | None,
+        bias: bool,
+    ):
+        super().__init__()
+
+        def layer_scale():
+            return nn.Identity() if layer_scale_init is None else LayerScale(hidden_size, layer_scale_init)
+
+        self.parallel = parallel
+        self.norm1 = RMSNorm(hidden_size)
+        self.attn = ViTokAttention(hidden_size, num_heads, qk_norm, bias)
+        self.scale1 = layer_scale()
+        self.ff = FeedForward(hidden_size, inner_dim=ff_inner_dim, activation_fn="swiglu", bias=bias)
+        if not parallel:
+            self.norm2 = RMSNorm(hidden_size)
+            self.scale2 = layer_scale()
+
+    def forward(self, hidden_states: torch.Tensor, rotary_emb: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        normed = self.norm1(hidden_states)
+        if self.parallel:
+            return hidden_states + self.scale1(self.attn(normed, rotary_emb) + self.ff(normed))
+        hidden_states = hidden_states + self.scale1(self.attn(normed, rotary_emb))
+        return hidden_states + self.scale2(self.ff(self.norm2(hidden_states)))

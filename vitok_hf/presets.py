@@ -1,0 +1,81 @@
+"""Names of published ViTok models -> constructor arguments of `AutoencoderViTok`."""
+
+import re
+from typing import Any
+
+
+# hidden size, number of layers, number of attention heads
+V1_SIZES = {"S": (768, 6, 12), "B": (768, 12, 12), "L": (1152, 24, 16)}
+V2_SIZES = {"B": (768, 12, 12), "L": (1024, 24, 16), "G": (1728, 32, 24), "T": (3072, 40, 24), "E": (4096, 48, 32)}
+
+# What sets the v2 architecture apart from v1, the constructor's default.
+V2_ARCHITECTURE = {
+    "parallel_blocks": True,
+    "qk_norm": True,
+    "layer_scale_init": 1e-4,
+    "final_norm": False,
+    "latent_norm": True,
+    "variational": False,
+}
+V2_MLP_RATIO = 2.67
+
+V1_PATTERN = re.compile(r"([A-Z])-([A-Z])/(?:(\d+)x)?(\d+)")
+V2_PATTERN = re.compile(r"([A-Za-z0-9_.]+)-([A-Za-z0-9_.]+)/(\d+)x(\d+)x(\d+)")
+V2_SIZE_PATTERN = re.compile(r"([A-Z]?)((?:_?[wdhm][0-9.]+)*)")
+
+HELP = (
+    f'known names are "ENC-DEC/p" or "ENC-DEC/qxp" with sizes {", ".join(V1_SIZES)} (the paper, "S-B/16"), and '
+    f'"ENC-DEC/qxpxc" with sizes {", ".join(V2_SIZES)}, an optional depth, width, heads or MLP ratio after the letter, '
+    'or all spelled out (v2, "Ld4-Ld24/1x16x64", "w64_d2_h4-w96_d3_h4/1x8x16").'
+)
+
+
+def _parse_v2_size(size: str, variant: str) -> tuple[int, int, int, float]:
+    match = V2_SIZE_PATTERN.fullmatch(size)
+    fields = {name: value for name, value in re.findall(r"([wdhm])([0-9.]+)", size)}
+    if match is None or (match[1] and match[1] not in V2_SIZES) or (not match[1] and not {"w", "d", "h"} <= set(fields)):
+        raise ValueError(f'Unknown size "{size}" in variant "{variant}": {HELP}')
+    width, depth, heads = V2_SIZES.get(match[1], (None, None, None))
+    try:
+        return (
+            int(fields.get("w", width)),
+            int(fields.get("d", depth)),
+            int(fields.get("h", heads)),
+            float(fields.get("m", V2_MLP_RATIO)),
+        )
+    except ValueError as error:
+        raise ValueError(f'Size "{size}" in variant "{variant}" has a number that cannot be read: {error}.') from error
+
+
+def _tower(prefix: str, size: tuple[int, int, int]) -> dict[str, int]:
+    names = (f"{prefix}_hidden_size", f"{prefix}_num_layers", f"{prefix}_num_attention_heads")
+    return dict(zip(names, size))
+
+
+def variant_to_config(variant: str) -> dict[str, Any]:
+    """Constructor arguments of a variant: the paper's "S-B/16", "S-B/4x8" or v2's "Ld4-Ld24/1x16x64".
+
+    Names of the paper leave `latent_channels` open. Raises `ValueError` for an unknown name.
+    """
+    if match := V1_PATTERN.fullmatch(variant):
+        encoder, decoder, temporal_patch_size, patch_size = match.groups()
+        if encoder not in V1_SIZES or decoder not in V1_SIZES:
+            raise ValueError(f'Unknown variant "{variant}": {HELP}')
+        config = _tower("encoder", V1_SIZES[encoder]) | _tower("decoder", V1_SIZES[decoder])
+        config["patch_size"] = int(patch_size)
+        if temporal_patch_size is not None:  # the paper's videos are 16 x 128 x 128
+            config |= {"temporal_patch_size": int(temporal_patch_size), "sample_size": 128, "sample_frames": 16}
+        return config
+    if match := V2_PATTERN.fullmatch(variant):
+        encoder, decoder, temporal_patch_size, patch_size, latent_channels = match.groups()
+        *encoder_size, encoder_mlp_ratio = _parse_v2_size(encoder, variant)
+        *decoder_size, decoder_mlp_ratio = _parse_v2_size(decoder, variant)
+        if encoder_mlp_ratio != decoder_mlp_ratio:
+            raise ValueError(
+                f'Variant "{variant}" has MLP ratios {encoder_mlp_ratio} and {decoder_mlp_ratio}: '
+                "encoder and decoder share one `mlp_ratio`."
+            )
+        config = _tower("encoder", encoder_size) | _tower("decoder", decoder_size) | V2_ARCHITECTURE
+        config |= {"mlp_ratio": encoder_mlp_ratio, "temporal_patch_size": int(temporal_patch_size)}
+        return config | {"patch_size": int(patch_size), "latent_channels": int(latent_channels)}
+    raise ValueError(f'Unknown variant "{variant}": {HELP}')
