@@ -1,7 +1,7 @@
 """Times encoding and decoding: one ViTok variant, eager and compiled, next to two yardsticks in the same process.
 
-The floor is the model's own matrix products and attention calls, replayed with the same operands and nothing in between.
-The peer is diffusers' `AutoencoderKL` in the configuration of Stable Diffusion, with random weights, eager.
+The floor is the model's own matrix products and attention calls, replayed with the same operands and nothing in
+between. The peer is diffusers' `AutoencoderKL` in the configuration of Stable Diffusion, with random weights, eager.
 
     python examples/benchmark.py --variant S-B/16 --size 256 --batch_size 4 --dtype bfloat16
 """
@@ -23,15 +23,14 @@ from vitok_hf.evaluation.macs import count_macs
 class RecordProducts(TorchDispatchMode):
     """Keeps the matrix products and attention calls that run inside it, with their operands."""
 
-    NAMES = ("mm", "addmm", "bmm", "baddbmm", "linear", "_scaled_dot_product")
+    PREFIXES = ("mm", "addmm", "bmm", "baddbmm", "linear", "_scaled_dot_product")
 
     def __init__(self):
         super().__init__()
         self.calls = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.overloadpacket.__name__
-        if name in self.NAMES or name.startswith("_scaled_dot_product"):
+        if func.overloadpacket.__name__.startswith(self.PREFIXES):
             self.calls.append((func, args, kwargs or {}))
         return func(*args, **(kwargs or {}))
 
@@ -99,7 +98,8 @@ def main():
     medians = {name: statistics.median(values) for name, values in timings.items()}
 
     macs = count_macs(vae, x.shape)
-    print(f"{args.variant}, {tuple(x.shape)}, {args.dtype} on {device}, {torch.get_num_threads()} threads, {macs / 1e9:.1f} GMACs")
+    threads = torch.get_num_threads()
+    print(f"{args.variant}, {tuple(x.shape)}, {args.dtype} on {device}, {threads} threads, {macs / 1e9:.1f} GMACs")
     for name, seconds in medians.items():
         ratio = seconds / medians["floor"]
         print(f"{name:18} {1e3 * seconds:8.1f} ms  {ratio:5.2f} x floor  {2e-12 * macs / seconds:5.2f} TFLOP/s")

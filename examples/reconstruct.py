@@ -3,8 +3,8 @@
     python examples/reconstruct.py                                  # a bundled checkpoint on a shipped photograph
     python examples/reconstruct.py --input holiday.jpg film.mp4 folder/ --model MODEL --output_dir out
 
-MODEL is whatever `AutoencoderViTok.from_pretrained` takes. Sizes that do not fit the patches are padded by repeating the
-last rows and columns, and cropped back.
+MODEL is whatever `AutoencoderViTok.from_pretrained` takes. Sizes that do not fit the patches are padded by repeating
+the last rows and columns, and cropped back.
 """
 
 import argparse
@@ -28,7 +28,9 @@ def timed_reconstruction(vae: AutoencoderViTok, images: torch.Tensor) -> tuple[t
     return reconstructions, time.perf_counter() - began
 
 
-def report(name: str, size: tuple[int, int], scores: list[torch.Tensor], seconds: float, vae: AutoencoderViTok) -> None:
+def report(
+    name: str, size: tuple[int, int], scores: list[torch.Tensor], seconds: float, vae: AutoencoderViTok
+) -> None:
     p = vae.spatial_compression_ratio
     padded = " (padded)" if size[0] % p or size[1] % p else ""
     means = [torch.cat(values).mean().item() for values in zip(*scores)]
@@ -83,7 +85,9 @@ def main():
     parser.add_argument("--output_dir", type=Path, default=Path("reconstructions"))
     args = parser.parse_args()
 
-    vae = AutoencoderViTok.from_pretrained(args.model, subfolder=args.subfolder, torch_dtype=getattr(torch, args.dtype))
+    vae = AutoencoderViTok.from_pretrained(
+        args.model, subfolder=args.subfolder, torch_dtype=getattr(torch, args.dtype)
+    )
     vae = vae.to(PartialState().default_device)
     config = vae.config
     values = config.in_channels * config.temporal_patch_size * config.patch_size**2

@@ -25,15 +25,19 @@ V2_SIZE_PATTERN = re.compile(r"([A-Z]?)((?:_?[wdhm][0-9.]+)*)")
 
 HELP = (
     f'known names are "ENC-DEC/p" or "ENC-DEC/qxp" with sizes {", ".join(V1_SIZES)} (the paper, "S-B/16"), and '
-    f'"ENC-DEC/qxpxc" with sizes {", ".join(V2_SIZES)}, an optional depth, width, heads or MLP ratio after the letter, '
-    'or all spelled out (v2, "Ld4-Ld24/1x16x64", "w64_d2_h4-w96_d3_h4/1x8x16").'
+    f'"ENC-DEC/qxpxc" with sizes {", ".join(V2_SIZES)}, an optional depth, width, heads or MLP ratio after the '
+    'letter, or all spelled out (v2, "Ld4-Ld24/1x16x64", "w64_d2_h4-w96_d3_h4/1x8x16").'
 )
 
 
 def _parse_v2_size(size: str, variant: str) -> tuple[int, int, int, float]:
     match = V2_SIZE_PATTERN.fullmatch(size)
     fields = {name: value for name, value in re.findall(r"([wdhm])([0-9.]+)", size)}
-    if match is None or (match[1] and match[1] not in V2_SIZES) or (not match[1] and not {"w", "d", "h"} <= set(fields)):
+    if (
+        match is None
+        or (match[1] and match[1] not in V2_SIZES)
+        or (not match[1] and not {"w", "d", "h"} <= set(fields))
+    ):
         raise ValueError(f'Unknown size "{size}" in variant "{variant}": {HELP}')
     width, depth, heads = V2_SIZES.get(match[1], (None, None, None))
     try:

@@ -6,7 +6,9 @@ from pathlib import Path
 def list_bundled() -> list[str]:
     """Names of the bundled checkpoints, autoencoders and pipelines alike, for `from_pretrained`."""
     root = Path(__file__).parent
-    return sorted(folder.parent.name for name in ("config.json", "model_index.json") for folder in root.glob(f"*/{name}"))
+    return sorted(
+        folder.parent.name for name in ("config.json", "model_index.json") for folder in root.glob(f"*/{name}")
+    )
 
 
 def resolve_bundled(name_or_path):

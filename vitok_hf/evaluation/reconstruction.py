@@ -60,3 +60,23 @@ def save_comparison(path: str | Path, images: torch.Tensor, reconstructions: tor
     """Saves pictures (B, 3, H, W) uint8 in a column, each beside its reconstruction."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(side_by_side(images, reconstructions).flatten(0, 1).numpy()).save(path)
+
+
+def patch_border_ratio(images: torch.Tensor, reconstructions: torch.Tensor, patch_size: int) -> float:
+    """Mean squared error in the outermost columns and rows of the patches over that in the inner ones.
+
+    1 means no patch grid. `images` and `reconstructions`: (B, 3, H, W) uint8, with H and W multiples of `patch_size`.
+    """
+    error = (images.double() - reconstructions.double()).square()
+    error = rearrange(error, "b c (h p) (w r) -> p r (b c h w)", p=patch_size, r=patch_size).mean(dim=-1)
+    columns, rows = error.mean(dim=0), error.mean(dim=1)
+    outer = columns[[0, -1]].mean() + rows[[0, -1]].mean()
+    return (outer / (columns[1:-1].mean() + rows[1:-1].mean())).item()
+
+
+def reconstruct_in_tiles(vae, images: torch.Tensor, height: int, width: int, batch_size: int = 4) -> torch.Tensor:
+    """Reconstructs every tile of `height` x `width` pixels alone: how much does quality depend on the size?"""
+    rows, columns = images.shape[2] // height, images.shape[3] // width
+    tiles = rearrange(images, "b c (i h) (j w) -> (b i j) c h w", i=rows, j=columns)
+    tiles = torch.cat([reconstruct(vae, batch) for batch in tiles.split(batch_size)])
+    return rearrange(tiles, "(b i j) c h w -> b c (i h) (j w)", i=rows, j=columns)

@@ -1,4 +1,3 @@
-import math
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -8,62 +7,16 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import FrozenDict, register_to_config
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.attention import AttentionMixin
-from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
+from diffusers.models.autoencoders.vae import AutoencoderMixin, DecoderOutput
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
-from diffusers.utils.torch_utils import randn_tensor
 from torch import nn
 from torch.nn import functional as F
 
 from ..checkpoints import resolve_bundled
 from ..presets import variant_to_config
 from .layers import RMSNorm, ViTokBlock, patchify, rotary_embedding, split_rotary_pairs, unpatchify
-
-
-class ViTokPosterior(DiagonalGaussianDistribution):
-    """Diagonal Gaussian over latents of any rank, (B, c, ...), computed in float32 and returned in the model's dtype.
-
-    With `deterministic=True`, `parameters` are the latents themselves and the Kullback-Leibler divergence is zero.
-    """
-
-    def __init__(self, parameters: torch.Tensor, deterministic: bool = False):
-        self.parameters = parameters
-        self.deterministic = deterministic
-        if deterministic:
-            self.mean = parameters.float()
-            self.std = self.var = torch.zeros_like(self.mean)
-            self.logvar = torch.full_like(self.mean, -torch.inf)
-        else:
-            self.mean, self.logvar = parameters.float().chunk(2, dim=1)
-            self.logvar = self.logvar.clamp(-30.0, 20.0)
-            self.std, self.var = torch.exp(0.5 * self.logvar), torch.exp(self.logvar)
-
-    def sample(self, generator: torch.Generator | list[torch.Generator] | None = None) -> torch.Tensor:
-        """A sample (B, c, ...); a list holds one generator for each item of the batch."""
-        if self.deterministic:
-            return self.mode()
-        noise = randn_tensor(self.mean.shape, generator=generator, device=self.mean.device, dtype=self.mean.dtype)
-        return (self.mean + self.std * noise).to(self.parameters.dtype)
-
-    def mode(self) -> torch.Tensor:
-        return self.mean.to(self.parameters.dtype)
-
-    def kl(self, other: DiagonalGaussianDistribution | None = None) -> torch.Tensor:
-        """Divergence from `other`, by default the standard normal, summed over all but the batch: (B,), float32."""
-        if self.deterministic:
-            return self.mean.new_zeros(self.mean.shape[0])
-        if other is None:
-            terms = self.mean.square() + self.var - 1.0 - self.logvar
-        else:
-            terms = ((self.mean - other.mean).square() + self.var) / other.var - 1.0 - self.logvar + other.logvar
-        return 0.5 * terms.flatten(1).sum(dim=1)
-
-    def nll(self, sample: torch.Tensor) -> torch.Tensor:
-        """Negative log-likelihood of `sample`, summed over all but the batch: (B,), float32."""
-        if self.deterministic:
-            return self.mean.new_zeros(self.mean.shape[0])
-        terms = math.log(2.0 * math.pi) + self.logvar + (sample - self.mean).square() / self.var
-        return 0.5 * terms.flatten(1).sum(dim=1)
+from .posterior import ViTokPosterior
 
 
 @dataclass
@@ -122,14 +75,14 @@ class ViTokConfig(FrozenDict):
         return (self.encoder_hidden_size,) * self.patch_size.bit_length()
 
 
-class AutoencoderViTok(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):
+class AutoencoderViTok(ModelMixin, AutoencoderMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):
     r"""
     Vision-transformer autoencoder for images and videos (ViTok, arXiv 2501.09755).
 
     Tubelets of q x p x p pixels become tokens; a ViT encoder maps each to the mean and log-variance of c latent
-    channels, a ViT decoder maps them back (section 2 of the paper). The options from `parallel_blocks` to `latent_norm`
-    select the architecture of the ViTok-v2 weights; their defaults are the paper's. Sizes need not be those of training:
-    any multiple of p by any multiple of p, and any number of frames that is a multiple of q.
+    channels, a ViT decoder maps them back (section 2 of the paper). The options from `parallel_blocks` to
+    `latent_norm` select the architecture of the ViTok-v2 weights; their defaults are the paper's. Sizes need not be
+    those of training: any multiple of p by any multiple of p, and any number of frames that is a multiple of q.
 
     A model with `temporal_patch_size=1` and `sample_frames=1` is an image model: it takes videos too, and treats each
     frame alone. Every other model attends over all frames of a clip and takes videos only if q > 1.
@@ -145,7 +98,7 @@ class AutoencoderViTok(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin
         sample_size (`int`, defaults to 256): Pixels of the training resolution.
         sample_frames (`int`, defaults to 1): Frames of a training clip; 1 for an image model.
         scaling_factor, shift_factor (`float`, default to 1.0 and 0.0), latents_mean, latents_std (`list[float]`):
-            Statistics with which pipelines normalise latents, as in diffusers; `encode` and `decode` do not apply them.
+            Statistics with which pipelines normalise latents, as in diffusers; not applied by `encode` and `decode`.
         variational (`bool`, defaults to `True`): `False`: one set of latents per picture, no log-variance.
         parallel_blocks (`bool`, defaults to `False`): Attention and MLP side by side on one norm (v2).
         qk_norm (`bool`, defaults to `False`): RMSNorm on the queries and keys of each head (v2).
@@ -155,8 +108,8 @@ class AutoencoderViTok(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin
         latent_norm (`bool`, defaults to `False`): LayerNorm without weights on the latents of a token (v2).
 
     Raises:
-        ValueError: If a hidden size is not divisible by its number of heads, the head size cannot hold the rotary axes,
-            a size is not positive, `latents_mean` or `latents_std` do not have `latent_channels` entries, or
+        ValueError: If a hidden size is not divisible by its number of heads, the head size cannot hold the rotary
+            axes, a size is not positive, `latents_mean` or `latents_std` do not have `latent_channels` entries, or
             `latent_norm` and `variational` are both set.
     """
 
@@ -245,7 +198,7 @@ class AutoencoderViTok(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin
         for name in ("latents_mean", "latents_std"):
             if config[name] is not None and len(config[name]) != config.latent_channels:
                 raise ValueError(
-                    f"`{name}` has {len(config[name])} entries, but there are {config.latent_channels} latent channels."
+                    f"`{name}` has {len(config[name])} entries, but `latent_channels` is {config.latent_channels}."
                 )
         if config.latent_norm and config.variational:
             raise ValueError("`latent_norm=True` normalises the latents themselves: set `variational=False` with it.")
@@ -258,7 +211,9 @@ class AutoencoderViTok(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin
                 elif parameter.ndim == 2:
                     # Every block adds two branches to the residual stream: keep its variance independent of depth.
                     ends_branch = name.endswith(("to_out.0.weight", "ff.net.2.weight"))
-                    nn.init.xavier_uniform_(parameter, (2 * len(tower.transformer_blocks)) ** -0.5 if ends_branch else 1.0)
+                    nn.init.xavier_uniform_(
+                        parameter, (2 * len(tower.transformer_blocks)) ** -0.5 if ends_branch else 1.0
+                    )
 
     @property
     def config(self) -> ViTokConfig:
@@ -288,15 +243,8 @@ class AutoencoderViTok(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> "AutoencoderViTok":
-        """As in diffusers, and with names of bundled checkpoints (`vitok_hf.list_bundled()`), which need no network."""
+        """As in diffusers, and for names of bundled checkpoints (`vitok_hf.list_bundled()`), without a network."""
         return super().from_pretrained(resolve_bundled(pretrained_model_name_or_path), **kwargs)
-
-    def enable_slicing(self):
-        """Encode and decode one item of a batch at a time, for less memory."""
-        self.use_slicing = True
-
-    def disable_slicing(self):
-        self.use_slicing = False
 
     def _frames_per_item(self, num_frames: int) -> int:
         return 1 if self.is_image_model else num_frames
@@ -313,8 +261,8 @@ class AutoencoderViTok(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin
             raise ValueError(f"`{name}` must have {channels} channels in dimension 1, but has shape {tuple(shape)}.")
         if len(shape) == 4 and self.temporal_compression_ratio > 1:
             raise ValueError(
-                f"`{name}` has shape {tuple(shape)}, but this model compresses {self.temporal_compression_ratio} frames "
-                "into one latent frame: pass a video, (B, C, T, H, W)."
+                f"`{name}` has shape {tuple(shape)}, but this model compresses {self.temporal_compression_ratio} "
+                "frames into one latent frame: pass a video, (B, C, T, H, W)."
             )
         if shape[-1] % p or shape[-2] % p:
             raise ValueError(
@@ -354,9 +302,7 @@ class AutoencoderViTok(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin
         return out.squeeze(2) if x.ndim == 4 else out
 
     @apply_forward_hook
-    def encode(
-        self, x: torch.Tensor, return_dict: bool = True
-    ) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
+    def encode(self, x: torch.Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple[ViTokPosterior]:
         """Encodes a batch of images or videos.
 
         Args:
@@ -368,7 +314,7 @@ class AutoencoderViTok(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin
             (B, c, T/q, H/p, W/p), and `kl()`, (B,), summed over all latents of an item.
 
         Raises:
-            ValueError: If the number of channels, the height, the width or the number of frames does not fit the model.
+            ValueError: If the number of channels, the height, the width or the number of frames does not fit.
         """
         config = self.config
         self._check_input("x", x.shape, config.in_channels, (config.temporal_patch_size, config.patch_size))
@@ -384,7 +330,8 @@ class AutoencoderViTok(ModelMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin
             return_dict: `False`: a tuple.
 
         Returns:
-            `DecoderOutput` whose `sample` is (B, C, h * p, w * p) or (B, C, t * q, h * p, w * p), about [-1, 1], not clipped.
+            `DecoderOutput` whose `sample` is (B, C, h * p, w * p) or (B, C, t * q, h * p, w * p), in about [-1, 1],
+            not clipped.
 
         Raises:
             ValueError: If the number of dimensions or of channels does not fit the model.

@@ -43,9 +43,9 @@ def rotary_embedding(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Axial rotary tables (cos, sin), each (L, 1, head_dim), for positions on `grid`.
 
-    The pair (i, i + head_dim / 2) turns by position / theta ** (2 j / axis_dim): the first pairs follow the first axis,
-    and so on. `sin` carries the sign of each member, so that `apply_rotary_embedding` needs no negation. Angles and
-    tables are computed in float32 from one short table an axis, which is why they are not worth a cache.
+    The pair (i, i + head_dim / 2) turns by position / theta ** (2 j / axis_dim): the first pairs follow the first
+    axis, and so on. `sin` carries the sign of each member, so that `apply_rotary_embedding` needs no negation.
+    Computed in float32 from one short table for each axis, hence so quick that a cache would not pay.
     """
     angles = []
     for axis, (length, pairs) in enumerate(zip(grid, split_rotary_pairs(head_dim, len(grid)))):
@@ -60,9 +60,7 @@ def rotary_embedding(
     return cos.view(-1, 1, head_dim), sin.view(-1, 1, head_dim)
 
 
-def apply_rotary_embedding(
-    hidden_states: torch.Tensor, rotary_emb: tuple[torch.Tensor, torch.Tensor]
-) -> torch.Tensor:
+def apply_rotary_embedding(hidden_states: torch.Tensor, rotary_emb: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
     """Rotates the pairs (i, i + head_dim / 2) of (B, L, heads, head_dim) by the tables of `rotary_embedding`."""
     cos, sin = rotary_emb
     swapped = hidden_states.roll(hidden_states.shape[-1] // 2, dims=-1)

@@ -130,9 +130,9 @@ class Window:
 class AutoencoderTrainer:
     """Stage 1 of the paper: encoder and decoder from a reconstruction loss, on one or many processes.
 
-    Every process draws its own batches, so that `pixels_per_batch * num_processes * gradient_accumulation_steps` pixels
-    make a step. Checkpoints (`checkpoint-<step>/`) hold `vae/` and, with EMA, `vae_ema/` for `from_pretrained`, and the
-    state of accelerate; they are written under a temporary name and renamed when complete.
+    Every process draws its own batches, so that `pixels_per_batch * num_processes * gradient_accumulation_steps`
+    pixels make a step. Checkpoints (`checkpoint-<step>/`) hold `vae/` and, with EMA, `vae_ema/` for `from_pretrained`,
+    and the state of accelerate; they are written under a temporary name and renamed when complete.
     """
 
     def __init__(self, args: TrainingArguments):
@@ -232,7 +232,9 @@ class AutoencoderTrainer:
             stop = finished or (args.max_minutes is not None and time.monotonic() - began > 60 * args.max_minutes)
             if self.step % args.log_every == 0:
                 logs = window.means(self.accelerator) | {"learning_rate": learning_rate_at(self.step - 1, args)}
-                bar.set_postfix(loss=f"{logs['loss']:.5f}", megapixels_per_second=f"{logs['megapixels_per_second']:.2f}")
+                bar.set_postfix(
+                    loss=f"{logs['loss']:.5f}", megapixels_per_second=f"{logs['megapixels_per_second']:.2f}"
+                )
                 self._log(logs)
                 window = Window()
             if self.step % args.checkpoint_every == 0 or stop:

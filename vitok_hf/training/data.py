@@ -52,7 +52,9 @@ def load_clip(path: str | Path, start: float, num_frames: int, fps: float | None
             if len(frames) == num_frames:
                 return np.stack(frames)
             due = start + len(frames) / fps if fps else 0.0
-    raise ValueError(f'"{path}" has {len(frames)} frames from {start:.2f} s on at fps={fps}, but {num_frames} are needed.')
+    raise ValueError(
+        f'"{path}" has {len(frames)} frames from {start:.2f} s on at fps={fps}, but {num_frames} are needed.'
+    )
 
 
 def video_seconds(path: str | Path) -> float:
@@ -91,7 +93,9 @@ def parse_size(size: str) -> tuple[int, int, float]:
         height, width = [int(side) for side in sides.split("x")] if "x" in sides else [int(sides)] * 2
         return height, width, float(share or 1.0)
     except ValueError as error:
-        raise ValueError(f'Size "{size}" must be SIDE or HEIGHTxWIDTH with an optional :SHARE, as "128x64:2".') from error
+        raise ValueError(
+            f'Size "{size}" must be SIDE or HEIGHTxWIDTH with an optional :SHARE, as "128x64:2".'
+        ) from error
 
 
 @dataclass
@@ -119,7 +123,9 @@ class CropBatches(Dataset):
         suffixes = VIDEO_SUFFIXES if settings.num_frames > 1 else IMAGE_SUFFIXES | VIDEO_SUFFIXES
         parsed = [parse_source(source) for source in sources]
         self.files = [list_files(path, suffixes) for path, _ in parsed]
-        weights = np.array([len(files) if weight is None else weight for files, (_, weight) in zip(self.files, parsed)])
+        weights = np.array(
+            [len(files) if weight is None else weight for files, (_, weight) in zip(self.files, parsed)]
+        )
         shares = np.array([share for _, _, share in settings.sizes])
         if weights.min() < 0 or weights.sum() <= 0 or shares.min() < 0 or shares.sum() <= 0:
             raise ValueError(f"Weights must not be negative nor all 0: sources {sources}, sizes {settings.sizes}.")

@@ -28,8 +28,8 @@ class ReconstructionLoss(nn.Module):
     """Loss of stage 1 (section 3 of the paper): weighted squared error, absolute error, LPIPS and KL divergence.
 
     All terms are means in float32: over pixels, over frames for LPIPS, and over latent elements for the KL divergence,
-    whose weight is thereby independent of the resolution. `patch_border_weight` is what a squared error in the outermost
-    rows and columns of a patch counts relative to one inside: above 1, it evens out the patch grid.
+    whose weight is thereby independent of the resolution. `patch_border_weight` is what a squared error in the
+    outermost rows and columns of a patch counts relative to one inside: above 1, it evens out the patch grid.
     """
 
     def __init__(
@@ -52,7 +52,10 @@ class ReconstructionLoss(nn.Module):
     def forward(
         self, sample: torch.Tensor, target: torch.Tensor, kl: torch.Tensor | None, latents_per_item: int
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """`sample`, `target` (B, C, [T,] H, W) in [-1, 1]; `kl` (B,), summed over an item's latents. -> (loss, logs)"""
+        """Returns (loss, logs).
+
+        `sample` and `target` are (B, C, [T,] H, W) in [-1, 1]; `kl` (B,) is the sum over the latents of an item.
+        """
         sample, target = sample.float(), target.float()
         squared_error = (sample - target).square()
         repeats = [side // len(self.patch_weights) for side in sample.shape[-2:]]

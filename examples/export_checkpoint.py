@@ -1,0 +1,41 @@
+"""Turns a training checkpoint into a folder to publish: latent statistics in the config, weights in half precision.
+
+    python examples/export_checkpoint.py --model output/checkpoint-7500/vae --train_data data/train/film:0.5 \
+        data/train/emoji:0.5 --output_dir my-vitok
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from tqdm.auto import tqdm
+
+from vitok_hf import AutoencoderViTok
+from vitok_hf.training.data import CropBatches, CropSettings, make_dataloader
+from vitok_hf.training.latents import latent_statistics
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="what `from_pretrained` takes")
+    parser.add_argument("--train_data", nargs="+", required=True, help="folders with optional weights, as in training")
+    parser.add_argument("--num_batches", type=int, default=64, help="batches of 2 ** 20 pixels for the statistics")
+    parser.add_argument("--size", type=int, default=256, help="side of the crops in pixels")
+    parser.add_argument("--dtype", default="float16", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--output_dir", type=Path, required=True)
+    args = parser.parse_args()
+
+    vae = AutoencoderViTok.from_pretrained(args.model).to(PartialState().default_device)
+    settings = CropSettings([(args.size, args.size, 1.0)], 2**20, num_frames=vae.config.sample_frames, flip=False)
+    batches = make_dataloader(CropBatches(args.train_data, settings), range(args.num_batches), num_workers=0)
+    statistics = latent_statistics(vae, tqdm(batches, desc="latent statistics"))
+    vae.register_to_config(**statistics)
+    vae.to(getattr(torch, args.dtype)).save_pretrained(args.output_dir)
+    for name, values in statistics.items():
+        print(name, [round(value, 4) for value in values])
+    print(f"Saved {args.output_dir}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,51 @@
+import math
+
+import torch
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from diffusers.utils.torch_utils import randn_tensor
+
+
+class ViTokPosterior(DiagonalGaussianDistribution):
+    """Diagonal Gaussian over latents of any rank, (B, c, ...), computed in float32 and returned in the model's dtype.
+
+    With `deterministic=True`, `parameters` are the latents themselves and the Kullback-Leibler divergence is zero.
+    """
+
+    def __init__(self, parameters: torch.Tensor, deterministic: bool = False):
+        self.parameters = parameters
+        self.deterministic = deterministic
+        if deterministic:
+            self.mean = parameters.float()
+            self.std = self.var = torch.zeros_like(self.mean)
+            self.logvar = torch.full_like(self.mean, -torch.inf)
+        else:
+            self.mean, self.logvar = parameters.float().chunk(2, dim=1)
+            self.logvar = self.logvar.clamp(-30.0, 20.0)
+            self.std, self.var = torch.exp(0.5 * self.logvar), torch.exp(self.logvar)
+
+    def sample(self, generator: torch.Generator | list[torch.Generator] | None = None) -> torch.Tensor:
+        """A sample (B, c, ...); a list holds one generator for each item of the batch."""
+        if self.deterministic:
+            return self.mode()
+        noise = randn_tensor(self.mean.shape, generator=generator, device=self.mean.device, dtype=self.mean.dtype)
+        return (self.mean + self.std * noise).to(self.parameters.dtype)
+
+    def mode(self) -> torch.Tensor:
+        return self.mean.to(self.parameters.dtype)
+
+    def kl(self, other: DiagonalGaussianDistribution | None = None) -> torch.Tensor:
+        """Divergence from `other`, by default the standard normal, summed over all but the batch: (B,), float32."""
+        if self.deterministic:
+            return self.mean.new_zeros(self.mean.shape[0])
+        if other is None:
+            terms = self.mean.square() + self.var - 1.0 - self.logvar
+        else:
+            terms = ((self.mean - other.mean).square() + self.var) / other.var - 1.0 - self.logvar + other.logvar
+        return 0.5 * terms.flatten(1).sum(dim=1)
+
+    def nll(self, sample: torch.Tensor) -> torch.Tensor:
+        """Negative log-likelihood of `sample`, summed over all but the batch: (B,), float32."""
+        if self.deterministic:
+            return self.mean.new_zeros(self.mean.shape[0])
+        terms = math.log(2.0 * math.pi) + self.logvar + (sample - self.mean).square() / self.var
+        return 0.5 * terms.flatten(1).sum(dim=1)
