@@ -9,7 +9,11 @@ def psnr(images: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
 
 
 def ssim(images: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
-    """Structural similarity (Wang et al., 2004; Gaussian window) of uint8 pictures (B, C, H, W): (B,), float64."""
-    return structural_similarity_index_measure(
-        images.double(), references.double(), data_range=255.0, reduction="none"
+    """Structural similarity (Wang et al., 2004) of uint8 pictures (B, C, H, W), one value a picture: (B,), float64.
+
+    Gaussian window of 11 pixels, at all its positions inside the picture, as in the reference implementation.
+    """
+    _, similarity = structural_similarity_index_measure(
+        images.double(), references.double(), data_range=255.0, reduction="none", return_full_image=True
     )
+    return similarity[..., 5:-5, 5:-5].flatten(1).mean(dim=1)  # the library pads by half a window

@@ -1,0 +1,56 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+from vitok_hf import AutoencoderViTok
+
+
+ASSETS = Path(__file__).parents[1] / "examples" / "assets"
+
+TINY = {
+    "latent_channels": 4,
+    "patch_size": 8,
+    "encoder_hidden_size": 32,
+    "encoder_num_layers": 2,
+    "encoder_num_attention_heads": 2,
+    "decoder_hidden_size": 48,
+    "decoder_num_layers": 2,
+    "decoder_num_attention_heads": 2,
+    "sample_size": 32,
+}
+V2 = {
+    "parallel_blocks": True,
+    "qk_norm": True,
+    "layer_scale_init": 0.5,
+    "final_norm": False,
+    "latent_norm": True,
+    "variational": False,
+}
+ARCHITECTURES = {
+    "v1": TINY,
+    "v2": TINY | V2,
+    "video": TINY | {"temporal_patch_size": 2, "sample_frames": 4},
+    "everything": TINY | {"qk_norm": True, "layer_scale_init": 0.5, "use_bias": True},
+}
+
+
+@pytest.fixture(params=ARCHITECTURES)
+def architecture(request):
+    return request.param
+
+
+@pytest.fixture
+def vae(architecture):
+    return make_vae(architecture)
+
+
+def make_vae(architecture: str, **overrides) -> AutoencoderViTok:
+    torch.manual_seed(0)
+    return AutoencoderViTok(**ARCHITECTURES[architecture] | overrides).eval()
+
+
+def make_input(vae: AutoencoderViTok, batch_size: int = 2, height: int = 16, width: int = 24) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    frames = () if vae.is_image_model else (4,)
+    return torch.rand(batch_size, 3, *frames, height, width, generator=generator) * 2 - 1

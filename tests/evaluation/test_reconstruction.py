@@ -1,0 +1,77 @@
+import pytest
+import torch
+from PIL import Image
+
+from tests.conftest import ASSETS, make_vae
+from vitok_hf.evaluation.pca import PatchPCA
+from vitok_hf.evaluation.reconstruction import (
+    pad_to_multiples,
+    patch_border_ratio,
+    reconstruct,
+    reconstruct_in_tiles,
+    save_comparison,
+    to_float,
+    to_uint8,
+)
+from vitok_hf.training.data import load_evaluation_images
+
+
+@pytest.fixture(scope="module")
+def images():
+    return load_evaluation_images(ASSETS, 64, 4)
+
+
+def test_uint8_round_trip():
+    levels = torch.arange(256, dtype=torch.uint8)
+    assert torch.equal(to_uint8(to_float(levels)), levels)
+    assert to_float(levels).min() == -1.0 and to_float(levels).max() == 1.0
+
+
+class TestReconstruct:
+    @pytest.mark.parametrize("architecture, shape", [("v1", (2, 3, 13, 21)), ("video", (1, 3, 3, 13, 21))])
+    def test_sizes_that_do_not_fit_are_padded_and_restored(self, architecture, shape):
+        vae = make_vae(architecture)
+        images = torch.randint(0, 256, shape, dtype=torch.uint8)
+        video = images if images.ndim == 5 else images[:, :, None]
+        padded = pad_to_multiples(to_float(video), (vae.temporal_compression_ratio, 8, 8))
+        assert padded.shape[-2:] == (16, 24)
+        assert torch.equal(padded[..., 13:, :], padded[..., 12:13, :].expand(*padded.shape[:-2], 3, 24))
+        with torch.no_grad():
+            expected = to_uint8(vae(padded).sample)[:, :, : video.shape[2], :13, :21]
+        assert torch.equal(reconstruct(vae, images), expected.view(shape))
+
+    def test_tiles(self, images):
+        vae = make_vae("v1")
+        tiles = reconstruct_in_tiles(vae, images, 16, 32)
+        assert torch.equal(tiles[:, :, 16:32, 32:], reconstruct(vae, images[:, :, 16:32, 32:].contiguous()))
+        assert torch.equal(reconstruct_in_tiles(vae, images, 64, 64), reconstruct(vae, images))
+
+
+def test_patch_border_ratio():
+    images = torch.zeros(1, 3, 16, 16, dtype=torch.uint8)
+    reconstructions = torch.ones(1, 3, 16, 16, dtype=torch.uint8)
+    assert patch_border_ratio(images, reconstructions, 8) == 1.0
+    reconstructions[..., [0, 7, 8, 15]] = 2  # columns: outer error 4, inner 1; rows: 7 / 4 + 1 = 1.75 throughout
+    assert patch_border_ratio(images, reconstructions, 8) == pytest.approx((4 + 1.75) / (1 + 1.75))
+
+
+class TestPCA:
+    def test_all_components_reconstruct_exactly(self, images):
+        assert torch.equal(PatchPCA(4, 48, [images]).reconstruct(images), images)
+
+    def test_is_the_best_linear_code(self, images):
+        patches = to_float(images).unfold(2, 8, 8).unfold(3, 8, 8).permute(0, 2, 3, 1, 4, 5).flatten(0, 2).flatten(1)
+        patches = patches.double()
+        centred = patches - patches.mean(dim=0)
+        discarded = torch.linalg.svdvals(centred)[6:].square().sum() / patches.numel()
+        reconstruction = PatchPCA(8, 6, images.split(1)).reconstruct(images)
+        error = (to_float(reconstruction) - to_float(images)).square().mean()
+        assert error == pytest.approx(discarded.item(), rel=0.02)  # rounding to uint8 and clipping
+
+
+def test_comparison(images, tmp_path):
+    save_comparison(tmp_path / "new" / "comparison.png", images, 255 - images)
+    with Image.open(tmp_path / "new" / "comparison.png") as picture:
+        assert picture.size == (128, 256)
+        left, right = picture.getpixel((5, 70)), picture.getpixel((69, 70))
+    assert left == tuple(images[1, :, 6, 5].tolist()) and right == tuple(255 - value for value in left)

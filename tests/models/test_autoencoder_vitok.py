@@ -1,0 +1,306 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.conftest import TINY, make_input, make_vae
+from vitok_hf import AutoencoderViTok
+
+
+class TestShapes:
+    def test_encode_and_decode(self, vae, architecture):
+        x = make_input(vae)
+        latents = vae.encode(x).latent_dist.mode()
+        assert latents.shape == ((2, 4, 2, 2, 3) if architecture == "video" else (2, 4, 2, 3))
+        assert vae.decode(latents).sample.shape == x.shape
+        assert torch.equal(vae(x).sample, vae.decode(latents, return_dict=False)[0])
+
+    def test_tuples(self, vae):
+        x = make_input(vae)
+        (posterior,) = vae.encode(x, return_dict=False)
+        assert torch.equal(posterior.mode(), vae.encode(x).latent_dist.mode())
+        assert torch.equal(vae(x, return_dict=False)[0], vae(x).sample)
+
+    def test_an_image_model_treats_frames_alone(self):
+        vae = make_vae("v1")
+        video = torch.randn(2, 3, 3, 16, 24)
+        latents = vae.encode(video).latent_dist.mode()
+        assert latents.shape == (2, 4, 3, 2, 3)
+        sample = vae(video).sample
+        for frame in range(3):
+            torch.testing.assert_close(latents[:, :, frame], vae.encode(video[:, :, frame]).latent_dist.mode())
+            torch.testing.assert_close(sample[:, :, frame], vae(video[:, :, frame]).sample)
+
+    def test_a_video_model_attends_over_frames(self):
+        vae = make_vae("video")
+        x = make_input(vae)
+        changed = x.clone()
+        changed[:, :, -1] = 0
+        first, second = (vae.encode(video).latent_dist.mode() for video in (x, changed))
+        assert not torch.allclose(first[:, :, 0], second[:, :, 0])
+
+    def test_a_video_model_without_temporal_patches_takes_images(self):
+        vae = make_vae("v1", sample_frames=4)
+        x = torch.randn(1, 3, 16, 16)
+        torch.testing.assert_close(vae(x).sample, vae(x.unsqueeze(2)).sample.squeeze(2))
+
+    def test_any_size_after_any_other(self, vae):
+        x = make_input(vae, height=8, width=40)
+        before = vae(x).sample
+        vae(make_input(vae, height=64, width=16))
+        assert torch.equal(vae(x).sample, before)
+
+    def test_tokens_know_their_place(self, vae):
+        x = make_input(vae)
+        moved = x.roll(8, dims=-1)  # by one patch
+        latents, moved_latents = (vae.encode(pixels).latent_dist.mode() for pixels in (x, moved))
+        assert not torch.allclose(moved_latents, latents.roll(1, dims=-1), atol=1e-4)
+
+    def test_slicing(self, vae):
+        x = make_input(vae, batch_size=3)
+        expected = vae(x).sample
+        calls = []
+        vae.encoder.register_forward_hook(lambda module, args, output: calls.append(len(output)))
+        vae.enable_slicing()
+        torch.testing.assert_close(vae(x).sample, expected)
+        assert calls == [1, 1, 1]
+        vae.disable_slicing()
+        vae(x)
+        assert calls[-1] == 3
+
+
+class TestForward:
+    def test_samples_with_a_generator(self):
+        vae = make_vae("v1")
+        x = make_input(vae)
+        samples = [vae(x, sample_posterior=True, generator=torch.Generator().manual_seed(s)).sample for s in (0, 0, 1)]
+        assert torch.equal(samples[0], samples[1])
+        assert not torch.allclose(samples[0], samples[2])
+
+    def test_kl_of_the_posterior(self, vae):
+        x = make_input(vae)
+        torch.testing.assert_close(vae(x).kl, vae.encode(x).latent_dist.kl())
+
+    def test_latent_norm(self):
+        latents = make_vae("v2").encode(torch.randn(1, 3, 32, 32)).latent_dist.mode()
+        torch.testing.assert_close(latents.mean(dim=1), torch.zeros(1, 4, 4), rtol=0, atol=1e-5)
+        torch.testing.assert_close(latents.std(dim=1, correction=0), torch.ones(1, 4, 4), rtol=0, atol=1e-3)
+
+
+class TestErrors:
+    @pytest.mark.parametrize(
+        "architecture, shape, message",
+        [
+            ("v1", (1, 3, 20, 16), "multiples of patch_size=8, but are 20 x 16"),
+            ("v1", (1, 3, 16, 20), "multiples of patch_size=8, but are 16 x 20"),
+            ("v1", (1, 4, 16, 16), "must have 3 channels"),
+            ("v1", (3, 16, 16), r"has shape \(3, 16, 16\)"),
+            ("v1", (0, 3, 16, 16), "is empty"),
+            ("video", (1, 3, 16, 16), "pass a video"),
+            ("video", (1, 3, 3, 16, 16), "multiple of temporal_patch_size=2, but is 3"),
+        ],
+    )
+    def test_encode(self, architecture, shape, message):
+        with pytest.raises(ValueError, match=message):
+            make_vae(architecture).encode(torch.zeros(shape))
+
+    @pytest.mark.parametrize(
+        "architecture, shape, message",
+        [
+            ("v1", (1, 3, 2, 2), "must have 4 channels"),
+            ("v1", (4, 2, 2), r"has shape \(4, 2, 2\)"),
+            ("video", (1, 4, 2, 2), "pass a video"),
+        ],
+    )
+    def test_decode(self, architecture, shape, message):
+        with pytest.raises(ValueError, match=message):
+            make_vae(architecture).decode(torch.zeros(shape))
+
+    @pytest.mark.parametrize(
+        "overrides, message",
+        [
+            ({"encoder_num_attention_heads": 5}, "`encoder_hidden_size` 32 must be divisible"),
+            ({"decoder_num_attention_heads": 5}, "`decoder_hidden_size` 48 must be divisible"),
+            ({"decoder_num_attention_heads": 24}, "head size of 2"),
+            ({"patch_size": 0}, "`patch_size` must be positive, but is 0"),
+            ({"latents_mean": [0.0]}, "`latents_mean` has 1 entries"),
+            ({"latents_std": [1.0] * 5}, "`latents_std` has 5 entries"),
+            ({"latent_norm": True}, "set `variational=False`"),
+        ],
+    )
+    def test_constructor(self, overrides, message):
+        with pytest.raises(ValueError, match=message):
+            make_vae("v1", **overrides)
+
+
+def to_half_split(weight: torch.Tensor, num_heads: int) -> torch.Tensor:
+    """Rotary pairs (2 i, 2 i + 1) of each head -> (i, i + head_dim / 2)."""
+    return weight.unflatten(0, (num_heads, -1, 2)).transpose(1, 2).flatten(0, 2)
+
+
+class TestParityWithV2:
+    GOLDEN = Path(__file__).parents[1] / "golden" / "vitok_v2_tiny"
+    NAMES = {
+        "patch_embed": "proj_in",
+        "to_code": "proj_out",
+        "decoder_embed": "proj_in",
+        "to_pixels": "proj_out",
+        "encoder_blocks": "transformer_blocks",
+        "decoder_blocks": "transformer_blocks",
+        "layer_scale": "scale1",
+        "out_proj": "to_out.0",
+        "ffn.fc1": "ff.net.0.proj",
+        "ffn.fc2": "ff.net.2",
+    }
+
+    @pytest.fixture(scope="class")
+    def golden_vae(self):
+        vae = AutoencoderViTok.from_variant(json.loads((self.GOLDEN / "variant.json").read_text())["variant"])
+        state_dict = {}
+        for tower in ("encoder", "decoder"):
+            heads = vae.config[f"{tower}_num_attention_heads"]
+            for key, value in load_file(self.GOLDEN / f"{tower}.safetensors").items():
+                for theirs, ours in self.NAMES.items():
+                    key = key.replace(theirs, ours)
+                key = f"{tower}.{key}"
+                if "qkv_proj" in key:
+                    query, key_weight, value_weight = value.chunk(3)
+                    state_dict[key.replace("qkv_proj", "to_q")] = to_half_split(query, heads)
+                    state_dict[key.replace("qkv_proj", "to_k")] = to_half_split(key_weight, heads)
+                    state_dict[key.replace("qkv_proj", "to_v")] = value_weight
+                else:
+                    state_dict[key] = to_half_split(value, 1) if ".norm_" in key else value
+        vae.load_state_dict(state_dict)
+        return vae.eval()
+
+    @pytest.mark.parametrize("index", [0, 1])
+    def test_latents_and_reconstructions(self, golden_vae, index):
+        golden = load_file(self.GOLDEN / "io.safetensors")
+        with torch.no_grad():
+            latents = golden_vae.encode(golden[f"image_{index}"]).latent_dist.mode()
+            sample = golden_vae.decode(latents).sample
+        tokens = latents.flatten(2).transpose(1, 2)  # row-major
+        torch.testing.assert_close(tokens, golden[f"latent_tokens_{index}"], rtol=0, atol=1e-5)
+        torch.testing.assert_close(sample, golden[f"reconstruction_{index}"], rtol=0, atol=1e-5)
+
+
+class TestDtypes:
+    @pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 0.03), (torch.float16, 0.004)])
+    def test_half_precision(self, vae, dtype, tolerance):
+        x = make_input(vae, height=64, width=64)
+        expected = vae(x).sample
+        sample = vae.to(dtype)(x.to(dtype)).sample
+        assert sample.dtype == dtype
+        error = (sample.float() - expected).square().mean().sqrt() / expected.square().mean().sqrt()
+        assert error < tolerance
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_constant_pictures_and_outliers_give_no_nan(self, vae, dtype):
+        vae.to(dtype)
+        x = make_input(vae).to(dtype)
+        for scale in (0.0, 1.0, 100.0):
+            assert vae(x * scale).sample.isfinite().all()
+
+    def test_autocast(self, vae):
+        x = make_input(vae)
+        with torch.autocast("cpu", torch.bfloat16):
+            sample = vae(x).sample
+        torch.testing.assert_close(sample.float(), vae(x).sample, rtol=0.1, atol=0.1)
+
+
+class TestTraining:
+    def test_gradient_checkpointing_gives_the_same_gradients(self, vae):
+        x = make_input(vae)
+        gradients = []
+        for checkpointing in (False, True):
+            if checkpointing:
+                vae.enable_gradient_checkpointing()
+            forwards = []
+            hooks = [
+                block.register_forward_pre_hook(lambda *_: forwards.append(1))
+                for tower in (vae.encoder, vae.decoder)
+                for block in tower.transformer_blocks
+            ]
+            vae.zero_grad()
+            vae.train()(x).sample.square().mean().backward()
+            gradients.append({name: parameter.grad.clone() for name, parameter in vae.named_parameters()})
+            assert len(forwards) == (8 if checkpointing else 4)  # every block once more in the backward pass
+            for hook in hooks:
+                hook.remove()
+        for name, gradient in gradients[0].items():
+            torch.testing.assert_close(gradients[1][name], gradient, msg=name)
+
+    def test_every_parameter_gets_a_gradient(self, vae):
+        output = vae.train()(make_input(vae), sample_posterior=True)
+        (output.sample.square().mean() + output.kl.mean()).backward()
+        assert all(parameter.grad.abs().sum() > 0 for parameter in vae.parameters())
+
+    def test_initial_outputs_have_the_scale_of_pictures(self):
+        vae = AutoencoderViTok.from_variant("S-B/16", encoder_num_layers=2, decoder_num_layers=24)
+        with torch.no_grad():
+            assert 0.1 < vae(torch.rand(1, 3, 64, 64) * 2 - 1).sample.std() < 3.0
+
+
+class TestDiffusers:
+    def test_save_and_load(self, vae, tmp_path):
+        vae.save_pretrained(tmp_path)
+        loaded = AutoencoderViTok.from_pretrained(tmp_path)
+        configs = [{k: v for k, v in x.config.items() if not k.startswith("_")} for x in (vae, loaded)]
+        assert configs[0] == configs[1]
+        x = make_input(vae)
+        assert torch.equal(loaded(x).sample, vae(x).sample)
+        assert not loaded.training
+
+    def test_shards(self, vae, tmp_path):
+        vae.save_pretrained(tmp_path, max_shard_size="50KB")
+        assert len(list(tmp_path.glob("*.safetensors"))) > 1
+        x = make_input(vae)
+        assert torch.equal(AutoencoderViTok.from_pretrained(tmp_path)(x).sample, vae(x).sample)
+
+    def test_dtype_and_variant(self, tmp_path):
+        vae = make_vae("v1")
+        vae.half().save_pretrained(tmp_path, variant="fp16")
+        loaded = AutoencoderViTok.from_pretrained(tmp_path, variant="fp16", torch_dtype=torch.float16)
+        assert loaded.dtype == torch.float16
+        assert AutoencoderViTok.from_pretrained(tmp_path, variant="fp16").dtype == torch.float32
+
+    def test_misshapen_weights_are_refused(self, tmp_path):
+        make_vae("v1").save_pretrained(tmp_path)
+        config = json.loads((tmp_path / "config.json").read_text())
+        (tmp_path / "config.json").write_text(json.dumps(config | {"latent_channels": 5}))
+        with pytest.raises(ValueError, match="shape"):
+            AutoencoderViTok.from_pretrained(tmp_path)
+
+    def test_config(self):
+        vae = make_vae("v1")
+        assert 2 ** (len(vae.config.block_out_channels) - 1) == vae.spatial_compression_ratio == 8
+        assert vae.temporal_compression_ratio == 1 and not vae.config.force_upcast
+        assert vae.config.scaling_factor == 1.0 and vae.config.latent_channels == 4
+        json.dumps(dict(vae.config))
+        clone = AutoencoderViTok.from_config(vae.config)
+        assert {k: v for k, v in clone.config.items() if k in TINY} == TINY
+
+    def test_fused_projections(self, vae):
+        x = make_input(vae)
+        expected = vae(x).sample
+        vae.fuse_qkv_projections()
+        assert vae.encoder.transformer_blocks[0].attn.to_qkv is not None
+        torch.testing.assert_close(vae(x).sample, expected, rtol=1e-4, atol=1e-5)
+        vae.unfuse_qkv_projections()
+        torch.testing.assert_close(vae(x).sample, expected, rtol=1e-4, atol=1e-5)
+
+    @pytest.mark.parametrize("backend", ["native", "_native_math"])
+    def test_attention_backends(self, vae, backend):
+        x = make_input(vae)
+        expected = vae(x).sample
+        vae.set_attention_backend(backend)
+        torch.testing.assert_close(vae(x).sample, expected, rtol=1e-4, atol=1e-5)
+
+    def test_compiles_without_graph_breaks(self):
+        vae = make_vae("video")
+        compiled = torch.compile(vae, fullgraph=True, backend="aot_eager")
+        x = make_input(vae)
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(x).sample, vae(x).sample)
