@@ -60,13 +60,14 @@ class TestPCA:
         assert torch.equal(PatchPCA(4, 48, [images]).reconstruct(images), images)
 
     def test_is_the_best_linear_code(self, images):
+        images = images // 2 + 64  # no reconstruction leaves the range, where clipping would help it
         patches = to_float(images).unfold(2, 8, 8).unfold(3, 8, 8).permute(0, 2, 3, 1, 4, 5).flatten(0, 2).flatten(1)
         patches = patches.double()
         centred = patches - patches.mean(dim=0)
         discarded = torch.linalg.svdvals(centred)[6:].square().sum() / patches.numel()
         reconstruction = PatchPCA(8, 6, images.split(1)).reconstruct(images)
         error = (to_float(reconstruction) - to_float(images)).square().mean()
-        assert error == pytest.approx(discarded.item(), rel=0.02)  # rounding to uint8 and clipping
+        assert error.item() == pytest.approx(discarded.item(), rel=0.01)  # rounding to uint8
 
 
 def test_comparison(images, tmp_path):

@@ -218,11 +218,8 @@ class TestTraining:
             if checkpointing:
                 vae.enable_gradient_checkpointing()
             forwards = []
-            hooks = [
-                block.register_forward_pre_hook(lambda *_: forwards.append(1))
-                for tower in (vae.encoder, vae.decoder)
-                for block in tower.transformer_blocks
-            ]
+            blocks = [*vae.encoder.transformer_blocks, *vae.decoder.transformer_blocks]
+            hooks = [block.register_forward_pre_hook(lambda *_, log=forwards: log.append(1)) for block in blocks]
             vae.zero_grad()
             vae.train()(x).sample.square().mean().backward()
             gradients.append({name: parameter.grad.clone() for name, parameter in vae.named_parameters()})
