@@ -16,7 +16,7 @@ from accelerate import PartialState
 from diffusers import AutoencoderKL
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from vitok_hf import AutoencoderViTok
+from vitok_hf import AutoencoderViTok, list_bundled
 from vitok_hf.evaluation.macs import count_macs
 
 
@@ -63,47 +63,68 @@ def stable_diffusion_vae() -> AutoencoderKL:
     )
 
 
-@torch.inference_mode()
+def make_model(args: argparse.Namespace, device: torch.device) -> AutoencoderViTok:
+    if args.variant in list_bundled():
+        vae = AutoencoderViTok.from_pretrained(args.variant)
+    else:
+        vae = AutoencoderViTok.from_variant(args.variant, sample_size=args.size)
+    return vae.to(device).train() if args.train else vae.to(device, getattr(torch, args.dtype)).eval()
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--variant", default="S-B/16")
+    parser.add_argument("--variant", default="S-B/16", help="variant or bundled name")
     parser.add_argument("--size", type=int, default=256, help="height and width in pixels")
     parser.add_argument("--batch_size", type=int, default=4)
     parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--rounds", type=int, default=15, help="the median of so many timings counts")
     parser.add_argument("--peer_rounds", type=int, default=2, help="timings of the AutoencoderKL; 0 leaves it out")
     parser.add_argument("--no_compile", action="store_true", help="leave out torch.compile")
+    parser.add_argument("--train", action="store_true", help="forward and backward, float32 weights under autocast")
     args = parser.parse_args()
+    with torch.inference_mode(not args.train):
+        benchmark(args)
 
+
+def benchmark(args: argparse.Namespace) -> None:
     device, dtype = PartialState().default_device, getattr(torch, args.dtype)
-    vae = AutoencoderViTok.from_variant(args.variant, sample_size=args.size).to(device, dtype).eval()
-    frames = (vae.config.sample_frames,) if not vae.is_image_model else ()
-    x = torch.randn(args.batch_size, 3, *frames, args.size, args.size, device=device, dtype=dtype)
+    vae = make_model(args, device)
+    frames = () if vae.is_image_model else (vae.config.sample_frames,)
+    x = torch.randn(args.batch_size, 3, *frames, args.size, args.size, device=device, dtype=vae.dtype)
+
+    def run(model: torch.nn.Module) -> None:
+        if not args.train:
+            model(x)
+            return
+        with torch.autocast(device.type, dtype):
+            sample = model(x).sample
+        torch.nn.functional.mse_loss(sample.float(), x).backward()
+
     with RecordProducts() as products:
-        vae(x)
-    runs = {"floor": products.replay, "eager": lambda: vae(x)}
-    vae_fused = AutoencoderViTok.from_config(vae.config).to(device, dtype).eval()
-    vae_fused.fuse_qkv_projections()
-    runs["eager, fused qkv"] = lambda: vae_fused(x)
+        run(vae)
+    runs = {"floor": products.replay, "eager": lambda: run(vae)}
+    fused = make_model(args, device)
+    fused.fuse_qkv_projections()
+    runs["eager, fused qkv"] = lambda: run(fused)
     if not args.no_compile:
         compiled = torch.compile(vae, fullgraph=True)
-        runs["compiled"] = lambda: compiled(x)
-    for run in runs.values():
+        runs["compiled"] = lambda: run(compiled)
+    for function in runs.values():
         for _ in range(3):
-            run()
+            function()
     timings = {name: [] for name in runs}
     for _ in range(args.rounds):  # in turns, so that a disturbance meets them all
-        for name, run in runs.items():
-            timings[name].append(timed(run))
+        for name, function in runs.items():
+            timings[name].append(timed(function))
     medians = {name: statistics.median(values) for name, values in timings.items()}
 
-    macs = count_macs(vae, x.shape)
+    macs = count_macs(vae, x.shape) * (3 if args.train else 1)  # the backward pass has two products for each of one
     threads = torch.get_num_threads()
     print(f"{args.variant}, {tuple(x.shape)}, {args.dtype} on {device}, {threads} threads, {macs / 1e9:.1f} GMACs")
     for name, seconds in medians.items():
         ratio = seconds / medians["floor"]
         print(f"{name:18} {1e3 * seconds:8.1f} ms  {ratio:5.2f} x floor  {2e-12 * macs / seconds:5.2f} TFLOP/s")
-    if args.peer_rounds:
+    if args.peer_rounds and not args.train:
         peer, image = stable_diffusion_vae().to(device, dtype).eval(), x if x.ndim == 4 else x[:, :, 0]
         peer(image[:1])
         seconds = statistics.median(timed(lambda: peer(image)) for _ in range(args.peer_rounds))

@@ -72,6 +72,7 @@ def main():
     parser.add_argument("--model", default="vitok-tiny-f8x8", help="what `from_pretrained` takes")
     parser.add_argument("--data_dir", type=Path, required=True, help="output of prepare_demo_data.py")
     parser.add_argument("--limit", type=int, default=200, help="pictures a set")
+    parser.add_argument("--pca_batches", type=int, default=40, help="batches of 2 ** 20 training pixels for PCA")
     parser.add_argument("--output_dir", type=Path, default=Path("evaluation"))
     args = parser.parse_args()
 
@@ -79,7 +80,7 @@ def main():
     p = vae.config.patch_size
     sources = [f"{args.data_dir}/train/{name}:{weight}" for name, weight in TRAIN_WEIGHTS.items()]
     crops = CropBatches(sources, CropSettings([(128, 128, 1.0)], 2**20, seed=1))
-    pca = PatchPCA(p, vae.config.latent_channels, make_dataloader(crops, range(40), num_workers=0))
+    pca = PatchPCA(p, vae.config.latent_channels, make_dataloader(crops, range(args.pca_batches), num_workers=0))
 
     args.output_dir.mkdir(parents=True, exist_ok=True)
     print("| test set | pictures | PSNR | PCA | gain | SSIM | PCA | border/inner error |")

@@ -18,7 +18,7 @@ from PIL import Image
 
 from vitok_hf import AutoencoderViTok
 from vitok_hf.evaluation.metrics import psnr, ssim
-from vitok_hf.evaluation.reconstruction import reconstruct, save_comparison, side_by_side
+from vitok_hf.evaluation.reconstruction import fold_frames, reconstruct, save_comparison, side_by_side
 from vitok_hf.training.data import VIDEO_SUFFIXES, list_files, load_image
 
 
@@ -61,7 +61,7 @@ def reconstruct_video(vae: AutoencoderViTok, path: Path, output_dir: Path) -> No
             video = torch.stack(clip).permute(3, 0, 1, 2)[None]  # (1, 3, T, H, W)
             reconstruction, elapsed = timed_reconstruction(vae, video)
             seconds += elapsed
-            pair = [x[0].transpose(0, 1) for x in (video, reconstruction)]  # (T, 3, H, W)
+            pair = [fold_frames(x) for x in (video, reconstruction)]  # (T, 3, H, W)
             scores.append((psnr(pair[1], pair[0]), ssim(pair[1], pair[0])))
             if stream is None:
                 stream = sink.add_stream("libx264", rate=rate, options={"crf": "14"})

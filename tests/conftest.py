@@ -2,6 +2,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState, GradientState
 
 from vitok_hf import AutoencoderViTok
 
@@ -33,6 +34,14 @@ ARCHITECTURES = {
     "video": TINY | {"temporal_patch_size": 2, "sample_frames": 4},
     "everything": TINY | {"qk_norm": True, "layer_scale_init": 0.5, "use_bias": True},
 }
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    """Accelerate keeps its settings for the life of a process; every test starts without."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
 
 
 @pytest.fixture(params=ARCHITECTURES)

@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import av
 import numpy as np
 import pytest
@@ -19,10 +21,9 @@ from vitok_hf.training.data import (
 )
 
 
-@pytest.fixture(scope="module")
-def video(tmp_path_factory):
+def write_video(path: Path) -> None:
     """50 frames at 25 a second; frame i has brightness 5 i."""
-    path = tmp_path_factory.mktemp("video") / "ramp.mp4"
+    path.parent.mkdir(exist_ok=True)
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=25, options={"crf": "1"})
         stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
@@ -30,6 +31,12 @@ def video(tmp_path_factory):
             picture = np.full((48, 64, 3), 5 * index, dtype=np.uint8)
             container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
         container.mux(stream.encode())
+
+
+@pytest.fixture(scope="module")
+def video(tmp_path_factory):
+    path = tmp_path_factory.mktemp("video") / "ramp.mp4"
+    write_video(path)
     return path
 
 

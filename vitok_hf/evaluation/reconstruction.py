@@ -44,11 +44,16 @@ def reconstruct(vae, images: torch.Tensor) -> torch.Tensor:
     return sample.view(images.shape) if images.ndim == 4 else sample
 
 
+def fold_frames(images: torch.Tensor) -> torch.Tensor:
+    """(B, C, T, H, W) -> (B * T, C, H, W); pictures stay as they are."""
+    return images.transpose(1, 2).flatten(0, 1) if images.ndim == 5 else images
+
+
 def evaluate_reconstruction(vae, images: torch.Tensor, batch_size: int = 4) -> tuple[dict[str, float], torch.Tensor]:
-    """Mean PSNR (dB) and SSIM over uint8 pictures (N, 3, H, W), and their reconstructions (N, 3, H, W)."""
+    """Mean PSNR (dB) and SSIM over the frames of (N, 3, [T,] H, W) uint8, and its reconstruction."""
     reconstructions = torch.cat([reconstruct(vae, batch) for batch in images.split(batch_size)])
-    metrics = {"psnr": psnr(reconstructions, images), "ssim": ssim(reconstructions, images)}
-    return {name: values.mean().item() for name, values in metrics.items()}, reconstructions
+    pair = fold_frames(reconstructions), fold_frames(images)
+    return {"psnr": psnr(*pair).mean().item(), "ssim": ssim(*pair).mean().item()}, reconstructions
 
 
 def side_by_side(images: torch.Tensor, reconstructions: torch.Tensor) -> torch.Tensor:
@@ -57,9 +62,10 @@ def side_by_side(images: torch.Tensor, reconstructions: torch.Tensor) -> torch.T
 
 
 def save_comparison(path: str | Path, images: torch.Tensor, reconstructions: torch.Tensor) -> None:
-    """Saves pictures (B, 3, H, W) uint8 in a column, each beside its reconstruction."""
+    """Saves pictures or frames, (B, 3, [T,] H, W) uint8, in a column, each beside its reconstruction."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(side_by_side(images, reconstructions).flatten(0, 1).numpy()).save(path)
+    column = side_by_side(fold_frames(images), fold_frames(reconstructions)).flatten(0, 1)
+    Image.fromarray(column.numpy()).save(path)
 
 
 def patch_border_ratio(images: torch.Tensor, reconstructions: torch.Tensor, patch_size: int) -> float:

@@ -24,8 +24,8 @@ from .losses import ReconstructionLoss
 logger = logging.getLogger(__name__)
 
 
-def _list(help: str, **kwargs):
-    return field(default_factory=list, metadata={"help": help, "nargs": "*", **kwargs})
+def _list(help: str):
+    return field(default_factory=list, metadata={"help": help, "nargs": "*"})
 
 
 def _arg(default, help: str):
@@ -34,11 +34,11 @@ def _arg(default, help: str):
 
 @dataclass
 class TrainingArguments:
-    """Settings of a run of `train_autoencoder`; the command line of `examples/train_vitok.py`."""
+    """Settings of `AutoencoderTrainer`; the command line of `examples/train_vitok.py`."""
 
     output_dir: str = _arg("vitok-output", "Folder of checkpoints, samples and metrics.jsonl.")
     train_data: list[str] = _list("Folders or files of pictures and videos, each with an optional weight: DIR:0.5.")
-    eval_data: list[str] = _list("Folders of held-out pictures; PSNR and SSIM of each are logged.")
+    eval_data: list[str] = _list("Folders of held-out pictures (video models: videos) for PSNR and SSIM.")
     stage: int = _arg(1, "1: encoder and decoder, reconstruction and KL losses.")
     variant: str | None = _arg(None, 'Architecture by name, as "S-B/16", with random weights.')
     model_config: str | None = _arg(None, "Architecture by a diffusers config.json, with random weights.")
@@ -51,7 +51,7 @@ class TrainingArguments:
     cache_gib: float = _arg(1.0, "Memory for decoded pictures in each worker, GiB.")
     num_workers: int = _arg(1, "Processes that cut crops.")
     max_steps: int = _arg(100_000, "Optimiser steps.")
-    max_minutes: float | None = _arg(None, "Save a checkpoint and stop after this time; resume to go on.")
+    max_minutes: float | None = _arg(None, "Save a checkpoint and stop after this time, to be resumed.")
     learning_rate: float = _arg(1e-4, "Peak learning rate.")
     warmup_steps: int = _arg(1000, "Steps of linear warm-up; a cosine to 0 at max_steps follows.")
     adam_beta1: float = _arg(0.9, "AdamW beta 1.")
@@ -86,6 +86,8 @@ class TrainingArguments:
         }
         if sum(value is not None for value in sources.values()) != 1:
             raise ValueError(f"Set exactly one of {', '.join(sources)}, but they are {sources}.")
+        if self.latent_channels is not None and self.pretrained_model_name_or_path is not None:
+            raise ValueError(f"`latent_channels` {self.latent_channels} cannot be changed in a pretrained model.")
         if not self.train_data:
             raise ValueError("`train_data` is empty: name at least one folder of pictures or videos.")
         for name in ("max_steps", "pixels_per_batch", "gradient_accumulation_steps", "log_every", "eval_every"):
@@ -104,10 +106,11 @@ def learning_rate_at(step: int, args: TrainingArguments) -> float:
 def load_model(args: TrainingArguments) -> AutoencoderViTok:
     overrides = {} if args.latent_channels is None else {"latent_channels": args.latent_channels}
     if args.pretrained_model_name_or_path is not None:
-        return AutoencoderViTok.from_pretrained(args.pretrained_model_name_or_path, **overrides)
+        return AutoencoderViTok.from_pretrained(args.pretrained_model_name_or_path)
     if args.variant is not None:
         return AutoencoderViTok.from_variant(args.variant, **overrides)
-    return AutoencoderViTok.from_config(json.loads(Path(args.model_config).read_text()) | overrides)
+    config = json.loads(Path(args.model_config).read_text()) | overrides
+    return AutoencoderViTok(**{name: value for name, value in config.items() if not name.startswith("_")})
 
 
 class Window:
@@ -151,7 +154,7 @@ class AutoencoderTrainer:
             vae.compile_repeated_blocks(fullgraph=True, dynamic=True)
         self.ema = None
         if args.ema_decay is not None:
-            self.ema = EMAModel(vae.parameters(), decay=args.ema_decay, model_cls=type(vae), model_config=vae.config)
+            self.ema = EMAModel(vae.parameters(), decay=args.ema_decay)
             self.ema.to(self.accelerator.device)
         optimizer = torch.optim.AdamW(
             vae.parameters(),
@@ -179,7 +182,10 @@ class AutoencoderTrainer:
         )
         self.dataset = CropBatches(args.train_data, settings, int(args.cache_gib * 2**30))
         self.eval_images = {
-            Path(path).name: load_evaluation_images(path, args.eval_size, args.eval_limit) for path in args.eval_data
+            Path(path).name: load_evaluation_images(
+                path, args.eval_size, args.eval_limit, vae.config.sample_frames, args.fps
+            )
+            for path in args.eval_data
         }
         set_seed(args.seed, device_specific=True)  # posterior samples differ between processes
         self.step = self._resume() if args.resume_from_checkpoint else 0
@@ -200,8 +206,7 @@ class AutoencoderTrainer:
             group["lr"] = learning_rate_at(self.step, self.args)
         with self.accelerator.accumulate(self.model):
             target = to_float(pixels.to(self.accelerator.device, non_blocking=True))
-            with self.accelerator.autocast():
-                output = self.model(target, sample_posterior=True)
+            output = self.model(target, sample_posterior=True)
             loss, logs = self.loss(output.sample, target, output.kl, self._latents_per_item(target))
             self.accelerator.backward(loss)
             if self.accelerator.sync_gradients:
@@ -228,9 +233,9 @@ class AutoencoderTrainer:
             if not self.accelerator.sync_gradients:
                 continue
             bar.update()
-            finished = self.step == args.max_steps
-            stop = finished or (args.max_minutes is not None and time.monotonic() - began > 60 * args.max_minutes)
+            finished = stop = self.step == args.max_steps
             if self.step % args.log_every == 0:
+                stop = stop or self._out_of_time(began)
                 logs = window.means(self.accelerator) | {"learning_rate": learning_rate_at(self.step - 1, args)}
                 bar.set_postfix(
                     loss=f"{logs['loss']:.5f}", megapixels_per_second=f"{logs['megapixels_per_second']:.2f}"
@@ -247,6 +252,13 @@ class AutoencoderTrainer:
         bar.close()
         if saved_at is None:
             logger.warning("Nothing to train: the checkpoint is at step %d of %d.", self.step, args.max_steps)
+
+    def _out_of_time(self, began: float) -> bool:
+        """The same answer on every process, for clocks differ."""
+        if self.args.max_minutes is None:
+            return False
+        out_of_time = time.monotonic() - began > 60 * self.args.max_minutes
+        return bool(self.accelerator.reduce(torch.tensor(out_of_time, device=self.accelerator.device).int()) > 0)
 
     def _log(self, values: dict[str, float]) -> None:
         if self.accelerator.is_main_process:
@@ -273,7 +285,7 @@ class AutoencoderTrainer:
         for label, weights in {"": nullcontext, "_ema": self._ema_weights if self.ema else None}.items():
             if weights is None:
                 continue
-            with weights(), self.accelerator.autocast():
+            with weights():
                 for name, images in self.eval_images.items():
                     metrics, reconstructions = evaluate_reconstruction(vae, images)
                     results |= {f"{name}{label}_{metric}": value for metric, value in metrics.items()}

@@ -175,7 +175,12 @@ class CropBatches(Dataset):
 def make_dataloader(dataset: Dataset, indices: range, num_workers: int) -> DataLoader:
     """Yields the batches `indices` in this order; every process passes its own."""
     return DataLoader(
-        dataset, batch_size=None, sampler=indices, num_workers=num_workers, prefetch_factor=4 if num_workers else None
+        dataset,
+        batch_size=None,
+        sampler=indices,
+        num_workers=num_workers,
+        prefetch_factor=4 if num_workers else None,
+        generator=torch.Generator(),  # else it draws a number from the generator of the training run
     )
 
 
@@ -188,9 +193,16 @@ def resize_and_crop(image: np.ndarray, size: int) -> np.ndarray:
     return resize(image, (size, size), box)
 
 
-def load_evaluation_images(path: str | Path, size: int, limit: int) -> torch.Tensor:
-    """At most `limit` pictures of a folder, evenly spaced in its sorted list: (N, 3, size, size) uint8."""
-    files = list_files(path, IMAGE_SUFFIXES)
+def load_evaluation_images(
+    path: str | Path, size: int, limit: int, num_frames: int = 1, fps: float | None = None
+) -> torch.Tensor:
+    """At most `limit` pictures of a folder, evenly spaced in its sorted list: (N, 3, size, size) uint8.
+
+    With `num_frames` > 1, the first clip of as many videos: (N, 3, num_frames, size, size).
+    """
+    files = list_files(path, IMAGE_SUFFIXES if num_frames == 1 else VIDEO_SUFFIXES)
     files = [files[index] for index in np.linspace(0, len(files) - 1, min(limit, len(files))).round().astype(int)]
-    images = np.stack([resize_and_crop(load_image(file), size) for file in files])
-    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
+    clips = [load_image(file)[None] if num_frames == 1 else load_clip(file, 0.0, num_frames, fps) for file in files]
+    clips = np.stack([np.stack([resize_and_crop(frame, size) for frame in clip]) for clip in clips])
+    clips = torch.from_numpy(clips).permute(0, 4, 1, 2, 3).contiguous()  # (N, 3, T, size, size)
+    return clips.squeeze(2) if num_frames == 1 else clips

@@ -4,6 +4,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from ..evaluation.reconstruction import fold_frames
+
 
 logger = logging.getLogger(__name__)
 
@@ -65,8 +67,7 @@ class ReconstructionLoss(nn.Module):
             logs["l1"] = F.l1_loss(sample, target)
             loss = loss + self.l1_weight * logs["l1"]
         if self.lpips is not None:
-            pictures = [x.transpose(1, 2).flatten(0, 1) if x.ndim == 5 else x for x in (sample, target)]
-            logs["lpips"] = self.lpips(*pictures).mean()
+            logs["lpips"] = self.lpips(fold_frames(sample), fold_frames(target)).mean()
             loss = loss + self.lpips_weight * logs["lpips"]
         if kl is not None:
             logs["kl"] = kl.float().mean() / latents_per_item

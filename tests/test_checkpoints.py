@@ -1,0 +1,80 @@
+import json
+
+import pytest
+import torch
+
+import vitok_hf
+from tests.conftest import ASSETS
+from vitok_hf import AutoencoderViTok, checkpoints
+from vitok_hf.evaluation.reconstruction import evaluate_reconstruction, patch_border_ratio, reconstruct_in_tiles
+from vitok_hf.training.data import list_files, load_evaluation_images, load_image
+
+
+def test_list():
+    assert "vitok-tiny-f8x8" in vitok_hf.list_bundled()
+
+
+def test_other_names_are_left_to_diffusers(tmp_path):
+    assert checkpoints.resolve_bundled("owner/name") == "owner/name"
+    assert checkpoints.resolve_bundled(tmp_path) == tmp_path
+
+
+# what the checkpoint reaches at 256 pixels, in dB
+PSNR = {"astronaut": 0.0, "chelsea": 0.0, "coffee": 0.0, "rocket": 0.0}
+
+
+@pytest.fixture(scope="module")
+def vae():
+    return AutoencoderViTok.from_pretrained("vitok-tiny-f8x8")
+
+
+class TestTiny:
+    def test_files(self):
+        folder = checkpoints.resolve_bundled("vitok-tiny-f8x8")
+        assert {path.name for path in folder.iterdir()} >= {"README.md", "config.json"}
+        assert sum(path.stat().st_size for path in folder.iterdir()) < 30 * 2**20
+        config = json.loads((folder / "config.json").read_text())
+        assert len(config["latents_mean"]) == len(config["latents_std"]) == config["latent_channels"] == 8
+
+    def test_needs_no_network(self, monkeypatch):
+        import socket
+
+        def refuse(*args, **kwargs):
+            raise AssertionError("a connection was tried")
+
+        monkeypatch.setattr(socket.socket, "connect", refuse)
+        monkeypatch.setattr(socket, "getaddrinfo", refuse)
+        AutoencoderViTok.from_pretrained("vitok-tiny-f8x8")
+
+    @pytest.mark.parametrize("name", ["astronaut", "chelsea", "coffee", "rocket"])
+    def test_reconstructs_photographs(self, vae, name):
+        (file,) = [file for file in list_files(ASSETS) if file.stem == name]
+        image = load_evaluation_images(file, 256, 1)
+        metrics, _ = evaluate_reconstruction(vae, image)
+        assert metrics["psnr"] > PSNR[name] - 0.1
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_half_precision_costs_little(self, vae, dtype):
+        images = load_evaluation_images(ASSETS, 256, 4)
+        half = AutoencoderViTok.from_pretrained("vitok-tiny-f8x8", torch_dtype=dtype)
+        difference = evaluate_reconstruction(vae, images)[0]["psnr"] - evaluate_reconstruction(half, images)[0]["psnr"]
+        assert abs(difference) < 0.3
+
+    def test_latents_have_the_recorded_statistics(self, vae):
+        images = load_evaluation_images(ASSETS, 256, 4).float() / 127.5 - 1.0
+        with torch.no_grad():
+            latents = vae.encode(images).latent_dist.mode()
+        mean, std = (torch.tensor(vae.config[name]).view(1, -1, 1, 1) for name in ("latents_mean", "latents_std"))
+        normalized = (latents - mean) / std
+        assert normalized.mean().abs() < 0.3
+        assert 0.6 < normalized.std() < 1.6
+
+    def test_quality_does_not_depend_on_the_size(self, vae):
+        image = torch.from_numpy(load_image(ASSETS / "astronaut.png").copy()).permute(2, 0, 1)[None]
+        psnr = {}
+        for height, width in ((64, 64), (256, 256), (512, 512), (128, 512)):
+            tiles = reconstruct_in_tiles(vae, image, height, width, batch_size=max(1, 2**18 // (height * width)))
+            error = (tiles.double() - image.double()).square().mean()
+            psnr[height, width] = (10 * torch.log10(255**2 / error)).item()
+            assert patch_border_ratio(image, tiles, 8) < 1.15
+        assert min(psnr.values()) > psnr[64, 64] - 0.2

@@ -1,0 +1,141 @@
+"""Runs the scripts of examples/ as a user would."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.conftest import ASSETS, TINY, make_vae
+from tests.training.test_data import write_video
+from vitok_hf import AutoencoderViTok
+
+
+EXAMPLES = ASSETS.parent
+
+
+@pytest.fixture
+def run_example(monkeypatch, capsys, tmp_path):
+    def run(name: str, *arguments) -> str:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.syspath_prepend(str(EXAMPLES))
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+        return capsys.readouterr().out
+
+    return run
+
+
+@pytest.fixture
+def model(tmp_path):
+    make_vae("v1").save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+class TestReconstruct:
+    def test_default(self, run_example, tmp_path):
+        out = run_example("reconstruct.py")
+        assert "24:1" in out and "astronaut.png: 512x512  PSNR" in out
+        assert float(out.split("PSNR ")[1].split(" dB")[0]) > 25.0
+        assert Image.open(tmp_path / "reconstructions" / "astronaut_comparison.png").size == (1024, 512)
+
+    def test_folder_and_padding(self, run_example, model, tmp_path):
+        out = run_example("reconstruct.py", "--input", ASSETS, "--model", model, "--output_dir", "out")
+        assert "chelsea.png: 451x300 (padded)" in out and "rocket.jpg" in out
+        assert Image.open(tmp_path / "out" / "chelsea_reconstruction.png").size == (451, 300)
+
+    @pytest.mark.parametrize("architecture", ["v1", "video"])
+    def test_video(self, run_example, tmp_path, architecture):
+        write_video(tmp_path / "ramp.mp4")
+        make_vae(architecture, sample_size=16).save_pretrained(tmp_path / "model")
+        out = run_example("reconstruct.py", "--input", "ramp.mp4", "--model", "model", "--output_dir", "out")
+        assert "ramp.mp4, 50 frames: 64x48  PSNR" in out
+        with av.open(str(tmp_path / "out" / "ramp_comparison.mp4")) as container:
+            frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+        assert len(frames) == 50 and frames[0].shape == (48, 128, 3)
+        assert abs(frames[30][:, :60].mean() - 150) < 4  # the original is on the left
+
+
+def test_train_and_export(run_example, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(TINY))
+    run_example(
+        *("train_vitok.py", "--stage", 1, "--model_config", "config.json", "--train_data", f"{ASSETS}:2"),
+        *("--sizes", "16:2", "8x32", "--pixels_per_batch", 1024, "--max_steps", 2, "--num_workers", 1),
+        *("--lpips_weight", 0, "--output_dir", "run"),
+    )
+    run_example(
+        *("export_checkpoint.py", "--model", "run/checkpoint-2/vae", "--train_data", ASSETS),
+        *("--num_batches", 2, "--size", 64, "--output_dir", "exported"),
+    )
+    vae = AutoencoderViTok.from_pretrained(tmp_path / "exported")
+    assert len(vae.config.latents_mean) == len(vae.config.latents_std) == 4
+    assert min(vae.config.latents_std) > 0
+
+
+@pytest.mark.parametrize("options", [(), ("--train",)])
+def test_benchmark(run_example, options):
+    arguments = ("--variant", "w32_d1_h2-w32_d1_h2/1x8x4", "--size", 32, "--batch_size", 1, "--rounds", 2)
+    out = run_example("benchmark.py", *arguments, "--peer_rounds", 1, "--no_compile", *options)
+    assert "floor" in out and "x floor" in out.split("eager")[1]
+    assert ("times faster" in out) == (not options)
+
+
+def test_evaluate_demo(run_example, model, tmp_path):
+    rng = np.random.default_rng(0)
+    for split in ("train", "test"):
+        for name in ("film", "photos", "clip", "emoji"):
+            folder = tmp_path / "data" / split / name
+            folder.mkdir(parents=True)
+            coarse = rng.integers(0, 256, (18, 18, 3), dtype=np.uint8)
+            Image.fromarray(coarse).resize((576, 576)).save(folder / "x.png")
+    out = run_example("evaluate_demo.py", "--model", model, "--data_dir", "data", "--limit", 2, "--pca_batches", 1)
+    rows = [line for line in out.splitlines() if line.startswith("| emoji, 64 px")]
+    cells = [cell.strip() for cell in rows[0].strip("|").split("|")]
+    assert float(cells[2]) - float(cells[3]) == pytest.approx(float(cells[4]), abs=0.02)
+    assert "| photos, 1 crops of 512 px |" in out
+    assert Image.open(Path("evaluation") / "film_256.png").size == (3 * 256, 256)
+
+
+class TestDemoData:
+    @pytest.fixture(autouse=True)
+    def examples_on_the_path(self, monkeypatch):
+        monkeypatch.syspath_prepend(str(EXAMPLES))
+
+    def test_splits_do_not_overlap(self):
+        import prepare_demo_data as demo
+
+        photos = demo.photo_rows()
+        assert len(photos) == len({path for _, path in photos}) == 61
+        assert sum(row["split"] == "test" for row, _ in photos) == 15
+        open_ones = [row for row, _ in photos if row["split"] == "train" and demo.OPEN_LICENCE.match(row["licence"])]
+        assert len(open_ones) == 9
+        assert not any("SA" in row["licence"] or "GPL" in row["licence"] for row in open_ones)
+
+    def test_codes(self):
+        from demo_data.emoji import SKIN_TONES, normal_code, squash
+
+        assert normal_code("1f44b-1f3ff-fe0f") == "1F44B-1F3FF"
+        assert normal_code("1f44b-1f3ff", dropped=SKIN_TONES) == "1F44B"
+        assert squash("Mrs. Claus") == squash("mrs-claus")
+
+    def test_drawings_are_put_on_white(self, tmp_path):
+        pytest.importorskip("resvg_py")
+        from demo_data.emoji import render_emoji
+
+        square = b'<rect width="1" height="1" fill="#f00"/>'
+        svg = b'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 2 1">' + square + b"</svg>"
+        assert render_emoji((svg, tmp_path / "x.png", 8)) is None
+        picture = Image.open(tmp_path / "x.png")
+        assert picture.size == (8, 8)
+        assert picture.getpixel((1, 4)) == (255, 0, 0) and picture.getpixel((6, 4)) == (255, 255, 255)
+        assert "empty" in render_emoji((svg.replace(b"#f00", b"#fff"), tmp_path / "y.png", 8))
+
+    def test_missing_tools_are_named(self, tmp_path, monkeypatch):
+        from demo_data.download import run
+
+        with pytest.raises(ValueError, match="'emoji' cannot be built: the program 'no-such-tool'.*--sets"):
+            run("emoji", ["no-such-tool"], tmp_path)
