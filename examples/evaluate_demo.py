@@ -71,12 +71,14 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="vitok-tiny-f8x8", help="what `from_pretrained` takes")
     parser.add_argument("--data_dir", type=Path, required=True, help="output of prepare_demo_data.py")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--limit", type=int, default=200, help="pictures a set")
     parser.add_argument("--pca_batches", type=int, default=40, help="batches of 2 ** 20 training pixels for PCA")
     parser.add_argument("--output_dir", type=Path, default=Path("evaluation"))
     args = parser.parse_args()
 
-    vae = AutoencoderViTok.from_pretrained(args.model).to(PartialState().default_device)
+    vae = AutoencoderViTok.from_pretrained(args.model, torch_dtype=getattr(torch, args.dtype))
+    vae = vae.to(PartialState().default_device)
     p = vae.config.patch_size
     sources = [f"{args.data_dir}/train/{name}:{weight}" for name, weight in TRAIN_WEIGHTS.items()]
     crops = CropBatches(sources, CropSettings([(128, 128, 1.0)], 2**20, seed=1))
@@ -94,7 +96,7 @@ def main():
     print("\n| full-resolution crops | " + " | ".join(f"{height}x{width}" for height, width in TILES) + " |")
     print("|---|" + "---|" * len(TILES))
     for name in ("film", "photos"):
-        images = full_resolution_crops(args.data_dir / "test" / name, 512, 16)
+        images = full_resolution_crops(args.data_dir / "test" / name, 512, 8)
         cells = []
         for height, width in TILES:
             tiles = reconstruct_in_tiles(vae, images, height, width, batch_size=max(1, 2**18 // (height * width)))

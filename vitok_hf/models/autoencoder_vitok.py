@@ -147,19 +147,9 @@ class AutoencoderViTok(ModelMixin, AutoencoderMixin, AttentionMixin, ConfigMixin
         latent_norm: bool = False,
     ):
         super().__init__()
-        self._check_config()
         # Without a time axis in the rotary embedding, frames must not attend to each other.
         self.is_image_model = temporal_patch_size == 1 and sample_frames == 1
-        for tower, (size, heads) in {
-            "encoder": (encoder_hidden_size, encoder_num_attention_heads),
-            "decoder": (decoder_hidden_size, decoder_num_attention_heads),
-        }.items():
-            if size % heads:
-                raise ValueError(
-                    f"`{tower}_hidden_size` {size} must be divisible by `{tower}_num_attention_heads` {heads}."
-                )
-            split_rotary_pairs(size // heads, 2 if self.is_image_model else 3)
-
+        self._check_config()
         pixels = in_channels * temporal_patch_size * patch_size**2
         block_kwargs = {
             "parallel": parallel_blocks,
@@ -193,8 +183,15 @@ class AutoencoderViTok(ModelMixin, AutoencoderMixin, AttentionMixin, ConfigMixin
     def _check_config(self):
         config = self.config
         for name, value in config.items():
-            if isinstance(value, int) and not isinstance(value, bool) and not name.startswith("_") and value < 1:
+            if name.endswith(("_size", "_channels", "_layers", "_heads", "_frames")) and value < 1:
                 raise ValueError(f"`{name}` must be positive, but is {value}.")
+        for tower in ("encoder", "decoder"):
+            size, heads = config[f"{tower}_hidden_size"], config[f"{tower}_num_attention_heads"]
+            if size % heads:
+                raise ValueError(
+                    f"`{tower}_hidden_size` {size} must be divisible by `{tower}_num_attention_heads` {heads}."
+                )
+            split_rotary_pairs(size // heads, 2 if self.is_image_model else 3)
         for name in ("latents_mean", "latents_std"):
             if config[name] is not None and len(config[name]) != config.latent_channels:
                 raise ValueError(
