@@ -9,9 +9,12 @@ the last rows and columns, and cropped back.
 
 import argparse
 import time
+from fractions import Fraction
+from itertools import islice
 from pathlib import Path
 
 import av
+import numpy as np
 import torch
 from accelerate import PartialState
 from PIL import Image
@@ -22,85 +25,100 @@ from vitok_hf.evaluation.reconstruction import fold_frames, reconstruct, save_co
 from vitok_hf.training.data import VIDEO_SUFFIXES, list_files, load_image
 
 
+class VideoWriter:
+    """Writes (T, H, W, 3) uint8 frames to an mp4 file; h264 wants even sides, so odd ones get a row or column more."""
+
+    def __init__(self, path: Path, rate: Fraction):
+        self.container = av.open(str(path), "w")
+        self.stream = self.container.add_stream("libx264", rate=rate, options={"crf": "14"})
+        self.stream.pix_fmt = "yuv420p"
+
+    def write(self, frames: torch.Tensor) -> None:
+        odd = [(0, 0), *((0, side % 2) for side in frames.shape[1:3]), (0, 0)]
+        pictures = np.pad(frames.numpy(), odd, mode="edge")
+        if not self.stream.codec_context.is_open:
+            self.stream.height, self.stream.width = pictures.shape[1:3]
+        for picture in pictures:
+            self.container.mux(self.stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+
+    def close(self) -> None:
+        self.container.mux(self.stream.encode())
+        self.container.close()
+
+
 def timed_reconstruction(vae: AutoencoderViTok, images: torch.Tensor) -> tuple[torch.Tensor, float]:
     began = time.perf_counter()
     reconstructions = reconstruct(vae, images)  # on the CPU, hence complete
     return reconstructions, time.perf_counter() - began
 
 
-def report(
-    name: str, size: tuple[int, int], scores: list[torch.Tensor], seconds: float, vae: AutoencoderViTok
-) -> None:
-    p = vae.spatial_compression_ratio
-    padded = " (padded)" if size[0] % p or size[1] % p else ""
-    means = [torch.cat(values).mean().item() for values in zip(*scores)]
-    print(f"{name}: {size[1]}x{size[0]}{padded}  PSNR {means[0]:.2f} dB  SSIM {means[1]:.4f}  {seconds:.2f} s")
+def report(name: str, size: torch.Size, scores: list[tuple[torch.Tensor, ...]], seconds: float, p: int) -> None:
+    height, width = size
+    padded = " (padded)" if height % p or width % p else ""
+    mean_psnr, mean_ssim = (torch.cat(values).mean() for values in zip(*scores))
+    print(f"{name}: {width}x{height}{padded}  PSNR {mean_psnr:.2f} dB  SSIM {mean_ssim:.4f}  {seconds:.2f} s")
 
 
-def reconstruct_image(vae: AutoencoderViTok, path: Path, output_dir: Path) -> None:
+def reconstruct_image(vae: AutoencoderViTok, path: Path, target: str) -> None:
     image = torch.from_numpy(load_image(path).copy()).permute(2, 0, 1)[None]  # (1, 3, H, W)
     reconstruction, seconds = timed_reconstruction(vae, image)
-    Image.fromarray(reconstruction[0].permute(1, 2, 0).numpy()).save(output_dir / f"{path.stem}_reconstruction.png")
-    save_comparison(output_dir / f"{path.stem}_comparison.png", image, reconstruction)
-    report(path.name, image.shape[2:], [(psnr(reconstruction, image), ssim(reconstruction, image))], seconds, vae)
+    Image.fromarray(reconstruction[0].permute(1, 2, 0).numpy()).save(f"{target}_reconstruction.png")
+    save_comparison(f"{target}_comparison.png", image, reconstruction)
+    scores = [(psnr(reconstruction, image), ssim(reconstruction, image))]
+    report(path.name, image.shape[2:], scores, seconds, vae.spatial_compression_ratio)
 
 
-def reconstruct_video(vae: AutoencoderViTok, path: Path, output_dir: Path) -> None:
+def reconstruct_video(vae: AutoencoderViTok, path: Path, target: str) -> None:
     """Clip by clip, so that the memory does not grow with the length of the video."""
-    clip_frames = max(8 if vae.is_image_model else vae.config.sample_frames, vae.temporal_compression_ratio)
-    scores, seconds, clip = [], 0.0, []
-    target = output_dir / f"{path.stem}_comparison.mp4"
-    with av.open(str(path)) as source, av.open(str(target), "w") as sink:
+    clip_frames = 8 if vae.is_image_model else max(vae.config.sample_frames, vae.temporal_compression_ratio)
+    scores, seconds = [], 0.0
+    with av.open(str(path)) as source:
         rate = source.streams.video[0].average_rate
-        stream = None
-        frames = source.decode(video=0)
-        while True:
-            clip = [torch.from_numpy(frame.to_ndarray(format="rgb24")) for _, frame in zip(range(clip_frames), frames)]
-            if not clip:
-                break
+        writers = [VideoWriter(Path(f"{target}_{name}.mp4"), rate) for name in ("reconstruction", "comparison")]
+        frames = (torch.from_numpy(frame.to_ndarray(format="rgb24")) for frame in source.decode(video=0))
+        while clip := list(islice(frames, clip_frames)):
             video = torch.stack(clip).permute(3, 0, 1, 2)[None]  # (1, 3, T, H, W)
             reconstruction, elapsed = timed_reconstruction(vae, video)
             seconds += elapsed
-            pair = [fold_frames(x) for x in (video, reconstruction)]  # (T, 3, H, W)
-            scores.append((psnr(pair[1], pair[0]), ssim(pair[1], pair[0])))
-            if stream is None:
-                stream = sink.add_stream("libx264", rate=rate, options={"crf": "14"})
-                stream.height, stream.width = (side // 2 * 2 for side in (video.shape[3], 2 * video.shape[4]))
-                stream.pix_fmt = "yuv420p"
-            for picture in side_by_side(*pair)[:, : stream.height].numpy():
-                sink.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
-        if stream is None:
-            raise ValueError(f'"{path}" holds no video frames.')
-        sink.mux(stream.encode())
-    report(f"{path.name}, {sum(len(score) for score, _ in scores)} frames", video.shape[3:], scores, seconds, vae)
+            pair = fold_frames(video), fold_frames(reconstruction)  # (T, 3, H, W)
+            scores.append((psnr(*pair), ssim(*pair)))
+            writers[0].write(pair[1].permute(0, 2, 3, 1))
+            writers[1].write(side_by_side(*pair))
+        for writer in writers:
+            writer.close()
+    if not scores:
+        raise ValueError(f'"{path}" holds no video frames.')
+    name = f"{path.name}, {sum(len(values) for values, _ in scores)} frames"
+    report(name, video.shape[3:], scores, seconds, vae.spatial_compression_ratio)
 
 
 def main():
     assets = Path(__file__).parent / "assets"
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--input", nargs="+", default=[assets / "astronaut.png"], help="pictures, videos, folders")
+    parser.add_argument(
+        "--input", nargs="+", type=Path, default=[assets / "astronaut.png"], help="pictures, videos, folders"
+    )
     parser.add_argument("--model", default="vitok-tiny-f8x8", help="folder, Hub id or bundled name")
     parser.add_argument("--subfolder", help="folder of the model inside --model")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--output_dir", type=Path, default=Path("reconstructions"))
     args = parser.parse_args()
 
-    vae = AutoencoderViTok.from_pretrained(
-        args.model, subfolder=args.subfolder, torch_dtype=getattr(torch, args.dtype)
-    )
+    dtype = getattr(torch, args.dtype)
+    vae = AutoencoderViTok.from_pretrained(args.model, subfolder=args.subfolder, torch_dtype=dtype)
     vae = vae.to(PartialState().default_device)
     config = vae.config
     values = config.in_channels * config.temporal_patch_size * config.patch_size**2
     parameters = sum(parameter.numel() for parameter in vae.parameters()) / 1e6
-    print(
-        f"{args.model}: {parameters:.1f} M parameters; {values} values -> {config.latent_channels} latents, "
-        f"{values / config.latent_channels:g}:1"
-    )
-    args.output_dir.mkdir(parents=True, exist_ok=True)
+    ratio = values / config.latent_channels
+    print(f"{args.model}: {parameters:.1f} M parameters; {values} values become {config.latent_channels}, {ratio:g}:1")
     for path in args.input:
         for file in list_files(path):
+            relative = file.relative_to(path).with_suffix("") if path.is_dir() else Path(file.stem)
+            target = args.output_dir / relative
+            target.parent.mkdir(parents=True, exist_ok=True)
             is_video = file.suffix.lower() in VIDEO_SUFFIXES
-            (reconstruct_video if is_video else reconstruct_image)(vae, file, args.output_dir)
+            (reconstruct_video if is_video else reconstruct_image)(vae, file, str(target))
     print(f"Reconstructions and comparisons (original left) are in {args.output_dir}/")
 
 

@@ -58,6 +58,7 @@ class TestReconstruct:
             frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
         assert len(frames) == 50 and frames[0].shape == (48, 128, 3)
         assert abs(frames[30][:, :60].mean() - 150) < 4  # the original is on the left
+        assert (tmp_path / "out" / "ramp_reconstruction.mp4").stat().st_size > 0
 
 
 def test_train_and_export(run_example, tmp_path):
