@@ -30,7 +30,7 @@ def main():
     settings = CropSettings([(args.size, args.size, 1.0)], 2**20, num_frames=vae.config.sample_frames, flip=False)
     batches = make_dataloader(CropBatches(args.train_data, settings), range(args.num_batches), num_workers=0)
     statistics = latent_statistics(vae, tqdm(batches, desc="latent statistics"))
-    vae.register_to_config(**statistics)
+    vae.register_to_config(_name_or_path=args.output_dir.name, **statistics)  # not the path of the run
     vae.to(getattr(torch, args.dtype)).save_pretrained(args.output_dir)
     for name, values in statistics.items():
         print(name, [round(value, 4) for value in values])

@@ -29,5 +29,5 @@ def test_ssim_agrees_with_scikit_image(pairs):
     options = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False, "data_range": 255}
     expected = [structural_similarity(x.numpy(), y.numpy(), channel_axis=0, **options) for x, y in zip(*pairs)]
     torch.testing.assert_close(
-        ssim(pairs[1], pairs[0]), torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-5
+        ssim(pairs[1], pairs[0]), torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-4
     )
