@@ -124,7 +124,6 @@ class TestDemoData:
         assert squash("Mrs. Claus") == squash("mrs-claus")
 
     def test_drawings_are_put_on_white(self, tmp_path):
-        pytest.importorskip("resvg_py")
         from demo_data.emoji import render_emoji
 
         square = b'<rect width="1" height="1" fill="#f00"/>'

@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig
 from safetensors.torch import load_file
 
 from tests.conftest import TINY, make_input, make_vae
@@ -287,6 +288,14 @@ class TestDiffusers:
         torch.testing.assert_close(vae(x).sample, expected, rtol=1e-4, atol=1e-5)
         vae.unfuse_qkv_projections()
         torch.testing.assert_close(vae(x).sample, expected, rtol=1e-4, atol=1e-5)
+
+    def test_lora(self, vae):
+        x = make_input(vae)
+        expected = vae(x).sample
+        vae.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_out.0"], init_lora_weights=False))
+        assert not torch.allclose(vae(x).sample, expected, atol=1e-3)
+        vae.disable_adapters()
+        torch.testing.assert_close(vae(x).sample, expected)
 
     @pytest.mark.parametrize("backend", ["native", "_native_math"])
     def test_attention_backends(self, vae, backend):
