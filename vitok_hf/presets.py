@@ -18,6 +18,18 @@ V2_ARCHITECTURE = {
     "variational": False,
 }
 V2_MLP_RATIO = 2.67
+V2_OWNER = "philippehansen"
+
+# The published repositories, whose names stand for the variants.
+V2_REPOSITORIES = {
+    f"ViTok-v2-{size}-f{patch_size}x{channels}": f"{towers}/1x{patch_size}x{channels}"
+    for size, towers, patch_size, all_channels in (
+        ("350M", "Ld4-Ld24", 16, (16, 32, 64)),
+        ("5B", "Td4-T", 16, (16, 32, 64)),
+        ("5B", "Td4-T", 32, (64, 128, 256)),
+    )
+    for channels in all_channels
+}
 
 V1_PATTERN = re.compile(r"([A-Z])-([A-Z])/(?:(\d+)x)?(\d+)")
 V2_PATTERN = re.compile(r"([A-Za-z0-9_.]+)-([A-Za-z0-9_.]+)/(\d+)x(\d+)x(\d+)")

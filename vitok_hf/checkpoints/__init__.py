@@ -1,6 +1,8 @@
 """The weights that are installed with the package, one `from_pretrained` folder each."""
 
+import os
 from pathlib import Path
+from typing import Any
 
 
 def list_bundled() -> list[str]:
@@ -14,3 +16,18 @@ def list_bundled() -> list[str]:
 def resolve_bundled(name_or_path):
     """The folder of a bundled checkpoint, or the argument itself if it names none."""
     return Path(__file__).parent / name_or_path if name_or_path in list_bundled() else name_or_path
+
+
+def check_loading_info(info: dict[str, Any], component: str | None, name_or_path: str | os.PathLike) -> None:
+    """Raises `ValueError` if diffusers left weights of the model unset, or weights of the checkpoint unused.
+
+    A model that has one `component` leaves the weights of the other half unused, and they are taken off the list.
+    """
+    other_half = {None: (), "encoder": "decoder.", "decoder": "encoder."}[component]
+    info["unexpected_keys"] = [key for key in info["unexpected_keys"] if not key.startswith(other_half)]
+    for problem in ("missing", "unexpected"):
+        if keys := sorted(info[f"{problem}_keys"]):
+            raise ValueError(
+                f"The weights of {name_or_path} do not fit its config: {len(keys)} tensors are {problem} "
+                f"({', '.join(keys[:5])}{', ...' if keys[5:] else ''}). Use the config that they were saved with."
+            )

@@ -1,10 +1,12 @@
+import itertools
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
-from diffusers.configuration_utils import FrozenDict, register_to_config
+from diffusers.configuration_utils import register_to_config
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.attention import AttentionMixin
 from diffusers.models.autoencoders.vae import AutoencoderMixin, DecoderOutput
@@ -13,66 +15,22 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 from torch.nn import functional as F
 
-from ..checkpoints import resolve_bundled
-from ..presets import variant_to_config
-from .layers import RMSNorm, ViTokBlock, patchify, rotary_embedding, split_rotary_pairs, unpatchify
-from .posterior import ViTokPosterior
+from ..checkpoints import check_loading_info, resolve_bundled
+from ..checkpoints.vitok_v2 import HUB_ARGUMENTS, is_vitok_v2, load_vitok_v2
+from ..presets import V2_PATTERN, variant_to_config
+from .configuration import ViTokConfig, check_config, check_input
+from .layers import ViTokAttention, ViTokTower, patchify, unpatchify
+from .posterior import PosteriorList, ViTokPosterior
 
 
 @dataclass
 class ViTokOutput(DecoderOutput):
-    """The reconstruction `sample`, and `kl`, (B,): the posterior's divergence, summed over all latents of an item."""
+    """The reconstruction `sample`, and `kl`, (B,): the posterior's divergence, summed over all latents of an item.
+
+    For a list of items, `sample` is a list.
+    """
 
     kl: torch.Tensor | None = None
-
-
-class ViTokTower(nn.Module):
-    """Encoder or decoder: linear in, transformer blocks with rotary positions, linear out."""
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        hidden_size: int,
-        num_layers: int,
-        num_heads: int,
-        mlp_ratio: float,
-        final_norm: bool,
-        **block_kwargs: Any,
-    ):
-        super().__init__()
-        self.head_dim = hidden_size // num_heads
-        ff_inner_dim = (int(mlp_ratio * hidden_size) + 8) // 16 * 16
-        self.proj_in = nn.Linear(in_features, hidden_size)
-        self.transformer_blocks = nn.ModuleList(
-            [ViTokBlock(hidden_size, num_heads, ff_inner_dim, **block_kwargs) for _ in range(num_layers)]
-        )
-        self.norm_out = RMSNorm(hidden_size) if final_norm else nn.Identity()
-        self.proj_out = nn.Linear(hidden_size, out_features)
-        self.gradient_checkpointing = False
-
-    def forward(self, tokens: torch.Tensor, grid: tuple[int, ...]) -> torch.Tensor:
-        hidden_states = self.proj_in(tokens)  # (B, L, D)
-        rotary_emb = rotary_embedding(grid, self.head_dim, hidden_states.device, hidden_states.dtype)
-        for block in self.transformer_blocks:
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                hidden_states = self._gradient_checkpointing_func(block, hidden_states, rotary_emb)
-            else:
-                hidden_states = block(hidden_states, rotary_emb)
-        return self.proj_out(self.norm_out(hidden_states))  # (B, L, out_features)
-
-
-class ViTokConfig(FrozenDict):
-    """The constructor's arguments, and what diffusers' pipelines read off the config of a convolutional VAE."""
-
-    force_upcast = False  # bfloat16 and float16 are safe
-
-    @property
-    def block_out_channels(self) -> tuple[int, ...]:
-        """One entry more than there would be halvings of the picture: pipelines take p as 2 ** (length - 1)."""
-        if self.patch_size & (self.patch_size - 1):
-            raise AttributeError(f"patch_size={self.patch_size} is no power of 2, so there are no block_out_channels.")
-        return (self.encoder_hidden_size,) * self.patch_size.bit_length()
 
 
 class AutoencoderViTok(ModelMixin, AutoencoderMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):
@@ -106,11 +64,12 @@ class AutoencoderViTok(ModelMixin, AutoencoderMixin, AttentionMixin, ConfigMixin
         use_bias (`bool`, defaults to `False`): Biases in the linear layers of attention and MLP.
         final_norm (`bool`, defaults to `True`): RMSNorm after the last block of each tower (v1).
         latent_norm (`bool`, defaults to `False`): LayerNorm without weights on the latents of a token (v2).
+        component (`str`, *optional*): `"encoder"` or `"decoder"`: that half alone; the other cannot be used.
 
     Raises:
         ValueError: If a hidden size is not divisible by its number of heads, the head size cannot hold the rotary
-            axes, a size is not positive, `latents_mean` or `latents_std` do not have `latent_channels` entries, or
-            `latent_norm` and `variational` are both set.
+            axes, a size is not positive, `latents_mean` or `latents_std` do not have `latent_channels` entries,
+            `latent_norm` and `variational` are both set, or there is no such `component`.
     """
 
     _supports_gradient_checkpointing = True
@@ -145,11 +104,11 @@ class AutoencoderViTok(ModelMixin, AutoencoderMixin, AttentionMixin, ConfigMixin
         use_bias: bool = False,
         final_norm: bool = True,
         latent_norm: bool = False,
+        component: str | None = None,
     ):
         super().__init__()
-        # Without a time axis in the rotary embedding, frames must not attend to each other.
-        self.is_image_model = temporal_patch_size == 1 and sample_frames == 1
-        self._check_config()
+        check_config(self.config)
+        self.is_image_model = self.config.is_image_model
         pixels = in_channels * temporal_patch_size * patch_size**2
         block_kwargs = {
             "parallel": parallel_blocks,
@@ -157,51 +116,35 @@ class AutoencoderViTok(ModelMixin, AutoencoderMixin, AttentionMixin, ConfigMixin
             "layer_scale_init": layer_scale_init,
             "bias": use_bias,
         }
-        self.encoder = ViTokTower(
-            pixels,
-            latent_channels * (2 if variational else 1),
-            encoder_hidden_size,
-            encoder_num_layers,
-            encoder_num_attention_heads,
-            mlp_ratio,
-            final_norm,
-            **block_kwargs,
-        )
-        self.decoder = ViTokTower(
-            latent_channels,
-            pixels,
-            decoder_hidden_size,
-            decoder_num_layers,
-            decoder_num_attention_heads,
-            mlp_ratio,
-            final_norm,
-            **block_kwargs,
-        )
+        self.encoder = self.decoder = None
+        if component != "decoder":
+            self.encoder = ViTokTower(
+                pixels,
+                latent_channels * (2 if variational else 1),
+                encoder_hidden_size,
+                encoder_num_layers,
+                encoder_num_attention_heads,
+                mlp_ratio,
+                final_norm,
+                normalize_output=latent_norm,
+                **block_kwargs,
+            )
+        if component != "encoder":
+            self.decoder = ViTokTower(
+                latent_channels,
+                pixels,
+                decoder_hidden_size,
+                decoder_num_layers,
+                decoder_num_attention_heads,
+                mlp_ratio,
+                final_norm,
+                **block_kwargs,
+            )
         self.use_slicing = False
         self._init_weights()
 
-    def _check_config(self):
-        config = self.config
-        for name, value in config.items():
-            if name.endswith(("_size", "_channels", "_layers", "_heads", "_frames")) and value < 1:
-                raise ValueError(f"`{name}` must be positive, but is {value}.")
-        for tower in ("encoder", "decoder"):
-            size, heads = config[f"{tower}_hidden_size"], config[f"{tower}_num_attention_heads"]
-            if size % heads:
-                raise ValueError(
-                    f"`{tower}_hidden_size` {size} must be divisible by `{tower}_num_attention_heads` {heads}."
-                )
-            split_rotary_pairs(size // heads, 2 if self.is_image_model else 3)
-        for name in ("latents_mean", "latents_std"):
-            if config[name] is not None and len(config[name]) != config.latent_channels:
-                raise ValueError(
-                    f"`{name}` has {len(config[name])} entries, but `latent_channels` is {config.latent_channels}."
-                )
-        if config.latent_norm and config.variational:
-            raise ValueError("`latent_norm=True` normalises the latents themselves: set `variational=False` with it.")
-
     def _init_weights(self):
-        for tower in (self.encoder, self.decoder):
+        for tower in self.children():
             for name, parameter in tower.named_parameters():
                 if name.endswith("bias"):
                     nn.init.zeros_(parameter)
@@ -240,116 +183,202 @@ class AutoencoderViTok(ModelMixin, AutoencoderMixin, AttentionMixin, ConfigMixin
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> "AutoencoderViTok":
-        """As in diffusers, and for names of bundled checkpoints (`vitok_hf.list_bundled()`), without a network."""
-        return super().from_pretrained(resolve_bundled(pretrained_model_name_or_path), **kwargs)
-
-    def _frames_per_item(self, num_frames: int) -> int:
-        return 1 if self.is_image_model else num_frames
-
-    def _grid(self, frames: int, height: int, width: int) -> tuple[int, ...]:
-        """The axes of the rotary embedding."""
-        return (height, width) if self.is_image_model else (frames, height, width)
-
-    def _check_input(self, name: str, shape: torch.Size, channels: int, steps: tuple[int, int]):
-        q, p = steps
-        if len(shape) not in (4, 5):
-            raise ValueError(f"`{name}` must be (B, C, H, W) or (B, C, T, H, W), but has shape {tuple(shape)}.")
-        if shape[1] != channels:
-            raise ValueError(f"`{name}` must have {channels} channels in dimension 1, but has shape {tuple(shape)}.")
-        if len(shape) == 4 and self.temporal_compression_ratio > 1:
-            raise ValueError(
-                f"`{name}` has shape {tuple(shape)}, but this model compresses {self.temporal_compression_ratio} "
-                "frames into one latent frame: pass a video, (B, C, T, H, W)."
-            )
-        if shape[-1] % p or shape[-2] % p:
-            raise ValueError(
-                f"Height and width must be multiples of patch_size={p}, but are {shape[-2]} x {shape[-1]}: "
-                "pad, crop or resize the input."
-            )
-        if len(shape) == 5 and shape[2] % q:
-            raise ValueError(
-                f"The number of frames must be a multiple of temporal_patch_size={q}, but is {shape[2]}: "
-                "pad or cut the video."
-            )
-        if 0 in shape:
-            raise ValueError(f"`{name}` is empty: it has shape {tuple(shape)}.")
-
-    def _encode(self, video: torch.Tensor) -> torch.Tensor:
-        """(B, C, T, H, W) -> parameters of the posterior, (B, c or 2c, t, h, w)."""
-        q, p = self.temporal_compression_ratio, self.spatial_compression_ratio
-        frames, h, w = self._frames_per_item(video.shape[2]), video.shape[3] // p, video.shape[4] // p
-        tokens = patchify(video, q, p, frames)  # (B * items, L, C * q * p * p)
-        code = self.encoder(tokens, self._grid(frames // q, h, w))  # (B * items, L, c or 2c)
-        if self.config.latent_norm:
-            code = F.layer_norm(code.float(), code.shape[-1:], eps=1e-6).to(code.dtype)
-        return unpatchify(code, (frames // q, h, w), 1, 1, video.shape[2] // frames)
-
-    def _decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """(B, c, t, h, w) -> (B, C, T, H, W)."""
-        q, p = self.temporal_compression_ratio, self.spatial_compression_ratio
-        frames, h, w = self._frames_per_item(latents.shape[2]), latents.shape[3], latents.shape[4]
-        code = patchify(latents, 1, 1, frames)  # (B * items, L, c)
-        tokens = self.decoder(code, self._grid(frames, h, w))  # (B * items, L, C * q * p * p)
-        return unpatchify(tokens, (frames, h, w), q, p, latents.shape[2] // frames)
-
-    def _run(self, function, x: torch.Tensor) -> torch.Tensor:
-        """Applies `function`, which takes 5-D input, to images or videos, in slices if these are on."""
-        video = x.unsqueeze(2) if x.ndim == 4 else x
-        out = torch.cat([function(item) for item in video.split(1)]) if self.use_slicing else function(video)
-        return out.squeeze(2) if x.ndim == 4 else out
-
-    @apply_forward_hook
-    def encode(self, x: torch.Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple[ViTokPosterior]:
-        """Encodes a batch of images or videos.
+        """As in diffusers, and also for bundled checkpoints and for the author's ViTok-v2 weights.
 
         Args:
-            x: (B, C, H, W) or (B, C, T, H, W) in [-1, 1].
+            pretrained_model_name_or_path: A folder or Hub id in diffusers' layout; the name of a bundled checkpoint
+                (`vitok_hf.list_bundled()`), which needs no network; or a folder or Hub id with the author's
+                `encoder.safetensors` and `decoder.safetensors`.
+            component (`str`, *optional*): `"encoder"` or `"decoder"`: only that half is held in memory, and of the
+                author's weights only that half is downloaded.
+            variant (`str`, *optional*): As in diffusers (`"fp16"`). For the author's weights the architecture
+                (`"Ld4-Ld24/1x16x64"`), needed if the name of the repository or folder does not tell.
+            kwargs: As in diffusers. Those that the author's weights can be loaded with are in `load_vitok_v2`.
+
+        Raises:
+            ValueError: If a tensor is missing, unexpected or misshapen, a file is truncated, or the architecture is
+                unknown.
+            OSError: If a file cannot be found or fetched.
+        """
+        name_or_path = resolve_bundled(pretrained_model_name_or_path)
+        hub_kwargs = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
+        if is_vitok_v2(name_or_path, **hub_kwargs):
+            return load_vitok_v2(cls, name_or_path, **kwargs)
+        if V2_PATTERN.fullmatch(kwargs.get("variant") or ""):
+            raise ValueError(
+                f'"{name_or_path}" has a config.json, which tells its architecture: leave out '
+                f'variant="{kwargs["variant"]}".'
+            )
+        output_loading_info = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(name_or_path, output_loading_info=True, **kwargs)
+        check_loading_info(info, model.config.component, pretrained_model_name_or_path)
+        return (model, info) if output_loading_info else model
+
+    def enable_sliding_window(self, radius: int = 32) -> None:
+        """Makes attention local, so that time and memory grow with the area of the picture and not with its square.
+
+        The grid of tokens is cut into blocks of `radius` tokens a side; a block attends to itself and to all tokens
+        at most `radius` rows, columns (and latent frames, in a video model) away. Sizes of up to `radius` tokens a
+        side are not affected. The result differs from full attention: the models are trained with the latter.
+
+        Args:
+            radius: In tokens; times `patch_size`, in pixels.
+        """
+        if radius < 1:
+            raise ValueError(f"`radius` must be at least 1 token, but is {radius}.")
+        self._set_window_radius(radius)
+
+    def disable_sliding_window(self) -> None:
+        """Back to full attention."""
+        self._set_window_radius(None)
+
+    def _set_window_radius(self, radius: int | None):
+        for module in self.modules():
+            if isinstance(module, ViTokAttention):
+                module.window_radius = radius
+
+    def _check_component(self, needed: str):
+        if self.config.component not in (None, needed):
+            raise ValueError(
+                f"This model holds only its {self.config.component}: load it without `component`, or with "
+                f'component="{needed}", to use the {needed}.'
+            )
+
+    def _run_tower(
+        self, tower: ViTokTower, videos: list[torch.Tensor], steps_in: tuple[int, int], steps_out: tuple[int, int]
+    ) -> list[torch.Tensor]:
+        """(B, C, T, H, W) each, cut into patches of `steps_in` and put together from patches of `steps_out`."""
+        q, p = steps_in
+        sequences, grids = [], []
+        for video in videos:
+            # An image model sees each frame alone.
+            frames = 1 if self.is_image_model else video.shape[2]
+            sequences.append(patchify(video, q, p, frames))  # (B * items, L, C * q * p * p)
+            grids.append((frames // q, video.shape[3] // p, video.shape[4] // p))
+        outputs = tower(sequences, [grid[1:] if self.is_image_model else grid for grid in grids])
+        return [
+            unpatchify(tokens, grid, *steps_out, num_items=len(tokens) // len(video))
+            for tokens, grid, video in zip(outputs, grids, videos)
+        ]
+
+    def _encode(self, videos: list[torch.Tensor]) -> list[torch.Tensor]:
+        """(B, C, T, H, W) each -> parameters of the posterior, (B, c or 2c, t, h, w)."""
+        steps = (self.temporal_compression_ratio, self.spatial_compression_ratio)
+        return self._run_tower(self.encoder, videos, steps, (1, 1))
+
+    def _decode(self, latents: list[torch.Tensor]) -> list[torch.Tensor]:
+        """(B, c, t, h, w) each -> (B, C, T, H, W)."""
+        steps = (self.temporal_compression_ratio, self.spatial_compression_ratio)
+        return self._run_tower(self.decoder, latents, (1, 1), steps)
+
+    def _run(
+        self, function: Callable[[list[torch.Tensor]], list[torch.Tensor]], x: torch.Tensor | list[torch.Tensor]
+    ) -> torch.Tensor | list[torch.Tensor]:
+        """Applies `function`, from and to 5-D batches, to a batch or to a list of items of any sizes."""
+        groups: dict[torch.Size, list[int]] = {}  # equal sizes make a batch
+        if isinstance(x, torch.Tensor):
+            batches = [x]
+        else:
+            for index, item in enumerate(x):
+                groups.setdefault(item.shape, []).append(index)
+            batches = [torch.stack([x[index] for index in indices]) for indices in groups.values()]
+        videos = [batch.unsqueeze(2) if batch.ndim == 4 else batch for batch in batches]
+        if self.use_slicing:
+            outputs = [torch.cat([function([item])[0] for item in video.split(1)]) for video in videos]
+        else:
+            outputs = function(videos)
+        outputs = [out.squeeze(2) if batch.ndim == 4 else out for out, batch in zip(outputs, batches)]
+        if isinstance(x, torch.Tensor):
+            return outputs[0]
+        items = dict(zip(itertools.chain(*groups.values()), itertools.chain(*outputs)))
+        return [items[index] for index in range(len(x))]
+
+    @apply_forward_hook
+    def encode(
+        self, x: torch.Tensor | list[torch.Tensor], return_dict: bool = True
+    ) -> AutoencoderKLOutput | tuple[ViTokPosterior]:
+        """Encodes a batch of images or videos, or a list of images or videos of any sizes.
+
+        Args:
+            x: (B, C, H, W) or (B, C, T, H, W) in [-1, 1]. Or a list of (C, H, W) or (C, T, H, W), each of its own
+                size, which are padded with grey (zeros) at the bottom and on the right to multiples of the patch size
+                and encoded together; no item depends on the others.
             return_dict: `False`: a tuple.
 
         Returns:
             `AutoencoderKLOutput` whose `latent_dist` has `mode()` and `sample(generator)` of shape (B, c, H/p, W/p) or
-            (B, c, T/q, H/p, W/p), and `kl()`, (B,), summed over all latents of an item.
+            (B, c, T/q, H/p, W/p), and `kl()`, (B,), summed over all latents of an item. For a list, `mode` and
+            `sample` give a list of (c, ceil(H/p), ceil(W/p)) or (c, T/q, ceil(H/p), ceil(W/p)).
 
         Raises:
             ValueError: If the number of channels, the height, the width or the number of frames does not fit.
         """
-        config = self.config
-        self._check_input("x", x.shape, config.in_channels, (config.temporal_patch_size, config.patch_size))
-        posterior = ViTokPosterior(self._run(self._encode, x), deterministic=not config.variational)
+        self._check_component("encoder")
+        config, p = self.config, self.config.patch_size
+        if not isinstance(x, torch.Tensor):
+            x = [F.pad(item, (0, -item.shape[-1] % p, 0, -item.shape[-2] % p)) for item in x]
+        check_input(
+            "x", x, config.in_channels, (config.temporal_patch_size, p), needs_frames=config.temporal_patch_size > 1
+        )
+        parameters = self._run(self._encode, x)
+        if isinstance(x, torch.Tensor):
+            posterior = ViTokPosterior(parameters, deterministic=not config.variational)
+        else:
+            posterior = PosteriorList(
+                [ViTokPosterior(item.unsqueeze(0), deterministic=not config.variational) for item in parameters]
+            )
         return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
 
     @apply_forward_hook
-    def decode(self, z: torch.Tensor, return_dict: bool = True) -> DecoderOutput | tuple[torch.Tensor]:
-        """Decodes a batch of latents.
+    def decode(
+        self,
+        z: torch.Tensor | list[torch.Tensor],
+        return_dict: bool = True,
+        sizes: list[tuple[int, int]] | None = None,
+    ) -> DecoderOutput | tuple[torch.Tensor]:
+        """Decodes a batch of latents, or a list of latents of any sizes.
 
         Args:
-            z: (B, c, h, w) or (B, c, t, h, w), as `encode` gives them (not normalised).
+            z: (B, c, h, w) or (B, c, t, h, w), as `encode` gives them (not normalised); or a list of (c, h, w) or
+                (c, t, h, w).
             return_dict: `False`: a tuple.
+            sizes: For a list, the height and width of each picture before padding, to which it is cropped.
 
         Returns:
             `DecoderOutput` whose `sample` is (B, C, h * p, w * p) or (B, C, t * q, h * p, w * p), in about [-1, 1],
-            not clipped.
+            not clipped; for a list, a list without the dimension B.
 
         Raises:
-            ValueError: If the number of dimensions or of channels does not fit the model.
+            ValueError: If the number of dimensions or of channels does not fit the model, or `sizes` do not fit `z`.
         """
-        self._check_input("z", z.shape, self.config.latent_channels, (1, 1))
+        self._check_component("decoder")
+        config, p = self.config, self.config.patch_size
+        check_input("z", z, config.latent_channels, (1, 1), needs_frames=config.temporal_patch_size > 1)
+        if sizes is not None:
+            grids = [] if isinstance(z, torch.Tensor) else [tuple(item.shape[-2:]) for item in z]
+            if [(-(-height // p), -(-width // p)) for height, width in sizes] != grids:
+                raise ValueError(
+                    f"`sizes` {sizes} do not fit a list of latents of {grids} patches of {p} x {p} pixels."
+                )
         sample = self._run(self._decode, z)
+        if sizes is not None:
+            sample = [item[..., :height, :width] for item, (height, width) in zip(sample, sizes)]
         return DecoderOutput(sample=sample) if return_dict else (sample,)
 
     def forward(
         self,
-        sample: torch.Tensor,
+        sample: torch.Tensor | list[torch.Tensor],
         sample_posterior: bool = False,
         return_dict: bool = True,
-        generator: torch.Generator | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
     ) -> ViTokOutput | tuple[torch.Tensor]:
-        """Encodes and decodes `sample`, (B, C, H, W) or (B, C, T, H, W) in [-1, 1]; see `encode` and `decode`.
+        """Encodes and decodes `sample`, (B, C, H, W) or (B, C, T, H, W) in [-1, 1], or a list; see `encode`, `decode`.
 
         Args:
             sample_posterior: Decode a sample of the posterior, drawn with `generator`, not its mode.
         """
         posterior = self.encode(sample).latent_dist
         latents = posterior.sample(generator) if sample_posterior else posterior.mode()
-        decoded = self.decode(latents).sample
+        sizes = None if isinstance(sample, torch.Tensor) else [tuple(item.shape[-2:]) for item in sample]
+        decoded = self.decode(latents, sizes=sizes).sample
         return ViTokOutput(sample=decoded, kl=posterior.kl()) if return_dict else (decoded,)

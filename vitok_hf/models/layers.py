@@ -1,13 +1,22 @@
 """Layers shared by the autoencoder and the diffusion transformer.
 
 Token sequences are (B, L, D), row-major over the grid (t, h, w); attention heads are (B, L, heads, head_dim).
+Sequences of different lengths are packed into one, (1, L, D). `packing` says which tokens belong together: the number
+of sequences and their grid, for each run of equal ones, `[(B, grid)]` for an ordinary batch.
 """
+
+import itertools
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 from diffusers.models.attention import AttentionModuleMixin, FeedForward
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from einops import rearrange
 from torch import nn
+from torch.nn import functional as F
 
 
 def patchify(video: torch.Tensor, temporal_patch_size: int, patch_size: int, frames_per_item: int) -> torch.Tensor:
@@ -67,6 +76,42 @@ def apply_rotary_embedding(hidden_states: torch.Tensor, rotary_emb: tuple[torch.
     return torch.addcmul(hidden_states * cos, swapped, sin)
 
 
+Grid = tuple[int, ...]
+Packing = list[tuple[int, Grid]]
+
+
+def pack(sequences: list[torch.Tensor]) -> torch.Tensor:
+    """Runs of equal sequences, (n, L, D) each -> (1, sum of n * L, D); a single run stays as it is."""
+    return sequences[0] if len(sequences) == 1 else torch.cat([x.flatten(0, 1) for x in sequences]).unsqueeze(0)
+
+
+def unpack(tokens: torch.Tensor, packing: Packing) -> list[torch.Tensor]:
+    """Inverse of `pack`."""
+    if len(packing) == 1:
+        return [tokens]
+    runs = tokens.squeeze(0).split([count * math.prod(grid) for count, grid in packing])
+    return [run.unflatten(0, (count, -1)) for run, (count, _) in zip(runs, packing)]
+
+
+def windowed_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, grid: Grid, radius: int, attend: Callable
+) -> torch.Tensor:
+    """Attention that is local on every axis of the grid, in blocks, so that it needs no mask and suits any backend.
+
+    The grid is cut into blocks of `radius` tokens a side. The queries of a block see the keys of the block and all
+    that are at most `radius` away from it: every token sees at least `radius` tokens in each direction.
+    """
+    query, key, value = (x.unflatten(1, grid) for x in (query, key, value))  # (B, *grid, heads, head_dim)
+    axes = slice(1, 1 + len(grid))
+    output = torch.empty_like(value)
+    for corner in itertools.product(*(range(0, length, radius) for length in grid)):
+        block = (slice(None), *(slice(start, start + radius) for start in corner))
+        around = (slice(None), *(slice(max(start - radius, 0), start + 2 * radius) for start in corner))
+        queries, keys, values = (x.flatten(1, len(grid)) for x in (query[block], key[around], value[around]))
+        output[block] = attend(queries, keys, values).unflatten(1, query[block].shape[axes])
+    return output.flatten(1, len(grid))
+
+
 class RMSNorm(nn.Module):
     """RMSNorm whose mean square is accumulated in float32 without a float32 copy of the input.
 
@@ -85,13 +130,17 @@ class RMSNorm(nn.Module):
 
 
 class ViTokAttnProcessor:
-    """Full self-attention with rotary positions through diffusers' attention backends."""
+    """Self-attention with rotary positions through diffusers' attention backends; each sequence sees itself alone."""
 
     _attention_backend = None
     _parallel_config = None
 
     def __call__(
-        self, attn: "ViTokAttention", hidden_states: torch.Tensor, rotary_emb: tuple[torch.Tensor, torch.Tensor]
+        self,
+        attn: "ViTokAttention",
+        hidden_states: torch.Tensor,
+        rotary_emb: tuple[torch.Tensor, torch.Tensor],
+        packing: Packing,
     ) -> torch.Tensor:
         if attn.fused_projections:
             query, key, value = attn.to_qkv(hidden_states).chunk(3, dim=-1)
@@ -100,10 +149,16 @@ class ViTokAttnProcessor:
         query, key, value = (x.unflatten(-1, (attn.heads, -1)) for x in (query, key, value))  # (B, L, heads, head_dim)
         query = apply_rotary_embedding(attn.norm_q(query), rotary_emb)
         key = apply_rotary_embedding(attn.norm_k(key), rotary_emb)
-        hidden_states = dispatch_attention_fn(
-            query, key, value, backend=self._attention_backend, parallel_config=self._parallel_config
-        )
-        return attn.to_out[0](hidden_states.flatten(2))  # (B, L, D)
+        attend = partial(dispatch_attention_fn, backend=self._attention_backend, parallel_config=self._parallel_config)
+        sequences = zip(*(unpack(x, packing) for x in (query, key, value)))
+        if attn.window_radius is None:
+            outputs = [attend(*sequence) for sequence in sequences]
+        else:
+            outputs = [
+                windowed_attention(*sequence, grid, attn.window_radius, attend)
+                for sequence, (_, grid) in zip(sequences, packing)
+            ]
+        return attn.to_out[0](pack(outputs).flatten(2))  # (B, L, D)
 
 
 class ViTokAttention(nn.Module, AttentionModuleMixin):
@@ -120,10 +175,13 @@ class ViTokAttention(nn.Module, AttentionModuleMixin):
         self.norm_q = RMSNorm(hidden_size // num_heads) if qk_norm else nn.Identity()
         self.norm_k = RMSNorm(hidden_size // num_heads) if qk_norm else nn.Identity()
         self.to_out = nn.ModuleList([nn.Linear(hidden_size, hidden_size, bias=bias)])
+        self.window_radius = None
         self.set_processor(ViTokAttnProcessor())
 
-    def forward(self, hidden_states: torch.Tensor, rotary_emb: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-        return self.processor(self, hidden_states, rotary_emb)
+    def forward(
+        self, hidden_states: torch.Tensor, rotary_emb: tuple[torch.Tensor, torch.Tensor], packing: Packing
+    ) -> torch.Tensor:
+        return self.processor(self, hidden_states, rotary_emb, packing)
 
 
 class LayerScale(nn.Module):
@@ -162,9 +220,64 @@ class ViTokBlock(nn.Module):
             self.norm2 = RMSNorm(hidden_size)
             self.scale2 = layer_scale()
 
-    def forward(self, hidden_states: torch.Tensor, rotary_emb: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    def forward(
+        self, hidden_states: torch.Tensor, rotary_emb: tuple[torch.Tensor, torch.Tensor], packing: Packing
+    ) -> torch.Tensor:
         normed = self.norm1(hidden_states)
+        attended = self.attn(normed, rotary_emb, packing)
         if self.parallel:
-            return hidden_states + self.scale1(self.attn(normed, rotary_emb) + self.ff(normed))
-        hidden_states = hidden_states + self.scale1(self.attn(normed, rotary_emb))
+            return hidden_states + self.scale1(attended + self.ff(normed))
+        hidden_states = hidden_states + self.scale1(attended)
         return hidden_states + self.scale2(self.ff(self.norm2(hidden_states)))
+
+
+class ViTokTower(nn.Module):
+    """Encoder or decoder: linear in, transformer blocks with rotary positions, linear out."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        hidden_size: int,
+        num_layers: int,
+        num_heads: int,
+        mlp_ratio: float,
+        final_norm: bool,
+        normalize_output: bool = False,
+        **block_kwargs: Any,
+    ):
+        super().__init__()
+        self.normalize_output = normalize_output
+        self.head_dim = hidden_size // num_heads
+        ff_inner_dim = (int(mlp_ratio * hidden_size) + 8) // 16 * 16
+        self.proj_in = nn.Linear(in_features, hidden_size)
+        self.transformer_blocks = nn.ModuleList(
+            [ViTokBlock(hidden_size, num_heads, ff_inner_dim, **block_kwargs) for _ in range(num_layers)]
+        )
+        self.norm_out = RMSNorm(hidden_size) if final_norm else nn.Identity()
+        self.proj_out = nn.Linear(hidden_size, out_features)
+        self.gradient_checkpointing = False
+
+    def rotary_embedding(self, hidden_states: torch.Tensor, packing: Packing) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tables (L, 1, head_dim), for all sequences of a batch or for those that are packed into one."""
+        device, dtype = hidden_states.device, hidden_states.dtype
+        tables = [rotary_embedding(grid, self.head_dim, device, dtype) for _, grid in packing]
+        if len(packing) == 1:
+            return tables[0]
+        counts = [count for count, _ in packing]
+        return tuple(torch.cat([x.repeat(n, 1, 1) for n, x in zip(counts, part)]) for part in zip(*tables))
+
+    def forward(self, sequences: list[torch.Tensor], grids: list[Grid]) -> list[torch.Tensor]:
+        """Runs of equal sequences, (n, L, in_features), and the grid of each run -> (n, L, out_features)."""
+        packing = [(len(run), grid) for run, grid in zip(sequences, grids)]
+        hidden_states = self.proj_in(pack(sequences))  # (B, L, D), or (1, sum of n * L, D)
+        rotary_emb = self.rotary_embedding(hidden_states, packing)
+        for block in self.transformer_blocks:
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                hidden_states = self._gradient_checkpointing_func(block, hidden_states, rotary_emb, packing)
+            else:
+                hidden_states = block(hidden_states, rotary_emb, packing)
+        output = self.proj_out(self.norm_out(hidden_states))
+        if self.normalize_output:
+            output = F.layer_norm(output.float(), output.shape[-1:], eps=1e-6).to(output.dtype)
+        return unpack(output, packing)

@@ -49,3 +49,29 @@ class ViTokPosterior(DiagonalGaussianDistribution):
             return self.mean.new_zeros(self.mean.shape[0])
         terms = math.log(2.0 * math.pi) + self.logvar + (sample - self.mean).square() / self.var
         return 0.5 * terms.flatten(1).sum(dim=1)
+
+
+class PosteriorList:
+    """Posteriors of items that differ in size; `mode` and `sample` give lists of latents without a batch dimension."""
+
+    def __init__(self, posteriors: list[ViTokPosterior]):
+        self.posteriors = posteriors
+
+    def __len__(self) -> int:
+        return len(self.posteriors)
+
+    def __getitem__(self, index: int) -> ViTokPosterior:
+        return self.posteriors[index]
+
+    def sample(self, generator: torch.Generator | list[torch.Generator] | None = None) -> list[torch.Tensor]:
+        """Samples (c, ...); a list holds one generator for each item."""
+        generators = generator if isinstance(generator, list) else [generator] * len(self)
+        if len(generators) != len(self):
+            raise ValueError(f"`generator` has {len(generators)} entries for {len(self)} items: pass one for each.")
+        return [posterior.sample(g).squeeze(0) for posterior, g in zip(self.posteriors, generators)]
+
+    def mode(self) -> list[torch.Tensor]:
+        return [posterior.mode().squeeze(0) for posterior in self.posteriors]
+
+    def kl(self) -> torch.Tensor:
+        return torch.cat([posterior.kl() for posterior in self.posteriors])

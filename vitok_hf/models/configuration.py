@@ -1,0 +1,88 @@
+import torch
+from diffusers.configuration_utils import FrozenDict
+
+from .layers import split_rotary_pairs
+
+
+class ViTokConfig(FrozenDict):
+    """The constructor's arguments, and what diffusers' pipelines read off the config of a convolutional VAE."""
+
+    force_upcast = False  # bfloat16 and float16 are safe
+
+    @property
+    def is_image_model(self) -> bool:
+        """Without a time axis in the rotary embedding, frames must not attend to each other."""
+        return self.temporal_patch_size == 1 and self.sample_frames == 1
+
+    @property
+    def block_out_channels(self) -> tuple[int, ...]:
+        """One entry more than there would be halvings of the picture: pipelines take p as 2 ** (length - 1)."""
+        if self.patch_size & (self.patch_size - 1):
+            raise AttributeError(f"patch_size={self.patch_size} is no power of 2, so there are no block_out_channels.")
+        return (self.encoder_hidden_size,) * self.patch_size.bit_length()
+
+
+def check_config(config: ViTokConfig) -> None:
+    """Raises `ValueError` for what the constructor of `AutoencoderViTok` does not allow."""
+    for name, value in config.items():
+        if name.endswith(("_size", "_channels", "_layers", "_heads", "_frames")) and value < 1:
+            raise ValueError(f"`{name}` must be positive, but is {value}.")
+    for tower in ("encoder", "decoder"):
+        size, heads = config[f"{tower}_hidden_size"], config[f"{tower}_num_attention_heads"]
+        if size % heads:
+            raise ValueError(
+                f"`{tower}_hidden_size` {size} must be divisible by `{tower}_num_attention_heads` {heads}."
+            )
+        split_rotary_pairs(size // heads, 2 if config.is_image_model else 3)
+    for name in ("latents_mean", "latents_std"):
+        if config[name] is not None and len(config[name]) != config.latent_channels:
+            raise ValueError(
+                f"`{name}` has {len(config[name])} entries, but `latent_channels` is {config.latent_channels}."
+            )
+    if config.latent_norm and config.variational:
+        raise ValueError("`latent_norm=True` normalises the latents themselves: set `variational=False` with it.")
+    if config.component not in (None, "encoder", "decoder"):
+        raise ValueError(f'`component` must be "encoder", "decoder" or None (both), but is {config.component!r}.')
+
+
+def check_input(
+    name: str, x: torch.Tensor | list[torch.Tensor], channels: int, steps: tuple[int, int], needs_frames: bool
+) -> None:
+    """Raises `ValueError` unless `x` is a batch, or a list of items, whose sizes are multiples of `steps` (q, p)."""
+    if isinstance(x, torch.Tensor):
+        check_shape(name, x.shape, 1, channels, steps, needs_frames)
+        return
+    if len(x) == 0:
+        raise ValueError(f"`{name}` is an empty list.")
+    for index, item in enumerate(x):
+        check_shape(f"{name}[{index}]", item.shape, 0, channels, steps, needs_frames)
+
+
+def check_shape(
+    name: str, shape: torch.Size, batch_dims: int, channels: int, steps: tuple[int, int], needs_frames: bool
+) -> None:
+    """`shape` is that of `batch_dims` batch dimensions and an item, which must be multiples of `steps`."""
+    (q, p), batch, item = steps, "B, " * batch_dims, shape[batch_dims:]
+    if len(item) not in (3, 4):
+        raise ValueError(f"`{name}` must be ({batch}C, H, W) or ({batch}C, T, H, W), but has shape {tuple(shape)}.")
+    if item[0] != channels:
+        raise ValueError(
+            f"`{name}` must have {channels} channels in dimension {batch_dims}, but has shape {tuple(shape)}."
+        )
+    if len(item) == 3 and needs_frames:
+        raise ValueError(
+            f"`{name}` has shape {tuple(shape)}, but this model compresses several frames into one latent frame: "
+            f"pass a video, ({batch}C, T, H, W)."
+        )
+    if item[-1] % p or item[-2] % p:
+        raise ValueError(
+            f"Height and width must be multiples of patch_size={p}, but are {item[-2]} x {item[-1]}: "
+            "pad, crop or resize the input, or pass a list of pictures, which `encode` pads."
+        )
+    if len(item) == 4 and item[1] % q:
+        raise ValueError(
+            f"The number of frames must be a multiple of temporal_patch_size={q}, but is {item[1]}: "
+            "pad or cut the video."
+        )
+    if 0 in shape:
+        raise ValueError(f"`{name}` is empty: it has shape {tuple(shape)}.")
