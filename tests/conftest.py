@@ -4,9 +4,11 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 
+from tests.hub_server import hub as hub
 from vitok_hf import AutoencoderViTok
 
 
+GOLDEN = Path(__file__).parent / "golden" / "vitok_v2_tiny"
 ASSETS = Path(__file__).parents[1] / "examples" / "assets"
 
 TINY = {

@@ -133,6 +133,8 @@ class HubServer(ThreadingHTTPServer):
     Files may be changed at any time, which changes the commit; commits of the past are not kept.
     """
 
+    request_queue_size = 64  # a client that opens more connections at once than fit waits a second
+
     def __init__(self, root: Path):
         super().__init__(("127.0.0.1", 0), Handler)
         self.root = root

@@ -1,10 +1,9 @@
 import json
-from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from tests.conftest import TINY, make_input, make_vae
 from vitok_hf import AutoencoderViTok
@@ -63,7 +62,7 @@ class TestShapes:
         x = make_input(vae, batch_size=3)
         expected = vae(x).sample
         calls = []
-        vae.encoder.register_forward_hook(lambda module, args, output: calls.append(len(output)))
+        vae.encoder.proj_in.register_forward_hook(lambda module, args, output: calls.append(len(output)))
         vae.enable_slicing()
         torch.testing.assert_close(vae(x).sample, expected)
         assert calls == [1, 1, 1]
@@ -134,57 +133,6 @@ class TestErrors:
     def test_constructor(self, overrides, message):
         with pytest.raises(ValueError, match=message):
             make_vae("v1", **overrides)
-
-
-def to_half_split(weight: torch.Tensor, num_heads: int) -> torch.Tensor:
-    """Rotary pairs (2 i, 2 i + 1) of each head -> (i, i + head_dim / 2)."""
-    return weight.unflatten(0, (num_heads, -1, 2)).transpose(1, 2).flatten(0, 2)
-
-
-class TestParityWithV2:
-    GOLDEN = Path(__file__).parents[1] / "golden" / "vitok_v2_tiny"
-    NAMES = {
-        "patch_embed": "proj_in",
-        "to_code": "proj_out",
-        "decoder_embed": "proj_in",
-        "to_pixels": "proj_out",
-        "encoder_blocks": "transformer_blocks",
-        "decoder_blocks": "transformer_blocks",
-        "layer_scale": "scale1",
-        "out_proj": "to_out.0",
-        "ffn.fc1": "ff.net.0.proj",
-        "ffn.fc2": "ff.net.2",
-    }
-
-    @pytest.fixture(scope="class")
-    def golden_vae(self):
-        vae = AutoencoderViTok.from_variant(json.loads((self.GOLDEN / "variant.json").read_text())["variant"])
-        state_dict = {}
-        for tower in ("encoder", "decoder"):
-            heads = vae.config[f"{tower}_num_attention_heads"]
-            for key, value in load_file(self.GOLDEN / f"{tower}.safetensors").items():
-                for theirs, ours in self.NAMES.items():
-                    key = key.replace(theirs, ours)
-                key = f"{tower}.{key}"
-                if "qkv_proj" in key:
-                    query, key_weight, value_weight = value.chunk(3)
-                    state_dict[key.replace("qkv_proj", "to_q")] = to_half_split(query, heads)
-                    state_dict[key.replace("qkv_proj", "to_k")] = to_half_split(key_weight, heads)
-                    state_dict[key.replace("qkv_proj", "to_v")] = value_weight
-                else:
-                    state_dict[key] = to_half_split(value, 1) if ".norm_" in key else value
-        vae.load_state_dict(state_dict)
-        return vae.eval()
-
-    @pytest.mark.parametrize("index", [0, 1])
-    def test_latents_and_reconstructions(self, golden_vae, index):
-        golden = load_file(self.GOLDEN / "io.safetensors")
-        with torch.no_grad():
-            latents = golden_vae.encode(golden[f"image_{index}"]).latent_dist.mode()
-            sample = golden_vae.decode(latents).sample
-        tokens = latents.flatten(2).transpose(1, 2)  # row-major
-        torch.testing.assert_close(tokens, golden[f"latent_tokens_{index}"], rtol=0, atol=1e-5)
-        torch.testing.assert_close(sample, golden[f"reconstruction_{index}"], rtol=0, atol=1e-5)
 
 
 class TestDtypes:
@@ -263,6 +211,25 @@ class TestDiffusers:
         loaded = AutoencoderViTok.from_pretrained(tmp_path, variant="fp16", torch_dtype=torch.float16)
         assert loaded.dtype == torch.float16
         assert AutoencoderViTok.from_pretrained(tmp_path, variant="fp16").dtype == torch.float32
+
+    @pytest.mark.parametrize(
+        "change, message", [("drop", "1 tensors are missing"), ("add", "1 tensors are unexpected")]
+    )
+    def test_missing_and_unexpected_weights_are_refused(self, change, message, tmp_path):
+        make_vae("v1").save_pretrained(tmp_path)
+        weights = load_file(tmp_path / "diffusion_pytorch_model.safetensors")
+        if change == "drop":
+            del weights["decoder.proj_out.bias"]
+        else:
+            weights["decoder.proj_out.scale"] = torch.ones(1)
+        save_file(weights, tmp_path / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(ValueError, match=message):
+            AutoencoderViTok.from_pretrained(tmp_path)
+
+    def test_loading_info(self, tmp_path):
+        make_vae("v1").save_pretrained(tmp_path)
+        _, info = AutoencoderViTok.from_pretrained(tmp_path, output_loading_info=True)
+        assert set(map(len, info.values())) == {0}
 
     def test_misshapen_weights_are_refused(self, tmp_path):
         make_vae("v1").save_pretrained(tmp_path)

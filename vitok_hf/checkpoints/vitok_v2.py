@@ -14,7 +14,13 @@ import torch
 from accelerate import dispatch_model, infer_auto_device_map, init_empty_weights
 from accelerate.utils import get_balanced_memory, set_module_tensor_to_device
 from huggingface_hub import file_exists, hf_hub_download, try_to_load_from_cache
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+)
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
@@ -36,7 +42,7 @@ RENAMED_IN_BLOCKS = {
     "attn.to_out.0.": "attn.out_proj.",
     "ff.net.0.proj.": "ffn.fc1.",
     "ff.net.2.": "ffn.fc2.",
-    "scale1.": "layer_scale.",
+    "residual1.": "layer_scale.",
 }
 
 Header = dict[str, tuple[int, ...]]
@@ -188,6 +194,10 @@ def is_vitok_v2(name_or_path: str | os.PathLike, subfolder: str | None = None, *
         ) from error
     except EntryNotFoundError:
         return any(file_exists(repository, prefix + file, **lookup) for file in files)
+    except GatedRepoError as error:
+        raise OSError(
+            f'Access to "{repository}" is restricted: accept the conditions on its page, and log in or pass `token`.'
+        ) from error
     except (HfHubHTTPError, HFValidationError):
         return False  # diffusers says what is wrong with the repository, the revision or the token
     return False
@@ -213,6 +223,11 @@ def fetch_vitok_v2(
                 ) from error
             except EntryNotFoundError:
                 exists = False
+            except Exception as error:  # of the HTTP client, which huggingface_hub has changed once
+                raise OSError(
+                    f'{name} of "{name_or_path}" could not be downloaded ({error!r}). Try again: files that '
+                    "are complete are kept in the cache."
+                ) from error
         if not exists:
             raise OSError(
                 f'There is no {name} in "{name_or_path}": ViTok-v2 weights are encoder.safetensors and '
@@ -291,7 +306,9 @@ def load_vitok_v2(
     for name, tensor in read_parameters(files, model):
         device = "cpu" if device_map is None else find_device(name, device_map)
         tensor = tensor.to(
-            device="cpu" if device == "disk" else device, dtype=None if dtype == "auto" else dtype, copy=True
+            device="cpu" if device == "disk" else device,
+            dtype=None if dtype == "auto" else dtype,
+            copy=not rotary_groups(name, model.config),  # the others are a copy already, not a view of the file
         )
         set_module_tensor_to_device(model, name, tensor.device, value=tensor, dtype=tensor.dtype)
     if device_map is not None:

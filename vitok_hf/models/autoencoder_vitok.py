@@ -12,6 +12,7 @@ from diffusers.models.attention import AttentionMixin
 from diffusers.models.autoencoders.vae import AutoencoderMixin, DecoderOutput
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
+from huggingface_hub import is_offline_mode
 from torch import nn
 from torch.nn import functional as F
 
@@ -201,10 +202,13 @@ class AutoencoderViTok(ModelMixin, AutoencoderMixin, AttentionMixin, ConfigMixin
             OSError: If a file cannot be found or fetched.
         """
         name_or_path = resolve_bundled(pretrained_model_name_or_path)
+        if is_offline_mode():  # diffusers asks the Hub about sharded weights unless it is told not to
+            kwargs["local_files_only"] = True
         hub_kwargs = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
         if is_vitok_v2(name_or_path, **hub_kwargs):
             return load_vitok_v2(cls, name_or_path, **kwargs)
         if V2_PATTERN.fullmatch(kwargs.get("variant") or ""):
+            cls.load_config(name_or_path, **hub_kwargs)  # says so if there is no such checkpoint
             raise ValueError(
                 f'"{name_or_path}" has a config.json, which tells its architecture: leave out '
                 f'variant="{kwargs["variant"]}".'

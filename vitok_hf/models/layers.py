@@ -113,9 +113,9 @@ def windowed_attention(
 
 
 class RMSNorm(nn.Module):
-    """RMSNorm whose mean square is accumulated in float32 without a float32 copy of the input.
+    """RMSNorm whose mean square is accumulated in float32 without a float32 copy of the output.
 
-    Equal to `torch.nn.RMSNorm` up to rounding, and one to two orders of magnitude faster on a CPU in bfloat16.
+    Equal to `torch.nn.RMSNorm` up to rounding, and several times faster on a CPU in bfloat16.
     """
 
     def __init__(self, dim: int, eps: float = 1e-6):
@@ -123,10 +123,26 @@ class RMSNorm(nn.Module):
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(dim))
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def inverse_rms(self, hidden_states: torch.Tensor) -> torch.Tensor:
         norm = torch.linalg.vector_norm(hidden_states, dim=-1, keepdim=True, dtype=torch.float32)
-        scale = torch.rsqrt(norm.square() / hidden_states.shape[-1] + self.eps)
-        return hidden_states * scale.to(hidden_states.dtype) * self.weight.to(hidden_states.dtype)
+        return torch.rsqrt(norm.square() / hidden_states.shape[-1] + self.eps).to(hidden_states.dtype)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return hidden_states * self.inverse_rms(hidden_states) * self.weight.to(hidden_states.dtype)
+
+
+class RotaryRMSNorm(RMSNorm):
+    """RMSNorm of each head, then its rotation; the weight goes into the tables, which saves a pass over the data."""
+
+    def forward(self, hidden_states: torch.Tensor, rotary_emb: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        (cos, sin), weight = rotary_emb, self.weight.to(hidden_states.dtype)
+        weighted = cos * weight, sin * weight.roll(len(weight) // 2)
+        return apply_rotary_embedding(hidden_states, weighted) * self.inverse_rms(hidden_states)
+
+
+class Rotary(nn.Module):
+    def forward(self, hidden_states: torch.Tensor, rotary_emb: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        return apply_rotary_embedding(hidden_states, rotary_emb)
 
 
 class ViTokAttnProcessor:
@@ -147,8 +163,7 @@ class ViTokAttnProcessor:
         else:
             query, key, value = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
         query, key, value = (x.unflatten(-1, (attn.heads, -1)) for x in (query, key, value))  # (B, L, heads, head_dim)
-        query = apply_rotary_embedding(attn.norm_q(query), rotary_emb)
-        key = apply_rotary_embedding(attn.norm_k(key), rotary_emb)
+        query, key = attn.norm_q(query, rotary_emb), attn.norm_k(key, rotary_emb)
         attend = partial(dispatch_attention_fn, backend=self._attention_backend, parallel_config=self._parallel_config)
         sequences = zip(*(unpack(x, packing) for x in (query, key, value)))
         if attn.window_radius is None:
@@ -172,8 +187,8 @@ class ViTokAttention(nn.Module, AttentionModuleMixin):
         self.to_q = nn.Linear(hidden_size, hidden_size, bias=bias)
         self.to_k = nn.Linear(hidden_size, hidden_size, bias=bias)
         self.to_v = nn.Linear(hidden_size, hidden_size, bias=bias)
-        self.norm_q = RMSNorm(hidden_size // num_heads) if qk_norm else nn.Identity()
-        self.norm_k = RMSNorm(hidden_size // num_heads) if qk_norm else nn.Identity()
+        self.norm_q = RotaryRMSNorm(hidden_size // num_heads) if qk_norm else Rotary()
+        self.norm_k = RotaryRMSNorm(hidden_size // num_heads) if qk_norm else Rotary()
         self.to_out = nn.ModuleList([nn.Linear(hidden_size, hidden_size, bias=bias)])
         self.window_radius = None
         self.set_processor(ViTokAttnProcessor())
@@ -184,13 +199,15 @@ class ViTokAttention(nn.Module, AttentionModuleMixin):
         return self.processor(self, hidden_states, rotary_emb, packing)
 
 
-class LayerScale(nn.Module):
-    def __init__(self, dim: int, init: float):
-        super().__init__()
-        self.gamma = nn.Parameter(torch.full((dim,), init))
+class Residual(nn.Module):
+    """Adds a branch to the residual stream, scaled per channel (LayerScale) if there is an initial scale."""
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return hidden_states * self.gamma
+    def __init__(self, dim: int, init: float | None):
+        super().__init__()
+        self.gamma = None if init is None else nn.Parameter(torch.full((dim,), init))
+
+    def forward(self, hidden_states: torch.Tensor, branch: torch.Tensor) -> torch.Tensor:
+        return hidden_states + branch if self.gamma is None else torch.addcmul(hidden_states, branch, self.gamma)
 
 
 class ViTokBlock(nn.Module):
@@ -207,18 +224,14 @@ class ViTokBlock(nn.Module):
         bias: bool,
     ):
         super().__init__()
-
-        def layer_scale():
-            return nn.Identity() if layer_scale_init is None else LayerScale(hidden_size, layer_scale_init)
-
         self.parallel = parallel
         self.norm1 = RMSNorm(hidden_size)
         self.attn = ViTokAttention(hidden_size, num_heads, qk_norm, bias)
-        self.scale1 = layer_scale()
+        self.residual1 = Residual(hidden_size, layer_scale_init)
         self.ff = FeedForward(hidden_size, inner_dim=ff_inner_dim, activation_fn="swiglu", bias=bias)
         if not parallel:
             self.norm2 = RMSNorm(hidden_size)
-            self.scale2 = layer_scale()
+            self.residual2 = Residual(hidden_size, layer_scale_init)
 
     def forward(
         self, hidden_states: torch.Tensor, rotary_emb: tuple[torch.Tensor, torch.Tensor], packing: Packing
@@ -226,9 +239,9 @@ class ViTokBlock(nn.Module):
         normed = self.norm1(hidden_states)
         attended = self.attn(normed, rotary_emb, packing)
         if self.parallel:
-            return hidden_states + self.scale1(attended + self.ff(normed))
-        hidden_states = hidden_states + self.scale1(attended)
-        return hidden_states + self.scale2(self.ff(self.norm2(hidden_states)))
+            return self.residual1(hidden_states, attended + self.ff(normed))
+        hidden_states = self.residual1(hidden_states, attended)
+        return self.residual2(hidden_states, self.ff(self.norm2(hidden_states)))
 
 
 class ViTokTower(nn.Module):

@@ -1,0 +1,70 @@
+"""Times and memory of large pictures: ViTok with full and with local attention, and diffusers' tiled `AutoencoderKL`.
+
+Each measurement has a process of its own, encodes and decodes one random picture in bfloat16, and prints seconds and
+how far the largest resident set (Linux) rose above that of the loaded model. Weights are random: they cost the same.
+
+    python examples/benchmark_sizes.py --variant S-B/16 --sizes 1024 2048 4096 --radius 16
+"""
+
+import argparse
+import subprocess
+import sys
+import time
+
+import torch
+from accelerate import PartialState
+from benchmark import stable_diffusion_vae
+
+from vitok_hf import AutoencoderViTok
+from vitok_hf.evaluation.memory import peak_memory, reset_peak_memory
+
+
+MODES = ("full attention", "sliding window", "tiled AutoencoderKL")
+
+
+def make_model(mode: str, variant: str, radius: int) -> torch.nn.Module:
+    if mode == "tiled AutoencoderKL":
+        vae = stable_diffusion_vae()
+        vae.enable_tiling()
+    else:
+        vae = AutoencoderViTok.from_variant(variant)
+        if mode == "sliding window":
+            vae.enable_sliding_window(radius)
+    return vae
+
+
+@torch.inference_mode()
+def measure(mode: str, variant: str, radius: int, size: int) -> None:
+    device = PartialState().default_device
+    vae = make_model(mode, variant, radius).to(device, torch.bfloat16).eval()
+    x = torch.rand(1, 3, size, size, device=device, dtype=torch.bfloat16) * 2 - 1
+    before, began = reset_peak_memory(), time.perf_counter()
+    latents = vae.encode(x).latent_dist.mode()
+    encoded = time.perf_counter()
+    sample = vae.decode(latents).sample
+    ended = time.perf_counter()
+    print(
+        f"{size:5} {mode:20} encode {encoded - began:7.1f} s, decode {ended - encoded:7.1f} s, "
+        f"memory +{(peak_memory() - before) / 1e9:5.2f} GB, finite: {bool(sample.isfinite().all())}",
+        flush=True,
+    )
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--variant", default="S-B/16")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[1024, 2048, 4096], help="height and width in pixels")
+    parser.add_argument("--radius", type=int, default=16, help="of the window, in tokens")
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
+    args = parser.parse_args()
+    if len(args.sizes) == len(args.modes) == 1:
+        measure(args.modes[0], args.variant, args.radius, args.sizes[0])
+        return
+    for size in args.sizes:
+        for mode in args.modes:
+            options = ["--variant", args.variant, "--radius", str(args.radius), "--sizes", str(size), "--modes", mode]
+            subprocess.run([sys.executable, __file__, *options], check=True)
+
+
+if __name__ == "__main__":
+    main()
