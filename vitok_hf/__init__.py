@@ -1,8 +1,14 @@
 """ViTok, vision-transformer autoencoders for images and videos (arXiv 2501.09755), for diffusers."""
 
+from diffusers import ModelMixin  # noqa: F401, whose subclasses diffusers' loader looks for in a registered package
+from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
+
 from .checkpoints import list_bundled
 from .models import AutoencoderViTok
 
+
+# Saved pipelines then name the package, not the file, and load from folders and from the Hub.
+LOADABLE_CLASSES["vitok_hf"] = {"ModelMixin": ["save_pretrained", "from_pretrained"]}
 
 __version__ = "0.1.0"
 __all__ = ["AutoencoderViTok", "list_bundled"]

@@ -2,6 +2,7 @@ import itertools
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -168,6 +169,26 @@ class AutoencoderViTok(ModelMixin, AutoencoderMixin, AttentionMixin, ConfigMixin
     def temporal_compression_ratio(self) -> int:
         return self.config.temporal_patch_size
 
+    @property
+    def temperal_downsample(self) -> tuple[bool, ...]:
+        return self.config.temperal_downsample
+
+    @property
+    def latents_mean(self) -> torch.Tensor:
+        """(c,), the mean of the config, or 0 if it has none."""
+        return torch.tensor(self.config.latents_mean or [0.0] * self.config.latent_channels)
+
+    @property
+    def latents_std(self) -> torch.Tensor:
+        """(c,), the standard deviation of the config, or 1 if it has none."""
+        return torch.tensor(self.config.latents_std or [1.0] * self.config.latent_channels)
+
+    @property
+    def bn(self) -> SimpleNamespace:
+        """The same statistics as FLUX.2's pipelines read them: buffers of a batch norm over 2 x 2 latents, (4c,)."""
+        mean, std = (values.repeat_interleave(4) for values in (self.latents_mean, self.latents_std))
+        return SimpleNamespace(running_mean=mean, running_var=std.square())
+
     @classmethod
     def from_variant(cls, variant: str, **kwargs: Any) -> "AutoencoderViTok":
         """A model with random weights by its published name.
@@ -218,7 +239,7 @@ class AutoencoderViTok(ModelMixin, AutoencoderMixin, AttentionMixin, ConfigMixin
         check_loading_info(info, model.config.component, pretrained_model_name_or_path)
         return (model, info) if output_loading_info else model
 
-    def enable_sliding_window(self, radius: int = 32) -> None:
+    def enable_sliding_window(self, radius: int = 16) -> None:
         """Makes attention local, so that time and memory grow with the area of the picture and not with its square.
 
         The grid of tokens is cut into blocks of `radius` tokens a side; a block attends to itself and to all tokens
@@ -337,7 +358,9 @@ class AutoencoderViTok(ModelMixin, AutoencoderMixin, AttentionMixin, ConfigMixin
     def decode(
         self,
         z: torch.Tensor | list[torch.Tensor],
+        timestep: bool | None = None,
         return_dict: bool = True,
+        generator: torch.Generator | list[torch.Generator] | None = None,
         sizes: list[tuple[int, int]] | None = None,
     ) -> DecoderOutput | tuple[torch.Tensor]:
         """Decodes a batch of latents, or a list of latents of any sizes.
@@ -345,7 +368,9 @@ class AutoencoderViTok(ModelMixin, AutoencoderMixin, AttentionMixin, ConfigMixin
         Args:
             z: (B, c, h, w) or (B, c, t, h, w), as `encode` gives them (not normalised); or a list of (c, h, w) or
                 (c, t, h, w).
+            timestep: `None`, which LTX's pipelines pass in this place; a `bool` in it is `return_dict`.
             return_dict: `False`: a tuple.
+            generator: Stable Diffusion's pipelines pass one to all decoders; this one draws nothing.
             sizes: For a list, the height and width of each picture before padding, to which it is cropped.
 
         Returns:
@@ -353,9 +378,14 @@ class AutoencoderViTok(ModelMixin, AutoencoderMixin, AttentionMixin, ConfigMixin
             not clipped; for a list, a list without the dimension B.
 
         Raises:
-            ValueError: If the number of dimensions or of channels does not fit the model, or `sizes` do not fit `z`.
+            ValueError: If the number of dimensions or of channels does not fit the model, `sizes` do not fit `z`, or
+                there is a `timestep`.
         """
         self._check_component("decoder")
+        if isinstance(timestep, bool):
+            timestep, return_dict = None, timestep
+        if timestep is not None:
+            raise ValueError(f"`timestep` must be None, but is {timestep}: the decoder is not conditioned on it.")
         config, p = self.config, self.config.patch_size
         check_input("z", z, config.latent_channels, (1, 1), needs_frames=config.temporal_patch_size > 1)
         if sizes is not None:

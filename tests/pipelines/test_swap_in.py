@@ -1,0 +1,288 @@
+"""`AutoencoderViTok` as `vae=` of diffusers' own pipelines, with tiny random denoisers and no text."""
+
+import inspect
+import json
+import pickle
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    Flux2Pipeline,
+    UniPCMultistepScheduler,
+)
+from PIL import Image
+
+from tests import hub_server
+from tests.conftest import TINY
+from vitok_hf import AutoencoderViTok
+
+
+hub = hub_server.hub
+C, GRID = 4, 8  # channels and side of the latents
+TOKENS, WIDTH = 8, 16  # of the embedded text
+STATISTICS = {"latents_mean": [0.5, -0.5, 1.0, 0.0], "latents_std": [2.0, 0.5, 1.0, 1.5]}
+VIDEO = STATISTICS | {"temporal_patch_size": 4, "sample_frames": 8}
+NO_COMPRESSION_OF_TIME = STATISTICS | {"temporal_patch_size": 1, "sample_frames": 8}
+WIDTHS = (
+    "caption_channels caption_projection_dim cap_feat_dim context_in_dim cross_attention_dim cross_attention_dim_t5 "
+    "ffn_dim freq_dim hidden_size in_text_dim in_text_dim2 joint_attention_dim pooled_projection_dim text_dim "
+    "text_embed_2_dim text_embed_dim time_dim time_embed_dim timestep_guidance_channels"
+)
+# Small values for whatever a denoiser's constructor takes.
+DENOISER = (
+    dict.fromkeys(WIDTHS.split(), WIDTH)
+    | {"in_channels": C, "out_channels": C, "in_visual_dim": C, "out_visual_dim": C}
+    | {"sample_size": GRID, "sample_height": GRID, "sample_width": GRID}
+    | {
+        "num_attention_heads": 2,
+        "attention_head_dim": 8,
+        "num_cross_attention_heads": 2,
+        "cross_attention_head_dim": 8,
+    }
+    | dict.fromkeys(("num_layers", "num_single_layers", "num_refiner_layers", "mmdit_layers", "layers_per_block"), 1)
+    | {"max_sequence_length": TOKENS, "max_text_seq_length": TOKENS, "text_len": TOKENS, "text_len_t5": TOKENS}
+    | {"multiple_of": 16, "num_kv_heads": 1, "norm_num_groups": 4, "rope_max_seq_len": 32}
+)
+# Values for whatever a pipeline's call takes.
+CALL = (
+    dict.fromkeys(("prompt_embeds", "prompt_embeds_2", "prompt_embeds_qwen"), torch.ones(1, TOKENS, WIDTH))
+    | dict.fromkeys(("pooled_prompt_embeds", "prompt_embeds_clip"), torch.ones(1, WIDTH))
+    | dict.fromkeys(("prompt_attention_mask", "prompt_embeds_mask"), torch.ones(1, TOKENS, dtype=torch.bool))
+    | dict.fromkeys(("prompt_attention_mask_2", "prompt_embeds_mask_2"), torch.ones(1, TOKENS, dtype=torch.bool))
+    | {"class_labels": [1], "guidance_scale": 1.0, "true_cfg_scale": 1.0, "strength": 0.5, "num_inference_steps": 2}
+    | {"use_resolution_binning": False, "output_type": "pt"}
+)
+DDIM = partial(DDIMScheduler, steps_offset=1, clip_sample=False)
+
+
+@dataclass
+class Case:
+    """A denoiser and what differs from `DENOISER` and `CALL`; `frames` are those to ask for and those to expect."""
+
+    denoiser: str
+    config: dict[str, Any] = field(default_factory=dict)
+    call: dict[str, Any] = field(default_factory=dict)
+    vae: dict[str, Any] = field(default_factory=dict)
+    scheduler: Callable = FlowMatchEulerDiscreteScheduler
+    frames: tuple[int, int] | None = None
+    patch_sizes: tuple[int, ...] = (8, 16, 32)
+
+
+UNET = {
+    "num_attention_heads": None,
+    "block_out_channels": (8, 16),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+}
+UNET_XL = {"addition_embed_type": "text_time", "addition_time_embed_dim": 8} | UNET
+SD = Case("UNet2DConditionModel", UNET, scheduler=DDIM)
+SDXL = Case(
+    "UNet2DConditionModel",
+    UNET_XL | {"projection_class_embeddings_input_dim": 6 * 8 + WIDTH},
+    vae=STATISTICS,
+    scheduler=DDIM,
+)
+SD3 = Case("SD3Transformer2DModel")
+FLUX_CONFIG = {"in_channels": 4 * C, "out_channels": 4 * C, "attention_head_dim": 16, "axes_dims_rope": (4, 4, 8)}
+FLUX = Case("FluxTransformer2DModel", FLUX_CONFIG)
+FLUX2 = Case("Flux2Transformer2DModel", FLUX_CONFIG | {"axes_dims_rope": (4, 4, 4, 4)}, vae=STATISTICS)
+QWEN = Case("QwenImageTransformer2DModel", FLUX_CONFIG | {"out_channels": C}, vae=STATISTICS)
+PIXART = Case("PixArtTransformer2DModel", {"out_channels": 2 * C}, scheduler=DDIM)
+LTX = {"denoiser": "LTXVideoTransformer3DModel"}
+WAN = {"denoiser": "WanTransformer3DModel", "config": {"attention_head_dim": 12}}
+COGVIDEOX = {"denoiser": "CogVideoXTransformer3DModel", "config": {"sample_frames": 5}, "scheduler": DDIM}
+CASES = {
+    "DiTPipeline": Case("DiTTransformer2DModel", scheduler=DDIM),
+    "StableDiffusionPipeline": SD,
+    "StableDiffusionImg2ImgPipeline": SD,
+    "StableDiffusionInpaintPipeline": SD,
+    "StableDiffusionXLPipeline": SDXL,
+    "StableDiffusionXLImg2ImgPipeline": SDXL,
+    "StableDiffusionXLInpaintPipeline": SDXL,
+    "StableDiffusion3Pipeline": SD3,
+    "StableDiffusion3Img2ImgPipeline": SD3,
+    "FluxPipeline": FLUX,
+    "FluxImg2ImgPipeline": FLUX,
+    "FluxInpaintPipeline": FLUX,
+    "Flux2Pipeline": FLUX2,
+    "Flux2KleinPipeline": FLUX2,
+    "ChromaPipeline": Case(
+        "ChromaTransformer2DModel",
+        FLUX_CONFIG | {"approximator_hidden_dim": 32, "approximator_layers": 1, "approximator_num_channels": 8},
+    ),
+    "PixArtAlphaPipeline": PIXART,
+    "PixArtSigmaPipeline": PIXART,
+    "SanaPipeline": Case("SanaTransformer2DModel"),
+    "LuminaPipeline": Case("LuminaNextDiT2DModel", patch_sizes=(8,)),
+    "Lumina2Pipeline": Case(
+        "Lumina2Transformer2DModel",
+        {"hidden_size": 48, "axes_dim_rope": (8, 8, 8), "axes_lens": (32, 32, 32)},
+        patch_sizes=(8,),
+    ),
+    "AuraFlowPipeline": Case("AuraFlowTransformer2DModel", {"num_mmdit_layers": 1, "num_single_dit_layers": 1}),
+    "HunyuanDiTPipeline": Case("HunyuanDiT2DModel", {"patch_size": 2}, scheduler=DDIM, patch_sizes=(8,)),
+    "HunyuanImagePipeline": Case("HunyuanImageTransformer2DModel", {"rope_axes_dim": (4, 4)}),
+    "CogView4Pipeline": Case("CogView4Transformer2DModel", {"condition_dim": 8, "rope_axes_dim": (16, 16)}),
+    "ZImagePipeline": Case(
+        "ZImageTransformer2DModel",
+        {"dim": 32, "n_layers": 1, "n_refiner_layers": 1, "n_heads": 2, "n_kv_heads": 2, "axes_dims": [8, 4, 4]},
+        {"guidance_scale": 0.0, "prompt_embeds": [torch.ones(TOKENS, WIDTH)]},
+    ),
+    "PRXPipeline": Case("PRXTransformer2DModel", {"hidden_size": 32, "num_heads": 2, "depth": 1, "axes_dim": [8, 8]}),
+    "QwenImagePipeline": QWEN,
+    "QwenImageImg2ImgPipeline": QWEN,
+    "LattePipeline": Case(
+        "LatteTransformer3DModel",
+        {"out_channels": 2 * C, "patch_size": 2, "video_length": 2, "norm_type": "ada_norm_single"}
+        | {"num_embeds_ada_norm": 1000},
+        {"mask_feature": False, "video_length": 2},
+        scheduler=DDIM,
+        frames=(2, 2),
+    ),
+    "LTXPipeline": Case(**LTX, vae=VIDEO, frames=(8, 8)),
+    "LTXImageToVideoPipeline": Case(**LTX, vae=NO_COMPRESSION_OF_TIME, frames=(5, 5)),
+    "WanPipeline": Case(**WAN, vae=VIDEO, frames=(5, 8)),
+    "WanVideoToVideoPipeline": Case(**WAN, vae=VIDEO, frames=(8, 8)),
+    "SkyReelsV2Pipeline": Case(
+        "SkyReelsV2Transformer3DModel", WAN["config"], vae=VIDEO, scheduler=UniPCMultistepScheduler, frames=(5, 8)
+    ),
+    "CogVideoXPipeline": Case(**COGVIDEOX, vae=VIDEO, frames=(8, 8)),
+    "CogVideoXVideoToVideoPipeline": Case(**COGVIDEOX, vae=VIDEO, frames=(8, 8)),
+    "CogVideoXImageToVideoPipeline": Case(
+        **COGVIDEOX | {"config": {"in_channels": 2 * C}}, vae=NO_COMPRESSION_OF_TIME, frames=(5, 5)
+    ),
+    "HunyuanVideoPipeline": Case(
+        "HunyuanVideoTransformer3DModel", {"rope_axes_dim": (2, 4, 2)}, vae=VIDEO, frames=(8, 8)
+    ),
+    "MochiPipeline": Case(
+        "MochiTransformer3DModel",
+        vae={"temporal_patch_size": 6, "sample_frames": 12},
+        frames=(12, 12),
+        patch_sizes=(8,),
+    ),
+    "EasyAnimatePipeline": Case(
+        "EasyAnimateTransformer3DModel", {"attention_head_dim": 16, "patch_size": 2}, vae=VIDEO, frames=(8, 8)
+    ),
+    "Kandinsky5T2VPipeline": Case(
+        "Kandinsky5Transformer3DModel",
+        {"model_dim": 32, "ff_dim": 32, "num_text_blocks": 1, "num_visual_blocks": 1, "axes_dims": (4, 4, 8)},
+        {"prompt_cu_seqlens": torch.tensor([0, TOKENS], dtype=torch.int32)},
+        vae=VIDEO,
+        frames=(5, 8),
+    ),
+}
+
+
+def known(function: Callable, arguments: dict[str, Any]) -> dict[str, Any]:
+    parameters = inspect.signature(function).parameters
+    return {name: value for name, value in arguments.items() if name in parameters}
+
+
+def make_pipeline(name: str, patch_size: int = 8, **vae: Any) -> DiffusionPipeline:
+    case, pipeline = CASES[name], getattr(diffusers, name)
+    torch.manual_seed(0)
+    parameters = list(inspect.signature(pipeline.__init__).parameters.values())[1:]
+    components = {parameter.name: None for parameter in parameters if parameter.default is inspect.Parameter.empty}
+    denoiser = getattr(diffusers, case.denoiser)
+    components["unet" if "unet" in components else "transformer"] = denoiser(
+        **known(denoiser.__init__, DENOISER) | case.config
+    ).eval()
+    components["vae"] = AutoencoderViTok(**TINY | {"patch_size": patch_size} | case.vae | vae).eval()
+    components["scheduler"] = case.scheduler()
+    pipe = pipeline(**components)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def run(pipe: DiffusionPipeline) -> torch.Tensor:
+    case, size = CASES[type(pipe).__name__], GRID * pipe.vae.config.patch_size
+    picture, mask = Image.new("RGB", (size, size), "red"), Image.new("L", (size, size), 255)
+    inputs = {"height": size, "width": size, "image": picture, "mask_image": mask}
+    if case.frames is not None:
+        inputs |= {"num_frames": case.frames[0], "video": [picture] * case.frames[0]}
+    call = CALL | inputs | case.call | {"generator": torch.Generator().manual_seed(0)}
+    return pipe(**known(pipe.__call__, call), return_dict=False)[0]
+
+
+def reload(pipe: DiffusionPipeline, source: Path | str) -> DiffusionPipeline:
+    missing = {name: None for name, component in pipe.components.items() if component is None}
+    reloaded = DiffusionPipeline.from_pretrained(source, **missing)
+    reloaded.set_progress_bar_config(disable=True)
+    return reloaded
+
+
+class TestPipelines:
+    @pytest.mark.parametrize(
+        ("name", "patch_size"), [(name, patch_size) for name, case in CASES.items() for patch_size in case.patch_sizes]
+    )
+    def test_output_has_the_requested_size(self, name, patch_size):
+        output, frames = run(make_pipeline(name, patch_size)), CASES[name].frames
+        size = GRID * patch_size
+        assert output.shape == (1, *(() if frames is None else (frames[1],)), 3, size, size)
+        assert output.isfinite().all()
+        assert output.std() > 0
+
+    @pytest.mark.parametrize("name", CASES)
+    def test_reloads_from_a_folder(self, name, tmp_path):
+        pipe = make_pipeline(name)
+        pipe.save_pretrained(tmp_path)
+        assert json.loads((tmp_path / "model_index.json").read_text())["vae"] == ["vitok_hf", "AutoencoderViTok"]
+        assert torch.equal(run(reload(pipe, tmp_path)), run(pipe))
+
+
+class TestLoading:
+    def test_from_a_hub_id(self, hub):
+        pipe = make_pipeline("DiTPipeline")
+        pipe.save_pretrained(hub.root / "owner" / "name")
+        assert torch.equal(run(reload(pipe, "owner/name")), run(pipe))
+
+    def test_the_decoder_alone_suffices_to_generate(self):
+        assert run(make_pipeline("DiTPipeline", component="decoder")).isfinite().all()
+
+    def test_pickle(self):
+        vae = make_pipeline("DiTPipeline").vae
+        unpickled = pickle.loads(pickle.dumps(vae))
+        assert unpickled.config == vae.config
+        assert unpickled.config.z_dim == C
+
+    def test_from_pipe_takes_the_vae_by_name(self):
+        pipe = make_pipeline("StableDiffusionPipeline")
+        assert diffusers.StableDiffusionImg2ImgPipeline.from_pipe(pipe, vae=pipe.vae).vae is pipe.vae
+
+
+class TestLimits:
+    def test_a_single_frame_does_not_fill_a_tubelet(self):
+        with pytest.raises(ValueError, match="multiple of temporal_patch_size=4, but is 1"):
+            run(make_pipeline("LTXImageToVideoPipeline", **VIDEO))
+
+    @pytest.mark.parametrize(("p", "q"), [(12, 4), (8, 6), (8, 16)])
+    def test_halvings_cannot_be_counted(self, p, q):
+        config = AutoencoderViTok(**TINY | VIDEO | {"patch_size": p, "temporal_patch_size": q}).config
+        assert (config.scale_factor_spatial, config.scale_factor_temporal) == (p, q)
+        with pytest.raises(AttributeError, match="no power of 2|exceeds"):
+            _ = config.temperal_downsample
+
+    def test_no_timestep(self):
+        with pytest.raises(ValueError, match="`timestep` must be None"):
+            make_pipeline("DiTPipeline").vae.decode(torch.zeros(1, C, 2, 2), torch.zeros(1))
+
+
+class TestStatistics:
+    def test_identity_without(self):
+        vae = make_pipeline("DiTPipeline").vae
+        assert torch.equal(vae.latents_mean, torch.zeros(C)) and torch.equal(vae.latents_std, torch.ones(C))
+
+    def test_order_over_two_by_two_latents(self):
+        vae = make_pipeline("Flux2Pipeline").vae
+        for values, buffer in ((vae.latents_mean, vae.bn.running_mean), (vae.latents_std, vae.bn.running_var.sqrt())):
+            latents = values.view(1, C, 1, 1).expand(1, C, 2, 2)
+            torch.testing.assert_close(Flux2Pipeline._patchify_latents(latents).flatten(), buffer)
