@@ -11,9 +11,8 @@ import torch
 from accelerate import PartialState
 from tqdm.auto import tqdm
 
-from vitok_hf import AutoencoderViTok
+from vitok_hf import AutoencoderViTok, compute_latent_statistics
 from vitok_hf.training.data import CropBatches, CropSettings, make_dataloader
-from vitok_hf.training.latents import latent_statistics
 
 
 def main():
@@ -22,6 +21,12 @@ def main():
     parser.add_argument("--train_data", nargs="+", required=True, help="folders with optional weights, as in training")
     parser.add_argument("--num_batches", type=int, default=64, help="batches of 2 ** 20 pixels for the statistics")
     parser.add_argument("--size", type=int, default=256, help="side of the crops in pixels")
+    parser.add_argument(
+        "--normalization",
+        default="channels",
+        choices=["channels", "factors"],
+        help="latents_mean and latents_std, or scaling_factor and shift_factor (Stable Diffusion, SD3, FLUX, DiT)",
+    )
     parser.add_argument("--dtype", default="float16", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--output_dir", type=Path, required=True)
     args = parser.parse_args()
@@ -29,11 +34,11 @@ def main():
     vae = AutoencoderViTok.from_pretrained(args.model).to(PartialState().default_device)
     settings = CropSettings([(args.size, args.size, 1.0)], 2**20, num_frames=vae.config.sample_frames, flip=False)
     batches = make_dataloader(CropBatches(args.train_data, settings), range(args.num_batches), num_workers=0)
-    statistics = latent_statistics(vae, tqdm(batches, desc="latent statistics"))
-    vae.register_to_config(_name_or_path=args.output_dir.name, **statistics)  # not the path of the run
+    statistics = compute_latent_statistics(vae, tqdm(batches, desc="latent statistics"))
+    config = statistics.to_config(args.normalization == "channels")
+    vae.register_to_config(_name_or_path=args.output_dir.name, **config)  # not the path of the run
     vae.to(getattr(torch, args.dtype)).save_pretrained(args.output_dir)
-    for name, values in statistics.items():
-        print(name, [round(value, 4) for value in values])
+    print(f"{config} from {statistics.num_items} crops, {statistics.num_latents} latents a channel")
     print(f"Saved {args.output_dir}")
 
 

@@ -4,6 +4,7 @@ from diffusers import ModelMixin  # noqa: F401, whose subclasses diffusers' load
 from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 
 from .checkpoints import list_bundled
+from .latents import compute_latent_statistics, denormalize_latents, normalize_latents
 from .models import AutoencoderViTok
 
 
@@ -11,4 +12,10 @@ from .models import AutoencoderViTok
 LOADABLE_CLASSES["vitok_hf"] = {"ModelMixin": ["save_pretrained", "from_pretrained"]}
 
 __version__ = "0.1.0"
-__all__ = ["AutoencoderViTok", "list_bundled"]
+__all__ = [
+    "AutoencoderViTok",
+    "compute_latent_statistics",
+    "denormalize_latents",
+    "list_bundled",
+    "normalize_latents",
+]

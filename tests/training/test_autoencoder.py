@@ -9,7 +9,6 @@ from tests.conftest import ASSETS, TINY, make_vae
 from vitok_hf import AutoencoderViTok
 from vitok_hf.training import autoencoder
 from vitok_hf.training.autoencoder import AutoencoderTrainer, TrainingArguments, learning_rate_at
-from vitok_hf.training.latents import latent_statistics
 
 
 @pytest.fixture
@@ -230,15 +229,3 @@ class TestArguments:
             autoencoder.load_model(arguments())
         with pytest.raises(ValueError, match="cannot be changed in a pretrained model"):
             arguments(model_config=None, pretrained_model_name_or_path="x", latent_channels=4)
-
-
-def test_latent_statistics():
-    vae = make_vae("v1")
-    batches = [torch.randint(0, 256, (n, 3, 16, 24), dtype=torch.uint8) for n in (1, 3)]
-    statistics = latent_statistics(vae, batches)
-    with torch.no_grad():
-        latents = vae.encode(torch.cat(batches).float() / 127.5 - 1.0).latent_dist.mode().double()
-    torch.testing.assert_close(torch.tensor(statistics["latents_mean"]).double(), latents.mean(dim=(0, 2, 3)))
-    std = latents.std(dim=(0, 2, 3), correction=0)
-    torch.testing.assert_close(torch.tensor(statistics["latents_std"]).double(), std)
-    assert json.dumps(statistics)

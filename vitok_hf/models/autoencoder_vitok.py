@@ -1,6 +1,5 @@
 import itertools
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +20,8 @@ from ..checkpoints import check_loading_info, resolve_bundled
 from ..checkpoints.vitok_v2 import HUB_ARGUMENTS, is_vitok_v2, load_vitok_v2
 from ..presets import V2_PATTERN, variant_to_config
 from .configuration import ViTokConfig, check_config, check_input
-from .layers import ViTokAttention, ViTokTower, patchify, unpatchify
+from .layers import ViTokTower, patchify, unpatchify
+from .memory import MemoryMixin, apply_tiled, make_tiling
 from .posterior import PosteriorList, ViTokPosterior
 
 
@@ -35,7 +35,7 @@ class ViTokOutput(DecoderOutput):
     kl: torch.Tensor | None = None
 
 
-class AutoencoderViTok(ModelMixin, AutoencoderMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):
+class AutoencoderViTok(ModelMixin, MemoryMixin, AutoencoderMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):
     r"""
     Vision-transformer autoencoder for images and videos (ViTok, arXiv 2501.09755).
 
@@ -142,7 +142,8 @@ class AutoencoderViTok(ModelMixin, AutoencoderMixin, AttentionMixin, ConfigMixin
                 final_norm,
                 **block_kwargs,
             )
-        self.use_slicing = False
+        self.use_slicing = self.use_tiling = False
+        self.tiling = make_tiling(self.config)
         self._init_weights()
 
     def _init_weights(self):
@@ -168,6 +169,11 @@ class AutoencoderViTok(ModelMixin, AutoencoderMixin, AttentionMixin, ConfigMixin
     @property
     def temporal_compression_ratio(self) -> int:
         return self.config.temporal_patch_size
+
+    @property
+    def _pixel_steps(self) -> tuple[int, int, int]:
+        """What a token measures, (T, H, W)."""
+        return (self.config.temporal_patch_size, self.config.patch_size, self.config.patch_size)
 
     @property
     def temperal_downsample(self) -> tuple[bool, ...]:
@@ -239,29 +245,6 @@ class AutoencoderViTok(ModelMixin, AutoencoderMixin, AttentionMixin, ConfigMixin
         check_loading_info(info, model.config.component, pretrained_model_name_or_path)
         return (model, info) if output_loading_info else model
 
-    def enable_sliding_window(self, radius: int = 16) -> None:
-        """Makes attention local, so that time and memory grow with the area of the picture and not with its square.
-
-        The grid of tokens is cut into blocks of `radius` tokens a side; a block attends to itself and to all tokens
-        at most `radius` rows, columns (and latent frames, in a video model) away. Sizes of up to `radius` tokens a
-        side are not affected. The result differs from full attention: the models are trained with the latter.
-
-        Args:
-            radius: In tokens; times `patch_size`, in pixels.
-        """
-        if radius < 1:
-            raise ValueError(f"`radius` must be at least 1 token, but is {radius}.")
-        self._set_window_radius(radius)
-
-    def disable_sliding_window(self) -> None:
-        """Back to full attention."""
-        self._set_window_radius(None)
-
-    def _set_window_radius(self, radius: int | None):
-        for module in self.modules():
-            if isinstance(module, ViTokAttention):
-                module.window_radius = radius
-
     def _check_component(self, needed: str):
         if self.config.component not in (None, needed):
             raise ValueError(
@@ -269,11 +252,9 @@ class AutoencoderViTok(ModelMixin, AutoencoderMixin, AttentionMixin, ConfigMixin
                 f'component="{needed}", to use the {needed}.'
             )
 
-    def _run_tower(
-        self, tower: ViTokTower, videos: list[torch.Tensor], steps_in: tuple[int, int], steps_out: tuple[int, int]
-    ) -> list[torch.Tensor]:
+    def _run_tower(self, tower: ViTokTower, videos: list[torch.Tensor], steps_in, steps_out) -> list[torch.Tensor]:
         """(B, C, T, H, W) each, cut into patches of `steps_in` and put together from patches of `steps_out`."""
-        q, p = steps_in
+        (q, p, _), (q_out, p_out, _) = steps_in, steps_out
         sequences, grids = [], []
         for video in videos:
             # An image model sees each frame alone.
@@ -282,24 +263,30 @@ class AutoencoderViTok(ModelMixin, AutoencoderMixin, AttentionMixin, ConfigMixin
             grids.append((frames // q, video.shape[3] // p, video.shape[4] // p))
         outputs = tower(sequences, [grid[1:] if self.is_image_model else grid for grid in grids])
         return [
-            unpatchify(tokens, grid, *steps_out, num_items=len(tokens) // len(video))
+            unpatchify(tokens, grid, q_out, p_out, num_items=len(tokens) // len(video))
             for tokens, grid, video in zip(outputs, grids, videos)
         ]
 
-    def _encode(self, videos: list[torch.Tensor]) -> list[torch.Tensor]:
-        """(B, C, T, H, W) each -> parameters of the posterior, (B, c or 2c, t, h, w)."""
-        steps = (self.temporal_compression_ratio, self.spatial_compression_ratio)
-        return self._run_tower(self.encoder, videos, steps, (1, 1))
+    def _run_batches(self, tower: ViTokTower, videos: list[torch.Tensor], steps_in, steps_out) -> list[torch.Tensor]:
+        """As `_run_tower`, in slices and tiles if these are on."""
+        if self.use_slicing and any(len(video) > 1 for video in videos):
+            return [
+                torch.cat([self._run_batches(tower, [item], steps_in, steps_out)[0] for item in video.split(1)])
+                for video in videos
+            ]
+        if not self.use_tiling:
+            return self._run_tower(tower, videos, steps_in, steps_out)
 
-    def _decode(self, latents: list[torch.Tensor]) -> list[torch.Tensor]:
-        """(B, c, t, h, w) each -> (B, C, T, H, W)."""
-        steps = (self.temporal_compression_ratio, self.spatial_compression_ratio)
-        return self._run_tower(self.decoder, latents, (1, 1), steps)
+        def run_tile(tile: torch.Tensor) -> torch.Tensor:
+            return self._run_tower(tower, [tile], steps_in, steps_out)[0]
+
+        parts = (apply_tiled(run_tile, [video], self.tiling, steps_in, steps_out) for video in videos)
+        return [torch.cat(list(part), dim=2) for part in parts]
 
     def _run(
-        self, function: Callable[[list[torch.Tensor]], list[torch.Tensor]], x: torch.Tensor | list[torch.Tensor]
+        self, tower: ViTokTower, x: torch.Tensor | list[torch.Tensor], steps_in, steps_out
     ) -> torch.Tensor | list[torch.Tensor]:
-        """Applies `function`, from and to 5-D batches, to a batch or to a list of items of any sizes."""
+        """Sends a batch, or a list of items of any sizes, through a tower; `steps` are what a token measures."""
         groups: dict[torch.Size, list[int]] = {}  # equal sizes make a batch
         if isinstance(x, torch.Tensor):
             batches = [x]
@@ -308,10 +295,7 @@ class AutoencoderViTok(ModelMixin, AutoencoderMixin, AttentionMixin, ConfigMixin
                 groups.setdefault(item.shape, []).append(index)
             batches = [torch.stack([x[index] for index in indices]) for indices in groups.values()]
         videos = [batch.unsqueeze(2) if batch.ndim == 4 else batch for batch in batches]
-        if self.use_slicing:
-            outputs = [torch.cat([function([item])[0] for item in video.split(1)]) for video in videos]
-        else:
-            outputs = function(videos)
+        outputs = self._run_batches(tower, videos, steps_in, steps_out)
         outputs = [out.squeeze(2) if batch.ndim == 4 else out for out, batch in zip(outputs, batches)]
         if isinstance(x, torch.Tensor):
             return outputs[0]
@@ -345,7 +329,7 @@ class AutoencoderViTok(ModelMixin, AutoencoderMixin, AttentionMixin, ConfigMixin
         check_input(
             "x", x, config.in_channels, (config.temporal_patch_size, p), needs_frames=config.temporal_patch_size > 1
         )
-        parameters = self._run(self._encode, x)
+        parameters = self._run(self.encoder, x, self._pixel_steps, (1, 1, 1))
         if isinstance(x, torch.Tensor):
             posterior = ViTokPosterior(parameters, deterministic=not config.variational)
         else:
@@ -394,7 +378,7 @@ class AutoencoderViTok(ModelMixin, AutoencoderMixin, AttentionMixin, ConfigMixin
                 raise ValueError(
                     f"`sizes` {sizes} do not fit a list of latents of {grids} patches of {p} x {p} pixels."
                 )
-        sample = self._run(self._decode, z)
+        sample = self._run(self.decoder, z, (1, 1, 1), self._pixel_steps)
         if sizes is not None:
             sample = [item[..., :height, :width] for item, (height, width) in zip(sample, sizes)]
         return DecoderOutput(sample=sample) if return_dict else (sample,)

@@ -1,0 +1,198 @@
+"""Bounded memory: functions of videos on overlapping tiles along any axis, and of videos that arrive in pieces."""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from .configuration import ViTokConfig
+from .layers import ViTokAttention
+
+
+@dataclass
+class Tiling:
+    """Sizes and overlaps of tiles in tokens, (t, h, w) each; `None` leaves an axis whole."""
+
+    sizes: tuple[int | None, int | None, int | None]
+    overlaps: tuple[int, int, int]
+
+
+def windows(
+    pieces: Iterable[torch.Tensor], dim: int, size: int | None, overlap: int
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """Cuts what the pieces make, joined along `dim`, into windows of `size`, and tells what each shares with the last.
+
+    Neighbours share `overlap`, the last two what makes the last one as large as the others. No more than two windows
+    and a piece are held at a time.
+    """
+    shared, window, rest = 0, None, None
+    for piece in pieces:
+        rest = piece if rest is None else torch.cat([rest, piece], dim=dim)
+        while size is not None and rest.shape[dim] > size:
+            window = rest.narrow(dim, 0, size)
+            yield shared, window
+            shared = overlap
+            rest = rest.narrow(dim, size - overlap, rest.shape[dim] - size + overlap)
+    if window is not None:
+        new = rest.shape[dim] - overlap
+        rest = torch.cat([window.narrow(dim, new, size - new), rest.narrow(dim, overlap, new)], dim=dim)
+        shared = size - new
+    if rest is not None:
+        yield shared, rest
+
+
+def overlap_add(tiles: Iterable[tuple[int, torch.Tensor]], dim: int) -> Iterator[torch.Tensor]:
+    """Inverse of `windows`: joins tiles along `dim`, neighbours blended linearly, and yields what is final."""
+    last = None
+    for shared, tile in tiles:
+        if last is not None:
+            final, end = last.split([last.shape[dim] - shared, shared], dim=dim)
+            yield final
+            start, rest = tile.split([shared, tile.shape[dim] - shared], dim=dim)
+            ramp = torch.arange(1, shared + 1, device=tile.device, dtype=tile.dtype) / (shared + 1)
+            blended = torch.lerp(end, start, ramp.view(-1, *[1] * (tile.ndim - dim - 1)))
+            tile = torch.cat([blended, rest], dim=dim)
+        last = tile
+    if last is not None:
+        yield last
+
+
+def apply_tiled(
+    function: Callable[[torch.Tensor], torch.Tensor],
+    pieces: Iterable[torch.Tensor],
+    tiling: Tiling,
+    steps_in: tuple[int, int, int],
+    steps_out: tuple[int, int, int],
+    dim: int = 2,
+) -> Iterator[torch.Tensor]:
+    """Applies `function` to overlapping tiles and blends the results.
+
+    Args:
+        function: From (B, C, T, H, W) to such a tensor of `steps_out` for each `steps_in`.
+        pieces: Parts of a video, (B, C, T, H, W), that follow one another along `dim`.
+        tiling: Sizes and overlaps in multiples of the steps.
+        steps_in, steps_out: What a token measures, (T, H, W), before and after `function`.
+
+    Yields:
+        The result in parts, along `dim`.
+
+    Raises:
+        ValueError: If the pieces together are no multiple of the step.
+    """
+    axis = dim - 2
+    step_in, step_out, size, overlap = steps_in[axis], steps_out[axis], tiling.sizes[axis], tiling.overlaps[axis]
+
+    def tiles() -> Iterator[tuple[int, torch.Tensor]]:
+        for shared, window in windows(pieces, dim, None if size is None else size * step_in, overlap * step_in):
+            if shared % step_in:
+                raise ValueError(
+                    f"The last {step_in - shared % step_in} of each {step_in} frames are missing: pad them."
+                )
+            if dim < 4:
+                parts = apply_tiled(function, [window], tiling, steps_in, steps_out, dim + 1)
+                yield shared // step_in * step_out, torch.cat(list(parts), dim=dim + 1)
+            else:
+                yield shared // step_in * step_out, function(window)
+
+    return overlap_add(tiles(), dim)
+
+
+def make_tiling(
+    config: ViTokConfig, size: int | None = None, frames: int | None = None, overlap_factor: float = 0.25
+) -> Tiling:
+    """See `MemoryMixin.enable_tiling`."""
+    if frames is None:
+        frames = 16 if config.is_image_model else max(config.sample_frames, config.temporal_patch_size)
+    size = max(2 * config.sample_size, config.patch_size) if size is None else size
+    if size < config.patch_size or frames < config.temporal_patch_size:
+        raise ValueError(
+            f"A tile of {frames} frames of {size} x {size} pixels is smaller than a patch: pass at least "
+            f"tile_sample_min_size={config.patch_size}, tile_sample_min_frames={config.temporal_patch_size}."
+        )
+    if not 0.0 <= overlap_factor <= 0.5:
+        raise ValueError(f"`tile_overlap_factor` must be from 0 to 0.5, but is {overlap_factor}.")
+    sizes = (frames // config.temporal_patch_size, size // config.patch_size, size // config.patch_size)
+    overlaps = [int(overlap_factor * tokens) for tokens in sizes]
+    return Tiling(sizes, (0 if config.is_image_model else overlaps[0], *overlaps[1:]))
+
+
+class MemoryMixin:
+    """What keeps the memory of an autoencoder bounded: tiles, streams of frames, local attention."""
+
+    def enable_tiling(
+        self,
+        tile_sample_min_size: int | None = None,
+        tile_sample_min_frames: int | None = None,
+        tile_overlap_factor: float = 0.25,
+    ) -> None:
+        """Encodes and decodes large pictures and long videos in overlapping tiles, which are blended linearly.
+
+        Attention does not reach beyond a tile, so that results differ a little from those without tiles. What fits in
+        one tile is not affected.
+
+        Args:
+            tile_sample_min_size: Height and width of a tile in pixels, by default twice `config.sample_size`.
+            tile_sample_min_frames: Frames of a tile, by default `config.sample_frames`, or 16 for an image model,
+                whose frames are independent and do not overlap.
+            tile_overlap_factor: The share of a tile that it has in common with the next, at most 0.5.
+
+        Raises:
+            ValueError: If a tile is smaller than a patch, or the overlap is negative or more than a half.
+        """
+        self.tiling = make_tiling(self.config, tile_sample_min_size, tile_sample_min_frames, tile_overlap_factor)
+        self.use_tiling = True
+
+    def encode_stream(self, pieces: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+        """Encodes a video of any length in memory that does not grow with it.
+
+        Frames are encoded in overlapping windows, those of `enable_tiling`: the parts together are what `encode` with
+        tiling gives, or, with the default settings, what it gives with tiles in time only.
+
+        Args:
+            pieces: Parts of the video, (B, C, T, H, W) in [-1, 1], of any numbers of frames that add up to a multiple
+                of q.
+
+        Yields:
+            Modes of the posterior, (B, c, t, H/p, W/p), that follow one another in time.
+        """
+        steps = (self.config.temporal_patch_size, 1, 1), (1, 1, 1)
+        yield from self._stream(lambda window: self.encode(window).latent_dist.mode(), pieces, *steps)
+
+    def decode_stream(self, pieces: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+        """Decodes latents of any length in memory that does not grow with it; see `encode_stream`.
+
+        Args:
+            pieces: Latents, (B, c, t, h, w), of any lengths, such as `encode_stream` yields.
+
+        Yields:
+            Frames, (B, C, T, h * p, w * p), that follow one another in time.
+        """
+        steps = (1, 1, 1), (self.config.temporal_patch_size, 1, 1)
+        yield from self._stream(lambda window: self.decode(window).sample, pieces, *steps)
+
+    def _stream(self, function, pieces, steps_in, steps_out):
+        tiling = Tiling((self.tiling.sizes[0], None, None), (self.tiling.overlaps[0], 0, 0))
+        return apply_tiled(function, pieces, tiling, steps_in, steps_out)
+
+    def enable_sliding_window(self, radius: int = 16) -> None:
+        """Makes attention local, so that its time grows with the area of the picture and not with the square of it.
+
+        The grid of tokens is cut into blocks of `radius` tokens a side; a block attends to itself and to all tokens
+        at most `radius` rows, columns (and latent frames, in a video model) away. Sizes of up to `radius` tokens a
+        side are not affected. The result differs from full attention, with which the models are trained.
+
+        Args:
+            radius: In tokens; times `patch_size`, in pixels.
+        """
+        if radius < 1:
+            raise ValueError(f"`radius` must be at least 1 token, but is {radius}.")
+        self._set_window_radius(radius)
+
+    def disable_sliding_window(self) -> None:
+        """Back to full attention."""
+        self._set_window_radius(None)
+
+    def _set_window_radius(self, radius: int | None):
+        for module in self.modules():
+            if isinstance(module, ViTokAttention):
+                module.window_radius = radius
