@@ -81,7 +81,7 @@ class TestStatistics:
 
 class TestFormula:
     def test_matches_the_pipelines(self):
-        """(latents - shift_factor) * scaling_factor of SD3 and FLUX; (latents - mean) / std * scaling_factor of SDXL."""
+        """(latents - shift_factor) * scaling_factor of SD3; (latents - mean) / std * scaling_factor of SDXL."""
         latents = torch.randn(2, 4, 3, 3)
         vae = make_vae("v1", scaling_factor=0.5, shift_factor=0.25)
         torch.testing.assert_close(normalize_latents(latents, vae), (latents - 0.25) * 0.5)

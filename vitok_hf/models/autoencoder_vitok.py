@@ -1,6 +1,5 @@
 import itertools
 import os
-from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,17 +21,7 @@ from ..presets import V2_PATTERN, variant_to_config
 from .configuration import ViTokConfig, check_config, check_input
 from .layers import ViTokTower, patchify, unpatchify
 from .memory import MemoryMixin, apply_tiled, make_tiling
-from .posterior import PosteriorList, ViTokPosterior
-
-
-@dataclass
-class ViTokOutput(DecoderOutput):
-    """The reconstruction `sample`, and `kl`, (B,): the posterior's divergence, summed over all latents of an item.
-
-    For a list of items, `sample` is a list.
-    """
-
-    kl: torch.Tensor | None = None
+from .posterior import PosteriorList, ViTokOutput, ViTokPosterior
 
 
 class AutoencoderViTok(ModelMixin, MemoryMixin, AutoencoderMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):

@@ -1,7 +1,8 @@
 import math
+from dataclasses import dataclass
 
 import torch
-from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
 from diffusers.utils.torch_utils import randn_tensor
 
 
@@ -75,3 +76,13 @@ class PosteriorList:
 
     def kl(self) -> torch.Tensor:
         return torch.cat([posterior.kl() for posterior in self.posteriors])
+
+
+@dataclass
+class ViTokOutput(DecoderOutput):
+    """The reconstruction `sample`, and `kl`, (B,): the posterior's divergence, summed over all latents of an item.
+
+    For a list of items, `sample` is a list.
+    """
+
+    kl: torch.Tensor | None = None
