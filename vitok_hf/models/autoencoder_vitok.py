@@ -66,7 +66,9 @@ class AutoencoderViTok(ModelMixin, MemoryMixin, AutoencoderMixin, AttentionMixin
     _supports_gradient_checkpointing = True
     _no_split_modules = ["ViTokBlock"]
     _repeated_blocks = ["ViTokBlock"]
+    _group_offload_block_modules = ["encoder", "decoder"]
     _skip_layerwise_casting_patterns = ["proj_in", "proj_out", "norm"]
+    _keys_to_ignore_on_load_unexpected = [r"\.attn\.to_qkv\."]  # of `fuse_qkv_projections`, a copy of the others
 
     @register_to_config
     def __init__(
@@ -252,7 +254,7 @@ class AutoencoderViTok(ModelMixin, MemoryMixin, AutoencoderMixin, AttentionMixin
             grids.append((frames // q, video.shape[3] // p, video.shape[4] // p))
         outputs = tower(sequences, [grid[1:] if self.is_image_model else grid for grid in grids])
         return [
-            unpatchify(tokens, grid, q_out, p_out, num_items=len(tokens) // len(video))
+            unpatchify(tokens, grid, q_out, p_out, num_items=tokens.shape[0] // video.shape[0])
             for tokens, grid, video in zip(outputs, grids, videos)
         ]
 

@@ -65,8 +65,8 @@ def rotary_embedding(
         angles.append(torch.outer(positions, frequencies).view(shape))
     cos = torch.cat([angle.cos().to(dtype).expand(*grid, -1) for angle in angles], dim=-1)  # (t, h, w, head_dim / 2)
     sin = torch.cat([angle.sin().to(dtype).expand(*grid, -1) for angle in angles], dim=-1)
-    cos, sin = torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)  # (t, h, w, head_dim)
-    return cos.view(-1, 1, head_dim), sin.view(-1, 1, head_dim)
+    cos, sin = cos.view(-1, 1, head_dim // 2), sin.view(-1, 1, head_dim // 2)
+    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 
 
 def apply_rotary_embedding(hidden_states: torch.Tensor, rotary_emb: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
@@ -158,10 +158,11 @@ class ViTokAttnProcessor:
         rotary_emb: tuple[torch.Tensor, torch.Tensor],
         packing: Packing,
     ) -> torch.Tensor:
-        if attn.fused_projections:
+        projections = (attn.to_q, attn.to_k, attn.to_v)
+        if attn.fused_projections and all(isinstance(x, nn.Linear) for x in projections):  # none has a LoRA
             query, key, value = attn.to_qkv(hidden_states).chunk(3, dim=-1)
         else:
-            query, key, value = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
+            query, key, value = (projection(hidden_states) for projection in projections)
         query, key, value = (x.unflatten(-1, (attn.heads, -1)) for x in (query, key, value))  # (B, L, heads, head_dim)
         query, key = attn.norm_q(query, rotary_emb), attn.norm_k(key, rotary_emb)
         attend = partial(dispatch_attention_fn, backend=self._attention_backend, parallel_config=self._parallel_config)
@@ -282,8 +283,9 @@ class ViTokTower(nn.Module):
 
     def forward(self, sequences: list[torch.Tensor], grids: list[Grid]) -> list[torch.Tensor]:
         """Runs of equal sequences, (n, L, in_features), and the grid of each run -> (n, L, out_features)."""
-        packing = [(len(run), grid) for run, grid in zip(sequences, grids)]
-        hidden_states = self.proj_in(pack(sequences))  # (B, L, D), or (1, sum of n * L, D)
+        packing = [(run.shape[0], grid) for run, grid in zip(sequences, grids)]
+        # A copy, because dynamo would compile the first block apart for a view: the others do not get one.
+        hidden_states = self.proj_in(pack(sequences)).clone()  # (B, L, D), or (1, sum of n * L, D)
         rotary_emb = self.rotary_embedding(hidden_states, packing)
         for block in self.transformer_blocks:
             if self.gradient_checkpointing and torch.is_grad_enabled():
