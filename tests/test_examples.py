@@ -7,10 +7,12 @@ from pathlib import Path
 
 import av
 import numpy as np
+import onnxruntime
 import pytest
+import torch
 from PIL import Image
 
-from tests.conftest import ASSETS, TINY, make_vae
+from tests.conftest import ASSETS, TINY, make_input, make_vae
 from tests.training.test_data import write_video
 from vitok_hf import AutoencoderViTok
 
@@ -75,6 +77,53 @@ def test_train_and_export(run_example, tmp_path):
     vae = AutoencoderViTok.from_pretrained(tmp_path / "exported")
     assert len(vae.config.latents_mean) == len(vae.config.latents_std) == 4
     assert min(vae.config.latents_std) > 0
+
+
+class TestExportOnnx:
+    @pytest.mark.parametrize("architecture, opset", [("v2", 20), ("video", 23)])
+    @torch.no_grad()
+    def test_any_size(self, run_example, tmp_path, architecture, opset):
+        small = {"encoder_num_layers": 1, "decoder_num_layers": 1}
+        vae = make_vae(architecture, shift_factor=0.5, scaling_factor=0.25, **small)
+        vae.save_pretrained(tmp_path / "model")
+        out = run_example(
+            *("export_onnx.py", "--model", "model", "--opset", opset),
+            *("--sizes", "24x16", "--batch_sizes", 2, "--rounds", 1),
+        )
+        assert out.count("max error") == 2 and f"opset {opset}" in out
+        files = sorted((tmp_path / "onnx").iterdir())
+        assert [file.name for file in files] == ["decoder.onnx", "encoder.onnx"]
+        assert not any(str(EXAMPLES.parent).encode() in file.read_bytes() for file in files)
+        decoder, encoder = (onnxruntime.InferenceSession(file) for file in files)
+        for session in (encoder, decoder):
+            metadata = {key: json.loads(value) for key, value in session.get_modelmeta().custom_metadata_map.items()}
+            assert metadata["patch_size"] == 8 and metadata["scaling_factor"] == 0.25
+            assert metadata["latents_mean"] == [0.5] * 4 and metadata["latents_std"] == [1.0] * 4
+        for batch_size, height, width, frames in ((1, 8, 40, 2), (3, 56, 8, 4)):
+            x = make_input(vae, batch_size, height, width)
+            x = x[:, :, :frames] if architecture == "video" else x
+            outputs = encoder.run(None, {"pixel_values": x.numpy()})
+            posterior = vae.encode(x).latent_dist
+            expected = [posterior.mode(), posterior.std] if vae.config.variational else [posterior.mode()]
+            outputs += decoder.run(None, {"latents": outputs[0]})
+            torch.testing.assert_close(
+                [torch.from_numpy(output) for output in outputs],
+                [*expected, vae.decode(posterior.mode()).sample],
+                rtol=0,
+                atol=1e-4,
+            )
+
+    def test_writes_nothing_that_differs(self, monkeypatch, tmp_path):
+        make_vae("v1", component="decoder", decoder_num_layers=1).save_pretrained(tmp_path / "model")
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.syspath_prepend(str(EXAMPLES))
+        monkeypatch.setattr(sys, "argv", ["export_onnx.py", "--model", "model", "--sizes", "16x24", "--rounds", "1"])
+        import export_onnx
+
+        monkeypatch.setattr(export_onnx, "TOLERANCE", -1.0)
+        with pytest.raises(ValueError, match=r"decoder.onnx differs from PyTorch by .* for \(1, 4, 2, 3\)"):
+            export_onnx.main()
+        assert list((tmp_path / "onnx").iterdir()) == []
 
 
 @pytest.mark.parametrize("options", [(), ("--train",)])
