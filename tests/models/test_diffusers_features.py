@@ -223,8 +223,8 @@ class TestCompilation:
         assert counter.frame_count == 1
 
     def test_one_compilation_for_the_blocks_of_a_tower(self, vae):
-        counter, inputs = CompileCounter(), inputs_of_sizes(vae, "forward")
-        expected = [vae(x).sample for x in inputs]
+        inputs = [make_input(vae, 3, 24, 56), *inputs_of_sizes(vae, "forward")]  # first, as many rows as pictures
+        counter, expected = CompileCounter(), [vae(x).sample for x in inputs]
         vae.compile_repeated_blocks(backend=counter, fullgraph=True, dynamic=True)
         for x, sample in zip(inputs, expected):
             assert_close(vae(x).sample, sample)
