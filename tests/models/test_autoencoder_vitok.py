@@ -21,6 +21,9 @@ class TestShapes:
         (posterior,) = vae.encode(x, return_dict=False)
         assert torch.equal(posterior.mode(), vae.encode(x).latent_dist.mode())
         assert torch.equal(vae(x, return_dict=False)[0], vae(x).sample)
+        latents = posterior.mode()
+        for arguments in ((False,), (None, False)):  # LTX's pipelines pass a timestep of None first
+            assert torch.equal(vae.decode(latents, *arguments)[0], vae.decode(latents).sample)
 
     def test_an_image_model_treats_frames_alone(self):
         vae = make_vae("v1")
