@@ -18,7 +18,6 @@ V2_ARCHITECTURE = {
     "variational": False,
 }
 V2_MLP_RATIO = 2.67
-V2_OWNER = "philippehansen"
 
 # The published repositories, whose names stand for the variants.
 V2_REPOSITORIES = {

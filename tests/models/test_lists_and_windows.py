@@ -75,9 +75,12 @@ class TestLists:
     def test_slicing(self, vae):
         items = make_list(vae)
         expected = vae(items).sample
+        calls = []
+        vae.encoder.proj_in.register_forward_hook(lambda module, args, output: calls.append(len(output)))
         vae.enable_slicing()
         for sample, other in zip(vae(items).sample, expected):
             torch.testing.assert_close(sample, other, rtol=0, atol=1e-5)
+        assert calls == [1] * len(items)
 
     def test_sampling(self):
         vae = make_vae("v1")

@@ -260,7 +260,7 @@ class AutoencoderViTok(ModelMixin, MemoryMixin, AutoencoderMixin, AttentionMixin
 
     def _run_batches(self, tower: ViTokTower, videos: list[torch.Tensor], steps_in, steps_out) -> list[torch.Tensor]:
         """As `_run_tower`, in slices and tiles if these are on."""
-        if self.use_slicing and any(len(video) > 1 for video in videos):
+        if self.use_slicing and sum(video.shape[0] for video in videos) > 1:
             return [
                 torch.cat([self._run_batches(tower, [item], steps_in, steps_out)[0] for item in video.split(1)])
                 for video in videos
