@@ -1,21 +1,20 @@
-"""Trains ViTok autoencoders.
+"""Trains ViTok autoencoders, both stages of the paper.
 
-    python examples/train_vitok.py --stage 1 --variant S-B/16 --latent_channels 16 --train_data photos film:0.5 \
-        --eval_data held_out --output_dir output
+    python examples/train_vitok.py --stage 1 --variant S-B/16 --latent_channels 16 --train_data_dir photos film:0.5 \
+        --validation_data_dir held_out --output_dir output
+    python examples/train_vitok.py --stage 2 --pretrained_model_name_or_path output/vae --train_data_dir photos film:0.5 \
+        --validation_data_dir held_out --output_dir output2
 
-runs on one process; `accelerate launch examples/train_vitok.py ...` on whatever `accelerate config` describes.
-`--help` lists the settings.
+runs on one process; `accelerate launch examples/train_vitok.py ...` on whatever `accelerate config` describes, or
+`--config_file examples/accelerate_configs/...`. `--config examples/configs/....yaml` reads settings from a file.
 """
 
-from transformers import HfArgumentParser
-
-from vitok_hf.training.autoencoder import AutoencoderTrainer, TrainingArguments
+from vitok_hf.training.arguments import AutoencoderArguments, parse_arguments
+from vitok_hf.training.autoencoder import AutoencoderTrainer
 
 
 def main():
-    parser = HfArgumentParser(TrainingArguments, description=__doc__)
-    (args,) = parser.parse_args_into_dataclasses()
-    AutoencoderTrainer(args).train()
+    AutoencoderTrainer(parse_arguments(AutoencoderArguments, description=__doc__)).train()
 
 
 if __name__ == "__main__":

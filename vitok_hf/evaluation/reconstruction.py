@@ -1,6 +1,9 @@
 from pathlib import Path
 
+import numpy as np
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather
 from einops import rearrange
 from PIL import Image
 from torch.nn import functional as F
@@ -49,11 +52,26 @@ def fold_frames(images: torch.Tensor) -> torch.Tensor:
     return images.transpose(1, 2).flatten(0, 1) if images.ndim == 5 else images
 
 
+@torch.no_grad()
 def evaluate_reconstruction(vae, images: torch.Tensor, batch_size: int = 4) -> tuple[dict[str, float], torch.Tensor]:
-    """Mean PSNR (dB) and SSIM over the frames of (N, 3, [T,] H, W) uint8, and its reconstruction."""
+    """Mean PSNR (dB) and SSIM over the frames of (N, 3, [T,] H, W) uint8, and its reconstruction.
+
+    In a run of several processes, which must all call it, each reconstructs its share; all get the whole result.
+    """
+    state = PartialState()
+    rounds = -(-len(images) // state.num_processes)  # as many for every process
+    mine = torch.arange(rounds) * state.num_processes + state.process_index
+    images, whole = images[mine % len(images)], images
     reconstructions = torch.cat([reconstruct(vae, batch) for batch in images.split(batch_size)])
     pair = fold_frames(reconstructions), fold_frames(images)
-    return {"psnr": psnr(*pair).mean().item(), "ssim": ssim(*pair).mean().item()}, reconstructions
+    metrics = {"psnr": psnr(*pair), "ssim": ssim(*pair)}
+
+    def collect(values: torch.Tensor) -> torch.Tensor:
+        values = gather(values.to(state.device)).unflatten(0, (state.num_processes, rounds))
+        return values.transpose(0, 1).flatten(0, 1)[: len(whole)].cpu()
+
+    means = {name: collect(x.view(rounds, -1).mean(dim=1).float()).mean().item() for name, x in metrics.items()}
+    return means, collect(reconstructions)
 
 
 def side_by_side(images: torch.Tensor, reconstructions: torch.Tensor) -> torch.Tensor:
@@ -61,11 +79,15 @@ def side_by_side(images: torch.Tensor, reconstructions: torch.Tensor) -> torch.T
     return rearrange([images, reconstructions], "two b c h w -> b h (two w) c")
 
 
+def comparison(images: torch.Tensor, reconstructions: torch.Tensor) -> np.ndarray:
+    """Pictures or frames, (B, 3, [T,] H, W) uint8, in a column, each beside its reconstruction: (B * H, 2 W, 3)."""
+    return side_by_side(fold_frames(images), fold_frames(reconstructions)).flatten(0, 1).numpy()
+
+
 def save_comparison(path: str | Path, images: torch.Tensor, reconstructions: torch.Tensor) -> None:
-    """Saves pictures or frames, (B, 3, [T,] H, W) uint8, in a column, each beside its reconstruction."""
+    """Saves what `comparison` makes."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    column = side_by_side(fold_frames(images), fold_frames(reconstructions)).flatten(0, 1)
-    Image.fromarray(column.numpy()).save(path)
+    Image.fromarray(comparison(images, reconstructions)).save(path)
 
 
 def patch_border_ratio(images: torch.Tensor, reconstructions: torch.Tensor, patch_size: int) -> float:

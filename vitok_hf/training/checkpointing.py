@@ -3,11 +3,11 @@ import shutil
 from contextlib import contextmanager
 from pathlib import Path
 
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 
 
 @contextmanager
-def atomic_folder(path: Path, accelerator: Accelerator):
+def atomic_folder(path: Path, accelerator: Accelerator | PartialState):
     """Yields a temporary folder beside `path`, which takes the name `path` when the block ends without an error."""
     temporary = path.with_name(path.name + ".incomplete")
     if accelerator.is_main_process:
@@ -17,9 +17,28 @@ def atomic_folder(path: Path, accelerator: Accelerator):
     yield temporary
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        shutil.rmtree(path, ignore_errors=True)
+        remove_folder(path)
         os.replace(temporary, path)
     accelerator.wait_for_everyone()
+
+
+def remove_folder(path: Path) -> None:
+    """Removes a folder, if there is one; it loses its name first, so that a half-removed one is not taken for whole."""
+    removed = path.with_name(path.name + ".removed")
+    shutil.rmtree(removed, ignore_errors=True)
+    if path.exists():
+        os.replace(path, removed)
+        shutil.rmtree(removed)
+
+
+def list_checkpoints(output_dir: Path) -> list[Path]:
+    """The complete checkpoints of a run, oldest first."""
+    paths = [path for path in output_dir.glob("checkpoint-*") if not path.suffix]
+    return sorted(paths, key=checkpoint_step)
+
+
+def checkpoint_step(path: Path) -> int:
+    return int(path.name.rpartition("-")[2])
 
 
 def find_checkpoint(output_dir: Path, name: str) -> Path:
@@ -28,7 +47,7 @@ def find_checkpoint(output_dir: Path, name: str) -> Path:
         if not (Path(name) / "state").is_dir():
             raise ValueError(f'`resume_from_checkpoint` "{name}" is no folder checkpoint-<step> with a state/ inside.')
         return Path(name)
-    found = {int(path.name.rpartition("-")[2]): path for path in output_dir.glob("checkpoint-*") if not path.suffix}
+    found = list_checkpoints(output_dir)
     if not found:
         raise ValueError(f'There is no checkpoint in "{output_dir}" to resume from: start without it first.')
-    return found[max(found)]
+    return found[-1]

@@ -3,8 +3,7 @@ import logging
 import torch
 from torch import nn
 from torch.nn import functional as F
-
-from ..evaluation.reconstruction import fold_frames
+from torchmetrics.functional.image import structural_similarity_index_measure
 
 
 logger = logging.getLogger(__name__)
@@ -26,51 +25,96 @@ def load_lpips() -> nn.Module | None:
     return network.eval().requires_grad_(False)
 
 
-class ReconstructionLoss(nn.Module):
-    """Loss of stage 1 (section 3 of the paper): weighted squared error, absolute error, LPIPS and KL divergence.
+def load_dino(name_or_path: str) -> nn.Module:
+    """The frozen perceptual loss of the package `dino-perceptual`, with the network of this folder or Hub id."""
+    try:
+        from dino_perceptual import DINOPerceptual
 
-    All terms are means in float32: over pixels, over frames for LPIPS, and over latent elements for the KL divergence,
-    whose weight is thereby independent of the resolution. `patch_border_weight` is what a squared error in the
-    outermost rows and columns of a patch counts relative to one inside: above 1, it evens out the patch grid.
+        return DINOPerceptual(model_name=name_or_path).eval().requires_grad_(False)
+    except (ImportError, OSError) as error:
+        raise ValueError(
+            f'`dino_weight` needs the package dino-perceptual and the network "{name_or_path}" ({error}): pip install '
+            "dino-perceptual, ask for access to the network on the Hub, or name another one, also a folder, as "
+            "`dino_model_name_or_path`."
+        ) from error
+
+
+def one_minus_ssim(sample: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """1 - SSIM of (B, C, H, W) in [-1, 1], a mean; SSIM itself is defined for values from 0 on."""
+    return 1.0 - structural_similarity_index_measure((sample + 1) / 2, (target + 1) / 2, data_range=1.0)
+
+
+class ReconstructionLoss(nn.Module):
+    """The losses of a reconstruction: section 3 of the paper, and those of ViTok-v2.
+
+    All terms are means in float32: over pixels, over frames for SSIM and the networks, and over latent elements for the
+    KL divergence, whose weight is thereby independent of the resolution. In a batch of several sizes every pixel
+    counts alike. `patch_border_weight` is what a squared error in the outermost rows and columns of a patch counts
+    relative to one inside: above 1, it evens out the patch grid. Terms with weight 0 are not computed.
     """
 
     def __init__(
         self,
-        mse_weight: float,
-        l1_weight: float,
-        lpips_weight: float,
-        kl_weight: float,
-        patch_border_weight: float,
         patch_size: int,
+        mse: float = 0.0,
+        l1: float = 0.0,
+        charbonnier: float = 0.0,
+        ssim: float = 0.0,
+        lpips: float = 0.0,
+        dino: float = 0.0,
+        kl: float = 0.0,
+        patch_border_weight: float = 1.0,
+        dino_model_name_or_path: str | None = None,
     ):
         super().__init__()
-        self.mse_weight, self.l1_weight, self.kl_weight = mse_weight, l1_weight, kl_weight
+        self.lpips = load_lpips() if lpips > 0.0 else None
+        self.dino = load_dino(dino_model_name_or_path) if dino > 0.0 else None
+        self.weights = {"mse": mse, "l1": l1, "charbonnier": charbonnier, "ssim": ssim, "dino": dino, "kl": kl}
+        self.weights["lpips"] = lpips if self.lpips is not None else 0.0
+        if not any(self.weights.values()):
+            raise ValueError(f"All weights are 0: {self.weights}. Give at least one of them a positive value.")
         patch = torch.full((patch_size, patch_size), patch_border_weight)
         patch[1:-1, 1:-1] = 1.0
         self.register_buffer("patch_weights", patch / patch.mean(), persistent=False)
-        self.lpips = load_lpips() if lpips_weight > 0.0 else None
-        self.lpips_weight = lpips_weight if self.lpips is not None else 0.0
+
+    def _mse(self, sample: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        height, width = sample.shape[-2:]
+        side = len(self.patch_weights)
+        weights = self.patch_weights.repeat(-(-height // side), -(-width // side))[:height, :width]
+        return ((sample - target).square() * weights).mean()
+
+    def _terms(self, sample: torch.Tensor, target: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Of frames, (B, C, H, W)."""
+        functions = {
+            "mse": self._mse,
+            "l1": F.l1_loss,
+            "charbonnier": lambda x, y: ((x - y).square() + 1e-6).sqrt().mean(),
+            "ssim": one_minus_ssim,
+            "lpips": lambda x, y: self.lpips(x, y).mean(),
+            "dino": lambda x, y: self.dino(x, y).mean(),
+        }
+        return {name: function(sample, target) for name, function in functions.items() if self.weights[name] > 0.0}
 
     def forward(
-        self, sample: torch.Tensor, target: torch.Tensor, kl: torch.Tensor | None, latents_per_item: int
+        self,
+        samples: list[torch.Tensor],
+        targets: list[torch.Tensor],
+        kl: torch.Tensor | None = None,
+        latents_per_item: torch.Tensor | int = 1,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Returns (loss, logs).
+        """Returns (loss, logs of the terms without their weights).
 
-        `sample` and `target` are (B, C, [T,] H, W) in [-1, 1]; `kl` (B,) is the sum over the latents of an item.
+        Args:
+            samples, targets: Pictures or frames in [-1, 1], (B, C, H, W) for each size in the batch.
+            kl: (N,), summed over the latents of an item.
+            latents_per_item: Number of these latents, one for all or (N,).
         """
-        sample, target = sample.float(), target.float()
-        squared_error = (sample - target).square()
-        repeats = [side // len(self.patch_weights) for side in sample.shape[-2:]]
-        logs = {"mse": squared_error.mean()}
-        loss = self.mse_weight * (squared_error * self.patch_weights.repeat(repeats)).mean()
-        if self.l1_weight > 0.0:
-            logs["l1"] = F.l1_loss(sample, target)
-            loss = loss + self.l1_weight * logs["l1"]
-        if self.lpips is not None:
-            logs["lpips"] = self.lpips(fold_frames(sample), fold_frames(target)).mean()
-            loss = loss + self.lpips_weight * logs["lpips"]
-        if kl is not None:
-            logs["kl"] = kl.float().mean() / latents_per_item
-            loss = loss + self.kl_weight * logs["kl"]
-        logs["loss"] = loss
+        num_pixels = sum(target.numel() for target in targets)
+        logs: dict[str, torch.Tensor] = {}
+        for sample, target in zip(samples, targets):
+            for name, value in self._terms(sample.float(), target.float()).items():
+                logs[name] = logs.get(name, 0.0) + value * (target.numel() / num_pixels)
+        if kl is not None and self.weights["kl"] > 0.0:
+            logs["kl"] = (kl.float() / latents_per_item).mean()
+        loss = sum(self.weights[name] * value for name, value in logs.items())
         return loss, {name: value.detach() for name, value in logs.items()}

@@ -1,0 +1,109 @@
+"""Trains a small classifier of pictures by the folder they are in; its features serve to compare sets of pictures.
+
+    python examples/train_classifier.py --train_data_dir data/train --test_data_dir data/test --output classifier.safetensors
+
+Every folder that holds pictures is a class, under its own name. Prints the accuracy on held-out pictures.
+"""
+
+import argparse
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
+
+from vitok_hf.evaluation.features import Classifier
+from vitok_hf.training.media import IMAGE_SUFFIXES, list_files, load_image, resize, resize_and_crop
+
+
+class FolderClasses(Dataset):
+    """Item i of an endless list: a random crop of at least half a picture's side, and its class; classes are balanced."""
+
+    def __init__(self, folder: Path, size: int, length: int):
+        self.size, self.length, self.classes = size, length, {}
+        for file in list_files(folder, IMAGE_SUFFIXES):
+            self.classes.setdefault(file.parent.name, []).append(file)
+        self.names = sorted(self.classes)
+        self.pictures: dict[Path, np.ndarray] = {}  # decoded ones, no larger than needed
+
+    def _load(self, file: Path) -> np.ndarray:
+        if file not in self.pictures:
+            image = load_image(file)
+            height, width = image.shape[:2]
+            scale = min(1.0, 2 * self.size / min(height, width))
+            self.pictures[file] = resize(image, (round(width * scale), round(height * scale)), (0, 0, width, height))
+        return self.pictures[file]
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        rng = np.random.default_rng(index)
+        label = int(rng.integers(len(self.names)))
+        files = self.classes[self.names[label]]
+        image = self._load(files[rng.integers(len(files))])
+        side = min(image.shape[:2]) * rng.uniform(0.5, 1.0)
+        top, left = (rng.uniform(0, length - side) for length in image.shape[:2])
+        crop = resize(image, (self.size, self.size), (left, top, left + side, top + side))
+        return torch.from_numpy(crop.copy()).permute(2, 0, 1), label
+
+
+def test_pictures(folder: Path, names: list[str], size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    files = [file for file in list_files(folder, IMAGE_SUFFIXES) if file.parent.name in names]
+    for start in range(0, len(files), 128):
+        batch = files[start : start + 128]
+        pictures = np.stack([resize_and_crop(load_image(file), size) for file in batch])
+        labels = torch.tensor([names.index(file.parent.name) for file in batch])
+        yield torch.from_numpy(pictures).permute(0, 3, 1, 2), labels
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--train_data_dir", type=Path, required=True)
+    parser.add_argument("--test_data_dir", type=Path, required=True)
+    parser.add_argument("--size", type=int, default=64, help="side of the pictures in pixels")
+    parser.add_argument("--max_train_steps", type=int, default=600)
+    parser.add_argument("--train_batch_size", type=int, default=64)
+    parser.add_argument("--learning_rate", type=float, default=2e-3)
+    parser.add_argument("--mixed_precision", default=None, choices=["no", "bf16", "fp16"])
+    parser.add_argument("--dataloader_num_workers", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, default=Path("classifier.safetensors"))
+    args = parser.parse_args()
+
+    accelerator = Accelerator(mixed_precision=args.mixed_precision)
+    torch.manual_seed(args.seed)
+    data = FolderClasses(args.train_data_dir, args.size, args.max_train_steps * args.train_batch_size)
+    classifier = Classifier(data.names)
+    optimizer = torch.optim.AdamW(classifier.parameters(), lr=args.learning_rate, weight_decay=0.05)
+    loader = DataLoader(data, args.train_batch_size, num_workers=args.dataloader_num_workers)
+    model, optimizer, loader = accelerator.prepare(classifier, optimizer, loader)
+
+    bar = tqdm(loader)
+    for step, (pictures, labels) in enumerate(bar):
+        for group in optimizer.param_groups:
+            group["lr"] = args.learning_rate * 0.5 * (1 + math.cos(math.pi * step / len(loader)))
+        loss = F.cross_entropy(model(pictures).float(), labels, label_smoothing=0.1)
+        accelerator.backward(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        bar.set_postfix(loss=f"{loss.item():.3f}")
+
+    classifier.eval()
+    right = total = 0
+    with torch.no_grad():
+        for pictures, labels in test_pictures(args.test_data_dir, data.names, args.size):
+            predicted = classifier(pictures.to(accelerator.device)).argmax(dim=1).cpu()
+            right, total = right + int((predicted == labels).sum()), total + len(labels)
+    print(f"{len(data.names)} classes, accuracy on {total} held-out pictures: {right / total:.3f}")
+    classifier.save(args.output)
+    print(f"Saved {args.output}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,78 @@
+"""Features of a small classifier that is trained on one's own data, for distances between sets of pictures.
+
+They take the place of Inception's where its weights cannot be had or its domain does not fit; distances are comparable
+for one and the same classifier only.
+"""
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_model, save_model
+from torch import nn
+from torchmetrics.image.fid import FrechetInceptionDistance
+from torchvision.models import resnet18
+
+from .reconstruction import to_float
+
+
+class Classifier(nn.Module):
+    """ResNet-18 with the folder names of its training pictures.
+
+    Args:
+        class_names: Names of the classes, in the order of the logits.
+    """
+
+    num_features = 512
+
+    def __init__(self, class_names: list[str]):
+        super().__init__()
+        self.class_names = list(class_names)
+        self.network = resnet18(weights=None, num_classes=len(class_names))
+
+    def features(self, images: torch.Tensor) -> torch.Tensor:
+        """(B, 3, H, W) uint8 -> (B, 512)"""
+        head, self.network.fc = self.network.fc, nn.Identity()
+        try:
+            return self.network(to_float(images).contiguous(memory_format=torch.channels_last))
+        finally:
+            self.network.fc = head
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """(B, 3, H, W) uint8 -> logits (B, classes)"""
+        return self.network.fc(self.features(images))
+
+    def save(self, path: str | Path) -> None:
+        save_model(self, str(path), metadata={"class_names": "\n".join(self.class_names)})
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Classifier":
+        from safetensors import safe_open
+
+        with safe_open(str(path), framework="pt") as file:
+            classifier = cls(file.metadata()["class_names"].split("\n"))
+        load_model(classifier, str(path))
+        return classifier.eval()
+
+
+class _Features(nn.Module):
+    def __init__(self, classifier: Classifier):
+        super().__init__()
+        self.classifier, self.num_features = classifier, classifier.num_features
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.classifier.features(images)
+
+
+@torch.no_grad()
+def frechet_distance(
+    images: torch.Tensor, references: torch.Tensor, classifier: Classifier, batch_size: int = 64
+) -> float:
+    """Frechet distance of the classifier's features of two sets of uint8 pictures, (N, 3, H, W) each.
+
+    Like any Frechet distance of few pictures it is biased upwards: compare sets of equal sizes only.
+    """
+    metric = FrechetInceptionDistance(feature=_Features(classifier), normalize=False)
+    for real, pictures in ((True, references), (False, images)):
+        for batch in pictures.split(batch_size):
+            metric.update(batch, real=real)
+    return metric.compute().item()

@@ -1,0 +1,191 @@
+"""Settings of the training runs and their command line. Names are those of diffusers' training examples."""
+
+import sys
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+from accelerate.tracking import get_available_trackers
+from transformers import HfArgumentParser
+
+
+def argument(default: Any, help: str):
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": help, "nargs": "*"})
+    return field(default=default, metadata={"help": help})
+
+
+def check_positive(arguments: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise ValueError(f"`{name}` must be at least 1, but is {value}.")
+
+
+@dataclass
+class DataArguments:
+    """Where training and held-out data come from; see `vitok_hf.training.data`."""
+
+    train_data_dir: list[str] = argument([], "Folders or files, each with an optional weight: DIR or DIR:0.5.")
+    dataset_name: str | None = argument(None, "Data set of the Hub, or what else `datasets.load_dataset` takes.")
+    dataset_config_name: str | None = argument(None, "Configuration of the data set.")
+    dataset_split: str = argument("train", "Split of the data set.")
+    data_column: str | None = argument(None, 'Column with the data; default: "image", or "video" for video models.')
+    streaming: bool = argument(False, "Read the data set while it is downloaded.")
+    train_shards: list[str] = argument([], "WebDataset shards, files or URLs, as shards/{000..127}.tar.")
+    shuffle_buffer: int = argument(1000, "Samples of a stream that are shuffled together.")
+    resolution: int | None = argument(None, "Side in pixels of the training crops; default: the model's sample_size.")
+    crop_sizes: list[str] = argument(
+        [], "Crops of several sizes, SIDE or HEIGHTxWIDTH with an optional share, as 128 64x256:0.5."
+    )
+    max_tokens: int | None = argument(
+        None, "Native aspect ratios: pictures of at most resolution^2 pixels, so many tokens a batch."
+    )
+    train_batch_size: int = argument(16, "Crops of `resolution` in a batch of one process; other sizes: as many pixels.")
+    fps: float | None = argument(None, "Frames a second of the training clips of a video model; default: all frames.")
+    random_flip: bool = argument(True, "Flip half of the pictures left to right.")
+    cache_gib: float = argument(1.0, "Memory for decoded pictures in each worker, GiB.")
+    dataloader_num_workers: int = argument(1, "Processes that read data, for each training process.")
+    validation_data_dir: list[str] = argument([], "Folders of held-out pictures (video models: videos).")
+    validation_resolution: int | None = argument(None, "Side in pixels of the held-out pictures; default: sample_size.")
+    num_validation_images: int = argument(32, "Held-out pictures a folder.")
+
+
+@dataclass
+class LoopArguments:
+    """Optimiser, schedule, precision, checkpoints and logs: what every training run has."""
+
+    output_dir: str = argument("output", "Folder of checkpoints, samples, logs and the final model.")
+    seed: int = argument(0, "Seed of weights, data and noise.")
+    max_train_steps: int = argument(100_000, "Optimiser steps.")
+    max_minutes: float | None = argument(None, "Save a checkpoint and stop after this time, to be resumed.")
+    gradient_accumulation_steps: int = argument(1, "Batches an optimiser step.")
+    learning_rate: float = argument(1e-4, "Peak learning rate.")
+    lr_scheduler: str = argument("cosine", "Schedule of `diffusers.optimization.get_scheduler`.")
+    lr_warmup_steps: int = argument(1000, "Steps of linear warm-up.")
+    adam_beta1: float = argument(0.9, "AdamW beta 1.")
+    adam_beta2: float = argument(0.95, "AdamW beta 2.")
+    adam_epsilon: float = argument(1e-8, "AdamW epsilon.")
+    adam_weight_decay: float = argument(1e-4, "AdamW weight decay.")
+    max_grad_norm: float = argument(1.0, "Gradients are clipped to this norm.")
+    use_ema: bool = argument(False, "Keep an exponential moving average of the weights, evaluated and saved too.")
+    ema_decay: float = argument(0.9999, "Decay of the average after its warm-up, (1 + step) / (10 + step).")
+    mixed_precision: str | None = argument(None, "no, bf16 or fp16; default: accelerate's configuration.")
+    allow_tf32: bool = argument(False, "TensorFloat-32 for float32 matrix products.")
+    compile: bool = argument(False, "Compile the transformer blocks.")
+    gradient_checkpointing: bool = argument(False, "Recompute activations in the backward pass, for less memory.")
+    logging_steps: int = argument(50, "Steps between lines of metrics.jsonl.")
+    validation_steps: int = argument(1000, "Steps between evaluations.")
+    report_to: str = argument("tensorboard", "Tracker of accelerate: tensorboard, wandb, ..., all, or none.")
+    logging_dir: str = argument("logs", "Folder of the trackers in output_dir.")
+    tracker_project_name: str = argument("vitok", "Project name for the trackers.")
+    checkpointing_steps: int = argument(1000, "Steps between checkpoints.")
+    checkpoints_total_limit: int | None = argument(None, "Checkpoints to keep; the oldest ones are deleted.")
+    resume_from_checkpoint: str | None = argument(None, 'Folder of a checkpoint, or "latest".')
+    push_to_hub: bool = argument(False, "Upload the final model.")
+    hub_model_id: str | None = argument(None, "Repository to push to; default: the name of output_dir.")
+    hub_token: str | None = argument(None, "Token for the Hub; default: that of `hf auth login`.")
+
+    def __post_init__(self):
+        check_positive(
+            self,
+            *("max_train_steps", "gradient_accumulation_steps", "logging_steps", "validation_steps"),
+            *("checkpointing_steps", "checkpoints_total_limit"),
+        )
+        if not 0.0 <= self.ema_decay < 1.0:
+            raise ValueError(f"`ema_decay` must be at least 0 and less than 1, but is {self.ema_decay}.")
+        trackers = [tracker.value for tracker in get_available_trackers()]
+        if self.report_to not in ("none", "all", *trackers):
+            raise ValueError(
+                f'`report_to` is "{self.report_to}", but of the trackers {trackers or "none"} is installed: install '
+                'it, for example with pip install tensorboard, or pass "none"; metrics.jsonl is written in any case.'
+            )
+
+
+@dataclass
+class AutoencoderArguments(DataArguments, LoopArguments):
+    """Settings of `AutoencoderTrainer`; the command line of `examples/train_vitok.py`."""
+
+    stage: int = argument(1, "1: reconstruction losses; 2: reconstruction and GAN losses, by default decoder only.")
+    variant: str | None = argument(None, 'Architecture by name, as "S-B/16", with random weights.')
+    model_config: str | None = argument(None, "Architecture by a diffusers config.json, with random weights.")
+    pretrained_model_name_or_path: str | None = argument(
+        None, "Start from this model: folder, Hub id or bundled name; also the author's ViTok-v2 weights."
+    )
+    latent_channels: int | None = argument(None, "Latent channels, where the variant leaves them open.")
+    freeze_encoder: bool | None = argument(None, "Train the decoder only; default: in stage 2.")
+    lora_rank: int | None = argument(None, "Train LoRA adapters of this rank, not the weights.")
+    lora_alpha: float | None = argument(None, "Scale of the adapters times their rank; default: lora_rank.")
+    mse_weight: float = argument(1.0, "Weight of the squared error.")
+    l1_weight: float = argument(0.0, "Weight of the absolute error.")
+    charbonnier_weight: float = argument(0.0, "Weight of the Charbonnier loss, sqrt(error^2 + 1e-6) (ViTok-v2: 1).")
+    ssim_weight: float = argument(0.0, "Weight of 1 - SSIM (ViTok-v2: 0.1).")
+    lpips_weight: float = argument(1.0, "Weight of LPIPS (needs the VGG weights; without them it is 0).")
+    dino_weight: float = argument(0.0, "Weight of the distance of DINO features (ViTok-v2: 500).")
+    dino_model_name_or_path: str = argument("facebook/dinov3-vitb16-pretrain-lvd1689m", "Network of these features.")
+    kl_weight: float = argument(1e-3, "Weight of the KL divergence, a mean over latent elements.")
+    patch_border_weight: float = argument(1.0, "Weight of squared errors at the border of a patch; inside it is 1.")
+    gan_loss: str = argument("hinge", "hinge or non_saturating.")
+    gan_weight: float = argument(0.05, "Weight of the decoder's GAN loss.")
+    gan_start_step: int = argument(0, "Step from which on the decoder has a GAN loss; the discriminator starts at 0.")
+    gan_ramp_steps: int = argument(0, "Steps in which the GAN loss grows linearly to its weight.")
+    adaptive_gan_weight: float | None = argument(
+        None, "Scale the GAN loss by the ratio of gradients, reconstruction over GAN, of at most this."
+    )
+    discriminator_channels: int = argument(64, "Channels of the first discriminator block; doubled down to 4 x 4.")
+    discriminator_minibatch_stddev: bool = argument(True, "Let the discriminator see the variation in a batch.")
+    discriminator_learning_rate: float = argument(2e-5, "Peak learning rate of the discriminator.")
+    discriminator_warmup_steps: int = argument(25_000, "Steps of linear warm-up of the discriminator.")
+    r1_weight: float = argument(0.0, "Weight of the gradient penalty on real pictures.")
+    r1_every: int = argument(16, "Steps between gradient penalties, which then count as often.")
+    lecam_weight: float = argument(0.0, "Weight of the LeCam regularisation.")
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_positive(self, "train_batch_size", "lora_rank", "discriminator_channels", "r1_every")
+        if self.stage not in (1, 2):
+            raise ValueError(f"`stage` must be 1 or 2, but is {self.stage}.")
+        if self.gan_loss not in ("hinge", "non_saturating"):
+            raise ValueError(f'`gan_loss` must be "hinge" or "non_saturating", but is "{self.gan_loss}".')
+        if self.freeze_encoder is None:
+            self.freeze_encoder = self.stage == 2
+        sources = {
+            "variant": self.variant,
+            "model_config": self.model_config,
+            "pretrained_model_name_or_path": self.pretrained_model_name_or_path,
+        }
+        if sum(value is not None for value in sources.values()) != 1:
+            raise ValueError(f"Set exactly one of {', '.join(sources)}, but they are {sources}.")
+        if self.pretrained_model_name_or_path is None:
+            for name in ("freeze_encoder", "lora_rank"):
+                if getattr(self, name):
+                    raise ValueError(f"`{name}` {getattr(self, name)} needs `pretrained_model_name_or_path`.")
+        elif self.latent_channels is not None:
+            raise ValueError(f"`latent_channels` {self.latent_channels} cannot be changed in a pretrained model.")
+
+
+def read_config(path: str, known: set[str]) -> dict[str, Any]:
+    """The settings in a YAML file, `name: value`."""
+    settings = yaml.safe_load(Path(path).read_text()) or {}
+    if not isinstance(settings, dict) or not known.issuperset(settings):
+        unknown = sorted(set(settings) - known) if isinstance(settings, dict) else settings
+        raise ValueError(f'"{path}" has settings that do not exist: {unknown}. Known are {", ".join(sorted(known))}.')
+    return settings
+
+
+def parse_arguments(arguments_class: type, description: str | None = None, argv: list[str] | None = None):
+    """`arguments_class` from the command line and, where that is silent, from `--config settings.yaml`.
+
+    Raises:
+        ValueError: If the file has an unknown setting, or a setting has a value that is not allowed.
+    """
+    parser = HfArgumentParser(arguments_class, description=description)
+    parser.add_argument("--config", help="YAML file with settings; the command line takes precedence.")
+    argv = sys.argv[1:] if argv is None else argv
+    known, _ = parser.parse_known_args(argv)
+    if known.config is not None:
+        parser.set_defaults(**read_config(known.config, {field.name for field in fields(arguments_class)}))
+    namespace = vars(parser.parse_args(argv))
+    del namespace["config"]
+    return arguments_class(**namespace)

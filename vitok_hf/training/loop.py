@@ -1,0 +1,231 @@
+"""The training loop: optimisers, checkpoints, logs. What is trained is up to a subclass of `Trainer`."""
+
+import json
+import logging
+import math
+import time
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, ProjectConfiguration, set_seed
+from diffusers.optimization import get_scheduler
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm.auto import tqdm
+
+from .arguments import LoopArguments
+from .checkpointing import atomic_folder, checkpoint_step, find_checkpoint, list_checkpoints, remove_folder
+from .cropping import Batch
+from .data import BatchLoader
+from .ema import WeightAverage, gather
+from .tracking import Log, Window
+
+
+logger = logging.getLogger(__name__)
+
+
+class TrainedModel:
+    """A model with its optimiser and learning-rate schedule, prepared by accelerate.
+
+    The learning rate is a function of the step alone: right for any number of processes, and after resumption. With
+    `replicated`, every process keeps the whole model even if FSDP shards the others: FSDP supports neither parameters that
+    are frozen for a while nor second derivatives.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        accelerator: Accelerator,
+        args: LoopArguments,
+        learning_rate: float,
+        warmup_steps: int,
+        replicated: bool = False,
+    ):
+        optimizer = torch.optim.AdamW(
+            [parameter for parameter in model.parameters() if parameter.requires_grad],
+            lr=learning_rate,
+            betas=(args.adam_beta1, args.adam_beta2),
+            eps=args.adam_epsilon,
+            weight_decay=args.adam_weight_decay,
+            fused=True,
+        )
+        schedule = get_scheduler(args.lr_scheduler, optimizer, None, warmup_steps, args.max_train_steps)
+        self.schedule = schedule.lr_lambdas[0]
+        self.peak_learning_rate, self.max_grad_norm = learning_rate, args.max_grad_norm
+        self.accelerator = accelerator
+        self.replicated = replicated and accelerator.is_fsdp2
+        if self.replicated:
+            self.model, self.optimizer = DistributedDataParallel(model.to(accelerator.device)), optimizer
+            accelerator.register_for_checkpointing(model, optimizer)
+        else:
+            self.model, self.optimizer = accelerator.prepare(model, optimizer)
+
+    @property
+    def unwrapped(self) -> nn.Module:
+        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+
+    def learning_rate(self, step: int) -> float:
+        return self.peak_learning_rate * self.schedule(step)
+
+    @contextmanager
+    def accumulate(self):
+        """Gradients are exchanged between processes at the last batch of a step only."""
+        with self.accelerator.accumulate(*([] if self.replicated else [self.model])):
+            keep = self.replicated and not self.accelerator.sync_gradients
+            with self.model.no_sync() if keep else nullcontext():
+                yield
+
+    def update(self, step: int) -> dict[str, torch.Tensor]:
+        """The optimiser's step, if gradients are complete. Returns their norm before clipping, to log."""
+        if not self.accelerator.sync_gradients:
+            return {}
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate(step)
+        clip = nn.utils.clip_grad_norm_ if self.replicated else self.accelerator.clip_grad_norm_
+        norm = clip(self.model.parameters(), self.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return {"grad_norm": gather(norm)}
+
+
+class Trainer:
+    """Trains on one or many processes, from the current step to `max_train_steps`.
+
+    Every process draws its own batches. Checkpoints, `checkpoint-<step>/`, hold models for `from_pretrained` and the
+    state of the run; they are written under a temporary name and renamed when complete, on a file system that all
+    nodes share. A subclass has
+
+    - `models`, the trained models by name, and `average`, their `WeightAverage` or `None`,
+    - `training_step(batches)`, which takes the batches of one optimiser step and returns tensors to log for each,
+    - `evaluate()`, which returns metrics, and pictures, (H, W, 3) uint8, by name,
+    - `save_models(folder)`, which writes what `from_pretrained` loads; all processes call these,
+    - `finish()`, for after the last step.
+    """
+
+    models: dict[str, TrainedModel]
+    average: WeightAverage | None = None
+    loader: BatchLoader
+
+    def __init__(self, args: LoopArguments):
+        self.args, self.output_dir, self.step, self.num_skipped = args, Path(args.output_dir), 0, 0
+        self.accelerator = Accelerator(
+            mixed_precision=args.mixed_precision,
+            gradient_accumulation_steps=args.gradient_accumulation_steps,
+            log_with=None if args.report_to == "none" else args.report_to,
+            project_config=ProjectConfiguration(args.output_dir, str(self.output_dir / args.logging_dir)),
+        )
+        self._check_engine()
+        if args.allow_tf32:
+            torch.set_float32_matmul_precision("high")
+        set_seed(args.seed)
+
+    def _check_engine(self) -> None:
+        if self.accelerator.distributed_type == DistributedType.FSDP and not self.accelerator.is_fsdp2:
+            raise ValueError("FSDP version 1 is not supported: set `fsdp_version: 2` in accelerate's configuration.")
+        if self.accelerator.is_fsdp2 and self.accelerator.mixed_precision == "fp16":
+            raise ValueError('`mixed_precision` "fp16" is not supported with FSDP: take "bf16".')
+
+    def start(self) -> None:
+        """To be called when the models and the loader are there: seeds the processes and loads a checkpoint."""
+        set_seed(self.args.seed, device_specific=True)  # the noise differs between processes
+        if self.average is not None:
+            self.accelerator.register_for_checkpointing(self.average)
+        if self.args.resume_from_checkpoint:
+            self._resume()
+
+    def train(self) -> None:
+        """Trains to `max_train_steps`, or for `max_minutes`; ends with a checkpoint and, after all steps, `finish`."""
+        args = self.args
+        if self.step >= args.max_train_steps:
+            logger.warning("Nothing to train: the checkpoint is at step %d of %d.", self.step, args.max_train_steps)
+            return
+        log = Log(self.accelerator, self.output_dir, args.tracker_project_name, vars(args))
+        began, window, batches = time.monotonic(), Window(), iter(self.loader)
+        bar = tqdm(total=args.max_train_steps, initial=self.step, disable=not self.accelerator.is_local_main_process)
+        stop = False
+        while not stop:
+            micro_batches = [self._next_batch(batches) for _ in range(args.gradient_accumulation_steps)]
+            logs = self.training_step(micro_batches)
+            self.step += 1
+            if self.average is not None:
+                self.average.update()
+            for batch, values in zip(micro_batches, logs):
+                window.add(values, len(batch.pixels), sum(item[0].numel() for item in batch.pixels))
+            bar.update()
+            finished = stop = self.step == args.max_train_steps
+            if self.step % args.logging_steps == 0 or finished:
+                stop = finished or self._out_of_time(began)
+                values = self._check_finite(window.means(self.accelerator))
+                bar.set_postfix(loss=f"{values['loss']:.4f}", items_per_second=f"{values['items_per_second']:.1f}")
+                log.write(self.step, values | self._learning_rates() | {"skipped": self._total_skipped()})
+                window = Window()
+            if self.step % args.validation_steps == 0 or finished:
+                metrics, pictures = self.evaluate()
+                log.write(self.step, metrics)
+                log.show(self.step, pictures)
+            if self.step % args.checkpointing_steps == 0 or stop:
+                self.save()
+        bar.close()
+        if finished:
+            self.finish()
+        self.accelerator.end_training()
+
+    def _next_batch(self, batches) -> Batch:
+        batch = next(batches)
+        for reason in batch.skipped:
+            self.num_skipped += 1
+            logger.warning("Skipped what cannot be read, number %d of this process: %s", self.num_skipped, reason)
+        return batch
+
+    def _total_skipped(self) -> int:
+        return int(self.accelerator.reduce(torch.tensor(self.num_skipped, device=self.accelerator.device), "sum"))
+
+    def _learning_rates(self) -> dict[str, float]:
+        return {
+            "learning_rate" if name == next(iter(self.models)) else f"{name}_learning_rate": trained.learning_rate(
+                self.step - 1
+            )
+            for name, trained in self.models.items()
+        }
+
+    def _check_finite(self, values: dict[str, float]) -> dict[str, float]:
+        if not math.isfinite(values["loss"]):
+            raise ValueError(
+                f"The loss is {values['loss']} at step {self.step}: lower `learning_rate`, and resume from a checkpoint "
+                "before."
+            )
+        return values
+
+    def _out_of_time(self, began: float) -> bool:
+        """The same answer on every process, for clocks differ."""
+        if self.args.max_minutes is None:
+            return False
+        out_of_time = time.monotonic() - began > 60 * self.args.max_minutes
+        return bool(self.accelerator.reduce(torch.tensor(out_of_time, device=self.accelerator.device).int()) > 0)
+
+    def averages(self) -> dict[str, object]:
+        """Suffix of names and a context in which the model has these weights: its own and their average."""
+        own = {"": nullcontext()}
+        return own if self.average is None else own | {"_ema": self.average.applied()}
+
+    def save(self) -> None:
+        """Writes `checkpoint-<step>/` and deletes the oldest ones over `checkpoints_total_limit`."""
+        with atomic_folder(self.output_dir / f"checkpoint-{self.step}", self.accelerator) as folder:
+            self.accelerator.save_state(str(folder / "state"))
+            state = {"loader": self.loader.state_dict(), "num_skipped": self.num_skipped}
+            (folder / "state" / f"data_{self.accelerator.process_index}.json").write_text(json.dumps(state))
+            self.save_models(folder)
+        if self.accelerator.is_main_process and self.args.checkpoints_total_limit is not None:
+            for path in list_checkpoints(self.output_dir)[: -self.args.checkpoints_total_limit]:
+                remove_folder(path)
+
+    def _resume(self) -> None:
+        path = find_checkpoint(self.output_dir, self.args.resume_from_checkpoint)
+        self.accelerator.load_state(str(path / "state"))
+        mine, any_process = (path / "state" / f"data_{index}.json" for index in (self.accelerator.process_index, 0))
+        state = json.loads((mine if mine.exists() else any_process).read_text())
+        self.loader.load_state_dict(state["loader"])
+        self.num_skipped = state["num_skipped"] if mine.exists() else 0
+        self.step = checkpoint_step(path)

@@ -1,0 +1,37 @@
+"""The model card of a training run, and the upload of its result."""
+
+from pathlib import Path
+
+from huggingface_hub import ModelCard, ModelCardData, create_repo, upload_folder
+
+
+def write_model_card(
+    folder: Path, name: str, base_model: str | None, usage: str, metrics: dict[str, float], settings: dict
+) -> None:
+    """Writes `folder`/README.md.
+
+    Args:
+        base_model: What the training started from, if it was no random model; if a Hub id, also in the metadata.
+        usage: Python that loads the model.
+        metrics: Held-out metrics by name.
+        settings: Those of the run that differ from the defaults.
+    """
+    data = ModelCardData(library_name="vitok_hf", tags=["vitok", "autoencoder", "diffusers"])
+    if base_model is not None and base_model.count("/") == 1 and not Path(base_model).exists():
+        data.base_model = base_model
+    rows = "\n".join(f"| {metric} | {value:.4g} |" for metric, value in metrics.items())
+    results = f"## Held-out quality\n\n| metric | value |\n|---|---|\n{rows}\n\n" if metrics else ""
+    listed = "\n".join(f"- `{setting}`: {value}" for setting, value in settings.items())
+    text = (
+        f"# {name}\n\nViTok, a vision-transformer autoencoder (arXiv 2501.09755), trained with vitok_hf.\n\n"
+        f"```python\n{usage}\n```\n\n{results}## Training\n\nSettings that differ from the defaults:\n\n{listed}\n\n"
+        "The licence of the weights and credits for the data are to be added by whoever publishes them.\n"
+    )
+    ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}").save(folder / "README.md")
+
+
+def push(folder: Path, repo_id: str, token: str | None) -> str:
+    """Uploads a folder to the Hub. Returns the full id of the repository."""
+    repo_id = create_repo(repo_id, exist_ok=True, token=token).repo_id
+    upload_folder(repo_id=repo_id, folder_path=folder, commit_message="End of training", token=token)
+    return repo_id
