@@ -1,9 +1,11 @@
 """The training loop of the autoencoder."""
 
+import itertools
 import json
 import logging
 import math
 import time
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,8 +19,10 @@ from tqdm.auto import tqdm
 from ..evaluation.reconstruction import evaluate_reconstruction, save_comparison, to_float
 from ..models import AutoencoderViTok
 from .checkpointing import atomic_folder, find_checkpoint
-from .data import CropBatches, CropSettings, load_evaluation_images, make_dataloader, parse_size
+from .cropping import Batch, CropSettings, parse_size
+from .data import BatchLoader, CropBatches
 from .losses import ReconstructionLoss
+from .media import load_evaluation_images
 
 
 logger = logging.getLogger(__name__)
@@ -194,11 +198,11 @@ class AutoencoderTrainer:
     def vae(self) -> AutoencoderViTok:
         return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
 
-    def _batches(self):
+    def _batches(self) -> Iterator[Batch]:
         accumulation, processes = self.args.gradient_accumulation_steps, self.accelerator.num_processes
-        first = self.step * accumulation * processes + self.accelerator.process_index
-        indices = range(first, self.args.max_steps * accumulation * processes, processes)
-        return make_dataloader(self.dataset, indices, self.args.num_workers)
+        loader = BatchLoader(self.dataset, self.args.num_workers, self.accelerator.process_index, processes)
+        loader.load_state_dict({"batches": self.step * accumulation * processes})
+        return itertools.islice(loader, (self.args.max_steps - self.step) * accumulation)
 
     def training_step(self, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
         """Forward, backward and, at the end of an accumulation, the optimiser's step on a batch of uint8 pixels."""
@@ -229,7 +233,9 @@ class AutoencoderTrainer:
         window = Window()
         bar = tqdm(total=args.max_steps, initial=self.step, disable=not self.accelerator.is_local_main_process)
         for batch in self._batches():
-            window.add(self.training_step(batch), batch[:, 0].numel())
+            for reason in batch.skipped:
+                logger.warning("Skipped %s", reason)
+            window.add(self.training_step(batch.pixels), batch.pixels[:, 0].numel())
             if not self.accelerator.sync_gradients:
                 continue
             bar.update()
