@@ -9,11 +9,11 @@ from PIL import Image
 from vitok_hf.training.cropping import Batch
 
 
-def write_video(path: Path) -> None:
-    """50 frames at 25 a second; frame i has brightness 5 i."""
+def write_video(path: Path, **options: str) -> None:
+    """50 frames at 25 a second; frame i has brightness 5 i. `options` of the encoder."""
     path.parent.mkdir(exist_ok=True)
     with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=25, options={"crf": "1"})
+        stream = container.add_stream("libx264", rate=25, options={"crf": "1"} | options)
         stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
         for index in range(50):
             picture = np.full((48, 64, 3), 5 * index, dtype=np.uint8)

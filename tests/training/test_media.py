@@ -5,6 +5,7 @@ import torch
 from PIL import Image
 
 from tests.conftest import ASSETS
+from tests.training.conftest import write_video
 from vitok_hf.training.media import list_files, load_clip, load_evaluation_images, load_image, video_seconds
 
 
@@ -57,6 +58,15 @@ class TestVideo:
 
     def test_frame_rate(self, video):
         np.testing.assert_allclose(brightness(load_clip(video, 0.2, 4, fps=5)), [5, 10, 15, 20], atol=0.5)
+
+    def test_seeks(self, tmp_path):
+        write_video(tmp_path / "keys.mp4", g="5", bf="0")
+        content = bytearray((tmp_path / "keys.mp4").read_bytes())
+        start = content.index(b"mdat") + 4
+        content[start : start + 1500] = bytes(1500)  # breaks the first frames
+        np.testing.assert_allclose(brightness(load_clip(bytes(content), 1.4, 3)), [35, 36, 37], atol=0.5)
+        with pytest.raises(ValueError, match="cannot be read as a video"):
+            load_clip(bytes(content), 0.0, 3)
 
     def test_end_of_the_video(self, video):
         assert video_seconds(video) == pytest.approx(2.0, abs=0.05)
