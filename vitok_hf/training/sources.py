@@ -79,9 +79,8 @@ class HubColumn:
     def _item(self, value: dict | None, place: str) -> Item:
         value = value or {}
         data, path = value.get("bytes"), value.get("path")
-        return Item(
-            f"{self.name}, {place}" + (f", {path}" if path else ""), path if data is None else data, self.is_video
-        )
+        name = ", ".join(part for part in (self.name, place, path) if part)
+        return Item(name, path if data is None else data, self.is_video)
 
 
 class HubRows(HubColumn, Sequence):
