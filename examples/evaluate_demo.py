@@ -20,14 +20,9 @@ from vitok_hf import AutoencoderViTok
 from vitok_hf.evaluation.metrics import psnr, ssim
 from vitok_hf.evaluation.pca import PatchPCA
 from vitok_hf.evaluation.reconstruction import evaluate_reconstruction, patch_border_ratio, reconstruct_in_tiles
-from vitok_hf.training.data import (
-    CropBatches,
-    CropSettings,
-    list_files,
-    load_evaluation_images,
-    load_image,
-    make_dataloader,
-)
+from vitok_hf.training.cropping import CropSettings
+from vitok_hf.training.data import CropBatches, iterate_pixels
+from vitok_hf.training.media import list_files, load_evaluation_images, load_image
 
 
 TEST_SETS = [
@@ -82,7 +77,7 @@ def main():
     p = vae.config.patch_size
     sources = [f"{args.data_dir}/train/{name}:{weight}" for name, weight in TRAIN_WEIGHTS.items()]
     crops = CropBatches(sources, CropSettings([(128, 128, 1.0)], 2**20, seed=1))
-    pca = PatchPCA(p, vae.config.latent_channels, make_dataloader(crops, range(args.pca_batches), num_workers=0))
+    pca = PatchPCA(p, vae.config.latent_channels, iterate_pixels(crops, args.pca_batches))
 
     args.output_dir.mkdir(parents=True, exist_ok=True)
     print("| test set | pictures | PSNR | PCA | gain | SSIM | PCA | border/inner error |")

@@ -12,7 +12,8 @@ from accelerate import PartialState
 from tqdm.auto import tqdm
 
 from vitok_hf import AutoencoderViTok, compute_latent_statistics
-from vitok_hf.training.data import CropBatches, CropSettings, make_dataloader
+from vitok_hf.training.cropping import CropSettings
+from vitok_hf.training.data import CropBatches, iterate_pixels
 
 
 def main():
@@ -33,8 +34,8 @@ def main():
 
     vae = AutoencoderViTok.from_pretrained(args.model).to(PartialState().default_device)
     settings = CropSettings([(args.size, args.size, 1.0)], 2**20, num_frames=vae.config.sample_frames, flip=False)
-    batches = make_dataloader(CropBatches(args.train_data, settings), range(args.num_batches), num_workers=0)
-    statistics = compute_latent_statistics(vae, tqdm(batches, desc="latent statistics"))
+    batches = iterate_pixels(CropBatches(args.train_data, settings), args.num_batches)
+    statistics = compute_latent_statistics(vae, tqdm(batches, desc="latent statistics", total=args.num_batches))
     config = statistics.to_config(args.normalization == "channels")
     vae.register_to_config(_name_or_path=args.output_dir.name, **config)  # not the path of the run
     vae.to(getattr(torch, args.dtype)).save_pretrained(args.output_dir)

@@ -22,7 +22,7 @@ from PIL import Image
 from vitok_hf import AutoencoderViTok
 from vitok_hf.evaluation.metrics import psnr, ssim
 from vitok_hf.evaluation.reconstruction import fold_frames, reconstruct, save_comparison, side_by_side
-from vitok_hf.training.data import VIDEO_SUFFIXES, list_files, load_image
+from vitok_hf.training.media import VIDEO_SUFFIXES, list_files, load_image
 
 
 class VideoWriter:

@@ -7,7 +7,7 @@ import vitok_hf
 from tests.conftest import ASSETS
 from vitok_hf import AutoencoderViTok, checkpoints
 from vitok_hf.evaluation.reconstruction import evaluate_reconstruction, patch_border_ratio, reconstruct_in_tiles
-from vitok_hf.training.data import list_files, load_evaluation_images, load_image
+from vitok_hf.training.media import list_files, load_evaluation_images, load_image
 
 
 def test_list():

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from tests.conftest import ASSETS, TINY, make_input, make_vae
-from tests.training.test_data import write_video
+from tests.training.conftest import write_video
 from vitok_hf import AutoencoderViTok
 
 

@@ -13,7 +13,7 @@ from vitok_hf.evaluation.reconstruction import (
     to_float,
     to_uint8,
 )
-from vitok_hf.training.data import load_evaluation_images
+from vitok_hf.training.media import load_evaluation_images
 
 
 @pytest.fixture(scope="module")

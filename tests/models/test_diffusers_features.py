@@ -22,7 +22,7 @@ from vitok_hf import AutoencoderViTok
 from vitok_hf.evaluation.metrics import psnr
 from vitok_hf.evaluation.reconstruction import reconstruct
 from vitok_hf.models.layers import ViTokAttnProcessor
-from vitok_hf.training.data import load_image
+from vitok_hf.training.media import load_image
 
 
 CPU = torch.device("cpu")

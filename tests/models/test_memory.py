@@ -8,7 +8,7 @@ from vitok_hf import AutoencoderViTok
 from vitok_hf.evaluation.memory import peak_memory, reset_peak_memory
 from vitok_hf.evaluation.reconstruction import to_float
 from vitok_hf.models.memory import Tiling, apply_tiled, overlap_add, windows
-from vitok_hf.training.data import load_image
+from vitok_hf.training.media import load_image
 
 
 def pieces_of(video, lengths, dim=2):

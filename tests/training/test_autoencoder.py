@@ -58,7 +58,7 @@ class TestResume:
         first = arguments(output_dir=str(tmp_path / "parts"), **overrides)
         trainer = AutoencoderTrainer(first)
         for index in range(3):
-            trainer.training_step(trainer.dataset[index])
+            trainer.training_step(trainer.dataset[index].pixels)
         trainer.save()
         resumed = run(arguments(output_dir=str(tmp_path / "parts"), resume_from_checkpoint="latest", **overrides))
         expected, losses = read_log(whole), read_log(first)
@@ -116,7 +116,7 @@ class TestStep:
             norms.append(torch.linalg.vector_norm(torch.cat([gradient.flatten() for gradient in gradients])))
 
         monkeypatch.setattr(trainer.optimizer, "step", record)
-        logs = trainer.training_step(trainer.dataset[0])
+        logs = trainer.training_step(trainer.dataset[0].pixels)
         assert logs["grad_norm"] > 1e-3  # before clipping
         assert norms[0].item() == pytest.approx(1e-3, rel=1e-3)
 
@@ -128,7 +128,7 @@ class TestStep:
             trainer.model.forward = lambda x, sample_posterior, forward=forward: forward(x)
             trainer.optimizer.step = lambda: None
             trainer.optimizer.zero_grad = lambda: None
-            for part in trainer.dataset[0].chunk(parts):
+            for part in trainer.dataset[0].pixels.chunk(parts):
                 assert trainer.step == 0
                 trainer.training_step(part)
             assert trainer.step == 1
@@ -143,7 +143,7 @@ class TestStep:
         assert rates[8] == pytest.approx(0.5) and rates[12] == pytest.approx(0.0)
         assert rates[6] == pytest.approx(0.5 + 0.5 * math.cos(math.pi / 4))
         trainer = AutoencoderTrainer(args)
-        trainer.training_step(trainer.dataset[0])
+        trainer.training_step(trainer.dataset[0].pixels)
         assert trainer.optimizer.param_groups[0]["lr"] == 0.25
 
     def test_options(self, arguments):
@@ -151,12 +151,12 @@ class TestStep:
         assert trainer.vae.is_gradient_checkpointing
         compiled = AutoencoderTrainer(arguments(compile=True, sizes=["16"]))
         plain = AutoencoderTrainer(arguments(sizes=["16"]))
-        losses = [x.training_step(x.dataset[0])["mse"].item() for x in (compiled, plain)]
+        losses = [x.training_step(x.dataset[0].pixels)["mse"].item() for x in (compiled, plain)]
         assert compiled.vae.encoder.transformer_blocks[0]._compiled_call_impl is not None
         assert losses[0] == pytest.approx(losses[1], rel=1e-2)
 
     def test_video_models(self, arguments, tmp_path):
-        from tests.training.test_data import write_video
+        from tests.training.conftest import write_video
 
         write_video(tmp_path / "videos" / "a.mp4")
         config = TINY | {"temporal_patch_size": 2, "sample_frames": 4}

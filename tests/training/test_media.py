@@ -1,0 +1,88 @@
+import fsspec
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tests.conftest import ASSETS
+from tests.training.conftest import write_video
+from vitok_hf.training.media import list_files, load_clip, load_evaluation_images, load_image, video_seconds
+
+
+def brightness(clip: np.ndarray) -> np.ndarray:
+    return clip.mean(axis=(1, 2, 3)) / 5
+
+
+class TestFiles:
+    def test_list(self, tmp_path):
+        for name in ("b/two.JPG", "a/one.png", "notes.txt", "film.mp4"):
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            (tmp_path / name).touch()
+        assert [file.name for file in list_files(tmp_path)] == ["one.png", "two.JPG", "film.mp4"]
+        with pytest.raises(ValueError, match="holds no file"):
+            list_files(tmp_path / "empty")
+
+    def test_transparent_pictures_are_put_on_white(self, tmp_path):
+        picture = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
+        picture.putpixel((0, 0), (0, 0, 255, 255))
+        picture.save(tmp_path / "x.png")
+        pixels = load_image(tmp_path / "x.png")
+        assert pixels[0, 0].tolist() == [0, 0, 255] and pixels[1, 1].tolist() == [255, 255, 255]
+
+    def test_broken_pictures_are_named(self, tmp_path):
+        (tmp_path / "broken.png").write_bytes((ASSETS / "coffee.png").read_bytes()[:1000])
+        with pytest.raises(ValueError, match="broken.png: cannot be read as a picture"):
+            load_image(tmp_path / "broken.png")
+
+    def test_bytes_and_addresses(self):
+        data, expected = (ASSETS / "rocket.jpg").read_bytes(), load_image(ASSETS / "rocket.jpg")
+        fsspec.filesystem("memory").pipe("/pictures/rocket.jpg", data)
+        assert np.array_equal(load_image(data), expected)
+        assert np.array_equal(load_image("memory://pictures/rocket.jpg"), expected)
+        with pytest.raises(ValueError, match="^memory://pictures/none.jpg: cannot be read .*FileNotFoundError"):
+            load_image("memory://pictures/none.jpg")
+        with pytest.raises(ValueError, match="^a sample: cannot be read"):
+            load_image(data[:100], "a sample")
+
+    def test_evaluation_images(self):
+        images = load_evaluation_images(ASSETS, 32, 3)
+        assert images.shape == (3, 3, 32, 32) and images.dtype == torch.uint8
+        reference = Image.open(ASSETS / "astronaut.png").resize((32, 32), Image.Resampling.BICUBIC)
+        difference = images[0].permute(1, 2, 0).numpy().astype(int) - np.asarray(reference)
+        assert np.abs(difference).mean() < 1.0
+
+
+class TestVideo:
+    def test_every_frame(self, video):
+        np.testing.assert_allclose(brightness(load_clip(video, 0.4, 8)), np.arange(10, 18), atol=0.5)
+
+    def test_frame_rate(self, video):
+        np.testing.assert_allclose(brightness(load_clip(video, 0.2, 4, fps=5)), [5, 10, 15, 20], atol=0.5)
+
+    def test_seeks(self, tmp_path):
+        write_video(tmp_path / "keys.mp4", g="5", bf="0")
+        content = bytearray((tmp_path / "keys.mp4").read_bytes())
+        start = content.index(b"mdat") + 4
+        half = int.from_bytes(content[start - 8 : start - 4], "big") // 2
+        content[start : start + half] = bytes(half)
+        np.testing.assert_allclose(brightness(load_clip(bytes(content), 1.4, 3)), [35, 36, 37], atol=0.5)
+        with pytest.raises(ValueError, match="cannot be read as a video"):
+            load_clip(bytes(content), 0.0, 3)
+
+    def test_end_of_the_video(self, video):
+        assert video_seconds(video) == pytest.approx(2.0, abs=0.05)
+        with pytest.raises(ValueError, match="has 5 frames from 1.80 s"):
+            load_clip(video, 1.8, 8)
+
+    def test_bytes(self, video):
+        assert np.array_equal(load_clip(video.read_bytes(), 0.4, 3), load_clip(video, 0.4, 3))
+        assert video_seconds(video.read_bytes()) == video_seconds(video)
+
+    def test_messages_do_not_change_between_runs(self):
+        for load in (load_image, video_seconds):
+            messages = []
+            for _ in range(2):
+                with pytest.raises(ValueError, match="^clip: cannot be read") as error:
+                    load(b"no such format" * 10, "clip")
+                messages.append(str(error.value))
+            assert messages[0] == messages[1] and "0x" not in messages[0]

@@ -1,0 +1,160 @@
+"""Where training data come from: folders, datasets of the Hub and tar shards, all as `Item`s that nobody decoded yet.
+
+A source that is drawn from by index is a `Sequence[Item]`. A stream has `num_shards`, a `name`, and `items(shard)`,
+which yields the items of one shard in their order and never raises: what is broken becomes an item whose source is the
+exception, so that every run counts it in the same place.
+"""
+
+import importlib
+from collections.abc import Iterator, Sequence
+from pathlib import PurePosixPath
+
+from .media import VIDEO_SUFFIXES, Item, list_files, suffixes_for
+
+
+def import_optional(package: str):
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise ImportError(
+            f'Reading these data needs the package "{package}": pip install "vitok-hf[train]".'
+        ) from error
+
+
+def parse_source(source: str) -> tuple[str, float | None]:
+    """ "folder:0.5" -> ("folder", 0.5); without a weight, the number of files is the weight."""
+    path, _, weight = source.rpartition(":")
+    try:
+        return (path, float(weight)) if path else (source, None)
+    except ValueError:
+        return source, None  # the colon belongs to the path
+
+
+class FolderFiles(Sequence):
+    """The pictures and videos in a folder and its subfolders, or one file; for clips, the videos only."""
+
+    def __init__(self, path: str, num_frames: int = 1):
+        self.files = list_files(path, suffixes_for(num_frames))
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> Item:
+        path = self.files[index]
+        return Item(str(path), path, path.suffix.lower() in VIDEO_SUFFIXES)
+
+
+class HubColumn:
+    """One column of a dataset for `datasets.load_dataset`, whose pictures or videos are left undecoded.
+
+    Args:
+        name: Name on the Hub, or a local folder that `load_dataset` understands.
+        config_name: Configuration of the dataset.
+        split: Split, with an optional slice, as "train[:1000]".
+        column: Column of pictures or videos; default: "image", or "video" for clips.
+        num_frames: Frames of a clip; more than 1 make the column a column of videos.
+        streaming: Do not download the dataset first.
+
+    Raises:
+        ValueError: If there is no such column.
+        ImportError: If the package `datasets` is not installed.
+    """
+
+    def __init__(self, name, config_name=None, split="train", column=None, num_frames=1, streaming=False):
+        datasets = import_optional("datasets")
+        rows = datasets.load_dataset(name, config_name, split=split, streaming=streaming)
+        column = column or ("video" if num_frames > 1 else "image")
+        if rows.features is None:
+            raise ValueError(f'The columns of "{name}" are unknown before it is read: do not stream it.')
+        if column not in rows.column_names:
+            names = ", ".join(rows.column_names)
+            raise ValueError(f'"{name}" has no column "{column}": set `data_column` to one of {names}.')
+        self.name, self.column = name, column
+        self.is_video = num_frames > 1 or isinstance(rows.features[column], datasets.Video)
+        feature = datasets.Video(decode=False) if self.is_video else datasets.Image(decode=False)
+        if streaming:
+            rows = rows.decode(False)  # a remote stream comes with threads that decode, before any cast
+        self.rows = rows.select_columns([column]).cast_column(column, feature)
+
+    def _item(self, value: dict | None, place: str) -> Item:
+        value = value or {}
+        data, path = value.get("bytes"), value.get("path")
+        name = ", ".join(part for part in (self.name, place, path) if part)
+        return Item(name, path if data is None else data, self.is_video)
+
+
+class HubRows(HubColumn, Sequence):
+    """A downloaded dataset of the Hub as a sequence; see `HubColumn`."""
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Item:
+        return self._item(self.rows[int(index)][self.column], f"row {index}")
+
+
+class HubStream(HubColumn):
+    """A dataset of the Hub as a stream; see `HubColumn`."""
+
+    def __init__(self, name, config_name=None, split="train", column=None, num_frames=1):
+        super().__init__(name, config_name, split, column, num_frames, streaming=True)
+
+    @property
+    def num_shards(self) -> int:
+        return self.rows.num_shards
+
+    def items(self, shard: int) -> Iterator[Item]:
+        row = 0
+        try:
+            # not `iter(rows)`: in a worker of a DataLoader it hands a single shard to worker 0 only
+            for rows in self.rows.shard(self.num_shards, shard).iter(batch_size=16):
+                for value in rows[self.column]:
+                    yield self._item(value, f"shard {shard}, row {row}")
+                    row += 1
+        except Exception as error:  # a broken file ends its shard, not the run
+            yield Item(f"{self.name}, shard {shard} after row {row}", error)
+
+
+class TarStream:
+    """Tar shards in the layout of WebDataset: members of one sample follow each other and share the name's stem.
+
+    Of each sample, the first member whose name ends as a picture or video does is taken; for clips, a video.
+
+    Args:
+        patterns: Paths or addresses for `webdataset`, with ranges and lists in braces: "shards/{000..012}.tar".
+        num_frames: Frames of a clip.
+
+    Raises:
+        ImportError: If the package `webdataset` is not installed.
+    """
+
+    def __init__(self, patterns: list[str], num_frames: int = 1):
+        import_optional("webdataset")
+        expand = importlib.import_module("braceexpand").braceexpand
+        self.urls = [url for pattern in patterns for url in expand(pattern)]
+        self.name = ", ".join(patterns)
+        self.suffixes = suffixes_for(num_frames)
+
+    @property
+    def num_shards(self) -> int:
+        return len(self.urls)
+
+    def items(self, shard: int) -> Iterator[Item]:
+        url, errors = self.urls[shard], []
+
+        def note(error: Exception) -> bool:
+            errors.append(error)
+            return True  # go on with what can still be read
+
+        samples = importlib.import_module("webdataset.tariterators").tarfile_samples
+        for sample in samples([{"url": url}], handler=note):
+            yield self._item(f"{url}/{sample['__key__']}", sample)
+        for error in errors:
+            yield Item(url, error)
+
+    def _item(self, name: str, sample: dict) -> Item:
+        for key, data in sample.items():
+            suffix = PurePosixPath(f"x.{key}").suffix
+            if suffix in self.suffixes:
+                return Item(f"{name}.{key}", data, suffix in VIDEO_SUFFIXES)
+        return Item(name, ValueError(f"no member ends in {', '.join(sorted(self.suffixes))}"))
