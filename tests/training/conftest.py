@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 import av
@@ -6,6 +7,10 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.conftest import ASSETS, TINY
+from vitok_hf import AutoencoderViTok
+from vitok_hf.training.arguments import AutoencoderArguments
+from vitok_hf.training.autoencoder import AutoencoderTrainer
 from vitok_hf.training.cropping import Batch
 
 
@@ -42,3 +47,64 @@ def assert_same(ours: Batch, theirs: Batch) -> None:
     assert len(ours.pixels) == len(theirs.pixels)
     assert all(torch.equal(x, y) for x, y in zip(ours.pixels, theirs.pixels))
     assert ours.skipped == theirs.skipped and ours.position == theirs.position
+
+
+@pytest.fixture
+def arguments(tmp_path):
+    """Makes the settings of a tiny run, `arguments(max_train_steps=3)`; with `config`, of another architecture."""
+
+    def make(config: dict = TINY, **overrides) -> AutoencoderArguments:
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        defaults = {
+            "output_dir": str(tmp_path / "run"),
+            "train_data_dir": [str(ASSETS)],
+            "crop_sizes": ["16", "8x32"],
+            "resolution": 16,
+            "train_batch_size": 8,
+            "dataloader_num_workers": 0,
+            "lpips_weight": 0.0,
+            "learning_rate": 1e-3,
+            "lr_warmup_steps": 2,
+            "discriminator_channels": 4,
+            "discriminator_learning_rate": 1e-3,
+            "discriminator_warmup_steps": 2,
+            "max_train_steps": 6,
+            "logging_steps": 1,
+            "checkpointing_steps": 3,
+            "mixed_precision": "no",
+            "report_to": "none",
+        }
+        if not {"variant", "pretrained_model_name_or_path"} & set(overrides):
+            defaults["model_config"] = str(tmp_path / "config.json")
+        return AutoencoderArguments(**defaults | overrides)
+
+    return make
+
+
+@pytest.fixture
+def stage2(arguments, tmp_path):
+    """Makes the settings of a tiny run of stage 2."""
+
+    def make(config: dict = TINY, **overrides) -> AutoencoderArguments:
+        if not (tmp_path / "pretrained").exists():
+            save_pretrained(tmp_path / "pretrained", config)
+        source = {"pretrained_model_name_or_path": str(tmp_path / "pretrained")}
+        return arguments(**{"stage": 2, "gan_weight": 0.1} | source | overrides)
+
+    return make
+
+
+def save_pretrained(folder: Path, config: dict) -> None:
+    torch.manual_seed(1)
+    AutoencoderViTok(**config).save_pretrained(folder)
+
+
+def run(args: AutoencoderArguments) -> AutoencoderTrainer:
+    trainer = AutoencoderTrainer(args)
+    trainer.train()
+    return trainer
+
+
+def read_log(output_dir: str | Path, key: str = "loss") -> dict[int, float]:
+    lines = (Path(output_dir) / "metrics.jsonl").read_text().splitlines()
+    return {line["step"]: line[key] for line in map(json.loads, lines) if key in line}

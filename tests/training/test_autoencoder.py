@@ -1,87 +1,82 @@
+import contextlib
 import json
-import math
+import logging
 from pathlib import Path
 
 import pytest
 import torch
+from diffusers.optimization import get_scheduler
 
-from tests.conftest import ASSETS, TINY, make_vae
+from tests.conftest import ASSETS, TINY, V2, make_vae
+from tests.training.conftest import read_log, run, write_video
 from vitok_hf import AutoencoderViTok
 from vitok_hf.training import autoencoder
-from vitok_hf.training.autoencoder import AutoencoderTrainer, TrainingArguments, learning_rate_at
+from vitok_hf.training.autoencoder import AutoencoderTrainer
 
 
-@pytest.fixture
-def arguments(tmp_path):
-    """Keyword arguments of a tiny run; `TrainingArguments(**arguments(max_steps=3))`."""
-    config = tmp_path / "config.json"
-    config.write_text(json.dumps(TINY))
-
-    def make(**overrides):
-        defaults = {
-            "output_dir": str(tmp_path / "run"),
-            "train_data": [str(ASSETS)],
-            "model_config": str(config),
-            "sizes": ["16", "8x32"],
-            "pixels_per_batch": 2048,
-            "num_workers": 0,
-            "lpips_weight": 0.0,
-            "learning_rate": 1e-3,
-            "warmup_steps": 2,
-            "max_steps": 6,
-            "log_every": 1,
-            "checkpoint_every": 3,
-            "mixed_precision": "no",
-        }
-        return TrainingArguments(**defaults | overrides)
-
-    return make
-
-
-def run(args: TrainingArguments) -> AutoencoderTrainer:
-    trainer = AutoencoderTrainer(args)
-    trainer.train()
-    return trainer
-
-
-def read_log(args: TrainingArguments, key: str = "loss") -> dict[int, float]:
-    lines = (Path(args.output_dir) / "metrics.jsonl").read_text().splitlines()
-    return {line["step"]: line[key] for line in map(json.loads, lines) if key in line}
+def next_batches(trainer: AutoencoderTrainer, count: int = 1) -> list:
+    batches = iter(trainer.loader)
+    return [next(batches) for _ in range(count)]
 
 
 class TestResume:
-    @pytest.mark.parametrize("precision", ["no", "bf16"])
-    def test_continues_with_the_same_losses(self, arguments, tmp_path, precision):
-        overrides = {"ema_decay": 0.9, "mixed_precision": precision}
-        whole = arguments(output_dir=str(tmp_path / "whole"), **overrides)
-        reference = run(whole)
-        first = arguments(output_dir=str(tmp_path / "parts"), **overrides)
-        trainer = AutoencoderTrainer(first)
-        for index in range(3):
-            trainer.training_step(trainer.dataset[index].pixels)
+    @pytest.mark.parametrize("stage, precision", [(1, "no"), (1, "bf16"), (2, "no")])
+    def test_continues_with_the_same_losses(self, arguments, stage2, tmp_path, stage, precision):
+        make = arguments if stage == 1 else stage2
+        overrides = {"use_ema": True, "mixed_precision": precision, "lecam_weight": 0.1, "r1_weight": 1.0}
+        reference = run(make(output_dir=str(tmp_path / "whole"), **overrides))
+        first = AutoencoderTrainer(make(output_dir=str(tmp_path / "parts"), **overrides))
+        for batch in next_batches(first, 3):
+            first.training_step([batch])
+            first.step += 1
+            first.average.update()
+        first.save()
+        resumed = run(make(output_dir=str(tmp_path / "parts"), resume_from_checkpoint="latest", **overrides))
+        keys = ["loss", "grad_norm", "learning_rate"]
+        for key in keys if stage == 1 else [*keys, "discriminator_loss", "logits_real", "lecam"]:
+            expected, values = read_log(tmp_path / "whole", key), read_log(tmp_path / "parts", key)
+            assert sorted(values) == [4, 5, 6] and sorted(expected) == [1, 2, 3, 4, 5, 6]
+            assert all(values[step] == pytest.approx(expected[step], rel=1e-6) for step in values)
+        for name, trained in resumed.models.items():
+            for ours, theirs in zip(trained.model.parameters(), reference.models[name].model.parameters()):
+                torch.testing.assert_close(ours, theirs)
+        for ours, theirs in zip(resumed.average.shadow_params, reference.average.shadow_params):
+            torch.testing.assert_close(ours, theirs)
+        assert resumed.average.optimization_step == 6
+
+    def test_noise_goes_on_where_it_was(self, arguments):
+        """Of the posterior: a resumed run must not repeat the first samples."""
+        trainer = AutoencoderTrainer(arguments())
+        (batch,) = next_batches(trainer)
+        trainer.training_step([batch])
+        state = torch.get_rng_state()
+        trainer.step = 1
         trainer.save()
-        resumed = run(arguments(output_dir=str(tmp_path / "parts"), resume_from_checkpoint="latest", **overrides))
-        expected, losses = read_log(whole), read_log(first)
-        assert sorted(losses) == [4, 5, 6] and sorted(expected) == [1, 2, 3, 4, 5, 6]
-        assert all(losses[step] == pytest.approx(expected[step], rel=1e-6) for step in losses)
-        for ours, theirs in zip(resumed.vae.parameters(), reference.vae.parameters()):
-            torch.testing.assert_close(ours, theirs)
-        for ours, theirs in zip(resumed.ema.shadow_params, reference.ema.shadow_params):
-            torch.testing.assert_close(ours, theirs)
+        AutoencoderTrainer(arguments(resume_from_checkpoint="latest"))
+        assert torch.equal(torch.get_rng_state(), state)
 
     def test_checkpoints_are_models(self, arguments):
-        args = arguments(ema_decay=0.5)
+        args = arguments(use_ema=True, ema_decay=0.5)
         trainer = run(args)
         folder = Path(args.output_dir) / "checkpoint-6"
-        for name, expected in (("vae", trainer.vae.parameters()), ("vae_ema", trainer.ema.shadow_params)):
-            loaded = AutoencoderViTok.from_pretrained(folder / name)
+        averages = trainer.average.shadow_params
+        for path, expected in (
+            (folder / "vae", trainer.vae.parameters()),
+            (folder / "vae_ema", averages),
+            (Path(args.output_dir) / "vae", averages),
+        ):
+            loaded = AutoencoderViTok.from_pretrained(path)
             for ours, theirs in zip(loaded.parameters(), expected):
                 assert torch.equal(ours, theirs)
-        assert {path.name for path in Path(args.output_dir).glob("checkpoint-*")} == {"checkpoint-3", "checkpoint-6"}
+
+    def test_number_of_checkpoints(self, arguments):
+        args = arguments(checkpointing_steps=1, checkpoints_total_limit=2)
+        run(args)
+        found = sorted(path.name for path in Path(args.output_dir).glob("checkpoint-*"))
+        assert found == ["checkpoint-5", "checkpoint-6"]
 
     def test_an_interrupted_save_leaves_the_last_checkpoint(self, arguments, monkeypatch):
-        args = arguments()
-        trainer = AutoencoderTrainer(args)
+        trainer = AutoencoderTrainer(arguments())
         trainer.save()
 
         def full_disk(*args, **kwargs):
@@ -101,9 +96,16 @@ class TestResume:
             AutoencoderTrainer(arguments(resume_from_checkpoint=str(tmp_path)))
 
     def test_stops_in_time_and_can_be_resumed(self, arguments):
-        args = arguments(max_steps=1000, max_minutes=0.0, checkpoint_every=1000)
+        args = arguments(max_train_steps=1000, max_minutes=0.0, checkpointing_steps=1000)
         assert run(args).step == 1
-        assert AutoencoderTrainer(arguments(max_steps=1000, resume_from_checkpoint="latest")).step == 1
+        assert not (Path(args.output_dir) / "vae").exists()
+        assert AutoencoderTrainer(arguments(max_train_steps=1000, resume_from_checkpoint="latest")).step == 1
+
+    def test_a_finished_run_is_left_alone(self, arguments, caplog):
+        run(arguments())
+        with caplog.at_level(logging.WARNING):
+            run(arguments(resume_from_checkpoint="latest"))
+        assert "the checkpoint is at step 6 of 6" in caplog.text
 
 
 class TestStep:
@@ -112,120 +114,352 @@ class TestStep:
         norms = []
 
         def record(closure=None):
-            gradients = [parameter.grad for parameter in trainer.model.parameters()]
+            gradients = [parameter.grad for parameter in trainer.vae.parameters()]
             norms.append(torch.linalg.vector_norm(torch.cat([gradient.flatten() for gradient in gradients])))
 
-        monkeypatch.setattr(trainer.optimizer, "step", record)
-        logs = trainer.training_step(trainer.dataset[0].pixels)
+        monkeypatch.setattr(trainer.models["vae"].optimizer, "step", record)
+        (logs,) = trainer.training_step(next_batches(trainer))
         assert logs["grad_norm"] > 1e-3  # before clipping
         assert norms[0].item() == pytest.approx(1e-3, rel=1e-3)
 
-    def test_accumulation_equals_a_larger_batch(self, arguments):
+    @pytest.mark.parametrize("stage", [1, 2])
+    def test_accumulation_equals_a_larger_batch(self, arguments, stage2, stage, monkeypatch):
         gradients = []
         for parts in (1, 2):
-            trainer = AutoencoderTrainer(arguments(gradient_accumulation_steps=parts, max_grad_norm=1e9))
-            forward = trainer.vae.forward  # the noise of the posterior differs between halves: decode the mode
-            trainer.model.forward = lambda x, sample_posterior, forward=forward: forward(x)
-            trainer.optimizer.step = lambda: None
-            trainer.optimizer.zero_grad = lambda: None
-            for part in trainer.dataset[0].pixels.chunk(parts):
-                assert trainer.step == 0
-                trainer.training_step(part)
-            assert trainer.step == 1
-            gradients.append([parameter.grad for parameter in trainer.vae.parameters()])
+            make = arguments if stage == 1 else stage2
+            config = TINY | {"variational": False}  # noise would differ between the parts
+            options = {"discriminator_minibatch_stddev": False, "discriminator_learning_rate": 1e-2}
+            args = make(config, gradient_accumulation_steps=parts, max_grad_norm=1e9, lr_warmup_steps=0, **options)
+            trainer = AutoencoderTrainer(args)
+            (batch,) = next_batches(trainer)
+            trainer.models["vae"].optimizer.step = lambda: None
+            trainer.models["vae"].optimizer.zero_grad = lambda: None
+            logs = trainer.training_step([batch._replace(pixels=part) for part in batch.pixels.chunk(parts)])
+            assert len(logs) == parts and [("grad_norm" in log) for log in logs] == [False] * (parts - 1) + [True]
+            models = [trained.model for trained in trainer.models.values()]
+            gradients.append([x.grad for x in models[0].parameters() if x.requires_grad])
+            gradients[-1] += [x.data for model in models[1:] for x in model.parameters()]
         for one, other in zip(*gradients):
             torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-6)
 
     def test_learning_rate(self, arguments):
-        args = arguments(learning_rate=1.0, warmup_steps=4, max_steps=12)
-        rates = [learning_rate_at(step, args) for step in range(13)]
-        assert rates[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
-        assert rates[8] == pytest.approx(0.5) and rates[12] == pytest.approx(0.0)
-        assert rates[6] == pytest.approx(0.5 + 0.5 * math.cos(math.pi / 4))
+        args = arguments(learning_rate=1.0, lr_warmup_steps=4, max_train_steps=12, gradient_accumulation_steps=2)
         trainer = AutoencoderTrainer(args)
-        trainer.training_step(trainer.dataset[0].pixels)
-        assert trainer.optimizer.param_groups[0]["lr"] == 0.25
+        rates = [trainer.models["vae"].learning_rate(step) for step in range(13)]
+        assert rates[:5] == [0.0, 0.25, 0.5, 0.75, 1.0]
+        assert rates[8] == pytest.approx(0.5) and rates[12] == pytest.approx(0.0)
+        trainer.step = 3
+        trainer.training_step(next_batches(trainer, 2))
+        assert trainer.models["vae"].optimizer.param_groups[0]["lr"] == 0.75
 
-    def test_options(self, arguments):
-        trainer = AutoencoderTrainer(arguments(gradient_checkpointing=True))
-        assert trainer.vae.is_gradient_checkpointing
-        compiled = AutoencoderTrainer(arguments(compile=True, sizes=["16"]))
-        plain = AutoencoderTrainer(arguments(sizes=["16"]))
-        losses = [x.training_step(x.dataset[0].pixels)["mse"].item() for x in (compiled, plain)]
+    @pytest.mark.parametrize("name", ["linear", "constant_with_warmup"])
+    def test_schedules_of_diffusers(self, arguments, name):
+        trainer = AutoencoderTrainer(arguments(lr_scheduler=name, lr_warmup_steps=3, max_train_steps=9))
+        optimizer = torch.optim.SGD([torch.zeros(1)], lr=1e-3)
+        schedule = get_scheduler(name, optimizer, num_warmup_steps=3, num_training_steps=9)
+        for step in range(9):
+            assert trainer.models["vae"].learning_rate(step) == pytest.approx(schedule.get_last_lr()[0])
+            optimizer.step()
+            schedule.step()
+
+    def test_optimizer(self, arguments):
+        options = {"adam_beta1": 0.8, "adam_beta2": 0.7, "adam_epsilon": 1e-5, "adam_weight_decay": 0.3}
+        group = AutoencoderTrainer(arguments(**options)).models["vae"].optimizer.param_groups[0]
+        assert (group["betas"], group["eps"], group["weight_decay"]) == ((0.8, 0.7), 1e-5, 0.3)
+
+    @pytest.mark.parametrize("stage", [1, 2])
+    def test_gradient_checkpointing_gives_the_same_gradients(self, arguments, stage2, stage, monkeypatch):
+        gradients = []
+        for checkpointing in (False, True):
+            trainer = AutoencoderTrainer((arguments, stage2)[stage - 1](gradient_checkpointing=checkpointing))
+            assert trainer.vae.is_gradient_checkpointing == checkpointing
+            trainer.models["vae"].optimizer.zero_grad = lambda: None
+            trainer.training_step(next_batches(trainer))
+            gradients.append([x.grad for x in trainer.vae.parameters() if x.requires_grad])
+        for one, other in zip(*gradients):
+            assert one.abs().sum() > 0
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-7)
+
+    def test_compilation(self, arguments):
+        compiled = AutoencoderTrainer(arguments(compile=True, crop_sizes=["16"]))
+        plain = AutoencoderTrainer(arguments(crop_sizes=["16"]))
+        losses = [x.training_step(next_batches(x))[0]["mse"].item() for x in (compiled, plain)]
         assert compiled.vae.encoder.transformer_blocks[0]._compiled_call_impl is not None
         assert losses[0] == pytest.approx(losses[1], rel=1e-2)
 
-    def test_video_models(self, arguments, tmp_path):
-        from tests.training.conftest import write_video
+    def test_tf32(self, arguments):
+        before = torch.get_float32_matmul_precision()
+        try:
+            AutoencoderTrainer(arguments(allow_tf32=True))
+            assert torch.get_float32_matmul_precision() == "high"
+        finally:
+            torch.set_float32_matmul_precision(before)
 
+    def test_a_loss_that_is_no_number_ends_the_run(self, arguments, monkeypatch):
+        trainer = AutoencoderTrainer(arguments())
+        with torch.no_grad():
+            trainer.vae.decoder.proj_out.bias.fill_(float("nan"))
+        with pytest.raises(ValueError, match="The loss is nan at step 1: lower `learning_rate`"):
+            trainer.train()
+        assert not list(Path(trainer.args.output_dir).glob("checkpoint-*"))
+
+    def test_average(self, arguments):
+        """Decay min(ema_decay, (1 + step) / (10 + step)), in float32, of what is trained."""
+        trainer = AutoencoderTrainer(arguments(use_ema=True, ema_decay=0.3))
+        parameter, average = trainer.vae.decoder.proj_out.weight, trainer.average
+        index = [id(x) for x in average.parameters].index(id(parameter))
+        expected = parameter.detach().clone()
+        for step, decay in enumerate((0.0, 2 / 11, 3 / 12, 0.3)):
+            with torch.no_grad():
+                parameter.add_(torch.randn_like(parameter))
+            average.update()
+            expected = decay * expected + (1 - decay) * parameter.detach()
+            torch.testing.assert_close(average.shadow_params[index], expected)
+        own = parameter.detach().clone()
+        with pytest.raises(RuntimeError), average.applied():
+            torch.testing.assert_close(parameter.detach(), expected)
+            raise RuntimeError
+        assert torch.equal(parameter.detach(), own)
+
+
+class TestData:
+    def test_native_aspect_ratio(self, arguments):
+        args = arguments(TINY | V2, max_tokens=100, resolution=32, max_train_steps=2, crop_sizes=[])
+        trainer = AutoencoderTrainer(args)
+        (batch,) = next_batches(trainer)
+        shapes = {tuple(picture.shape) for picture in batch.pixels}
+        assert len(shapes) > 1 and all(height * width <= 32**2 for _, height, width in shapes)
+        trainer.train()
+        assert sorted(read_log(args.output_dir, "mse")) == [1, 2]
+
+    def test_native_losses_leave_padding_out(self, arguments):
+        trainer = AutoencoderTrainer(arguments(TINY | V2, max_tokens=100, resolution=32, crop_sizes=[]))
+        (batch,) = next_batches(trainer)
+        (logs,) = trainer.training_step([batch])
+        pixels = [picture / 127.5 - 1.0 for picture in batch.pixels]
+        fresh = AutoencoderTrainer(arguments(TINY | V2, max_tokens=100, resolution=32, crop_sizes=[])).vae
+        errors = [(x - y).square().sum() for x, y in zip(fresh(pixels).sample, pixels)]
+        assert logs["mse"].item() == pytest.approx((sum(errors) / sum(x.numel() for x in pixels)).item(), rel=1e-4)
+
+    def test_broken_files_are_counted(self, arguments, tmp_path, caplog):
+        for index in range(20):
+            name = "coffee.png" if index else "broken.png"
+            data = (ASSETS / "coffee.png").read_bytes()
+            (tmp_path / "data").mkdir(exist_ok=True)
+            (tmp_path / "data" / f"{index}-{name}").write_bytes(data if index else data[:5000])
+        with caplog.at_level(logging.WARNING):
+            args = arguments(train_data_dir=[str(tmp_path / "data")], max_train_steps=8)
+            trainer = run(args)
+        assert trainer.num_skipped > 0 and caplog.text.count("broken.png") == trainer.num_skipped
+        assert read_log(args.output_dir, "skipped")[8] == trainer.num_skipped
+        assert AutoencoderTrainer(arguments(resume_from_checkpoint="latest")).num_skipped == trainer.num_skipped
+
+    @pytest.mark.parametrize("stage", [1, 2])
+    def test_videos(self, arguments, stage2, tmp_path, stage):
         write_video(tmp_path / "videos" / "a.mp4")
-        config = TINY | {"temporal_patch_size": 2, "sample_frames": 4}
-        (tmp_path / "config.json").write_text(json.dumps(config))
         data = [str(tmp_path / "videos")]
-        args = arguments(train_data=data, eval_data=data, eval_size=16, max_steps=2, eval_every=2, fps=12.5)
-        run(args)
-        assert read_log(args, "videos_psnr")[2] > 3.0
+        config = TINY | {"temporal_patch_size": 2, "sample_frames": 4}
+        args = (arguments, stage2)[stage - 1](
+            config,
+            train_data_dir=data,
+            validation_data_dir=data,
+            validation_resolution=16,
+            max_train_steps=2,
+            validation_steps=2,
+            fps=12.5,
+        )
+        trainer = run(args)
+        assert read_log(args.output_dir, "videos_psnr")[2] > 3.0
+        (batch,) = next_batches(trainer)
+        assert batch.pixels.shape[1:3] == (3, 4)
+        assert batch.pixels[:, 0].numel() == 8 * 4 * 16 * 16
+
+    def test_flips(self, arguments):
+        assert AutoencoderTrainer(arguments()).loader.dataset.settings.flip
+        assert not AutoencoderTrainer(arguments(random_flip=False)).loader.dataset.settings.flip
+
+    def test_resolution(self, arguments):
+        trainer = AutoencoderTrainer(arguments(resolution=None, crop_sizes=[], train_batch_size=3))
+        assert next_batches(trainer)[0].pixels.shape == (3, 3, 32, 32)
+        trainer = AutoencoderTrainer(arguments(resolution=24, crop_sizes=[], train_batch_size=3, cache_gib=0.5))
+        assert next_batches(trainer)[0].pixels.shape == (3, 3, 24, 24)
+        assert trainer.loader.dataset.cache_bytes == 2**29
+
+    def test_seed(self, arguments):
+        first, second, other = (AutoencoderTrainer(arguments(seed=seed)) for seed in (0, 0, 1))
+        batches = [next_batches(trainer)[0].pixels for trainer in (first, second, other)]
+        weights = [trainer.vae.decoder.proj_out.weight for trainer in (first, second, other)]
+        assert torch.equal(batches[0], batches[1]) and torch.equal(weights[0], weights[1])
+        assert not torch.equal(weights[0], weights[2]) and not torch.equal(batches[0], batches[2])
 
 
 class TestEvaluation:
     def test_held_out_pictures(self, arguments):
-        args = arguments(eval_data=[str(ASSETS)], eval_size=32, eval_limit=2, eval_every=3, ema_decay=0.5)
+        args = arguments(
+            validation_data_dir=[str(ASSETS)],
+            validation_resolution=32,
+            num_validation_images=3,
+            validation_steps=3,
+            use_ema=True,
+            ema_decay=0.5,
+        )
         trainer = run(args)
+        assert trainer.validation_images["assets"].shape == (3, 3, 32, 32)
         for key in ("assets_psnr", "assets_ssim", "assets_ema_psnr"):
-            assert sorted(read_log(args, key)) == [3, 6]
-        assert read_log(args, "assets_psnr") != read_log(args, "assets_ema_psnr")
-        assert (Path(args.output_dir) / "samples" / "assets_0000006.png").exists()
+            assert sorted(read_log(args.output_dir, key)) == [3, 6]
+        assert read_log(args.output_dir, "assets_psnr") != read_log(args.output_dir, "assets_ema_psnr")
+        for name in ("assets", "assets_ema"):
+            assert (Path(args.output_dir) / "samples" / f"{name}_0000006.png").exists()
         assert trainer.vae.training
 
-    def test_thirty_seconds_lower_the_held_out_error(self, arguments, tmp_path):
-        """Trains on three photographs and measures a fourth."""
-        (tmp_path / "held_out").mkdir()
-        (tmp_path / "held_out" / "astronaut.png").write_bytes((ASSETS / "astronaut.png").read_bytes())
-        overrides = {"encoder_hidden_size": 128, "decoder_hidden_size": 128, "qk_norm": True}
-        (tmp_path / "config.json").write_text(json.dumps(TINY | overrides))
-        args = arguments(
-            train_data=[str(ASSETS / name) for name in ("chelsea.png", "coffee.png", "rocket.jpg")],
-            eval_data=[str(tmp_path / "held_out")],
-            sizes=["32"],
-            pixels_per_batch=2**15,
-            max_minutes=0.5,
-            max_steps=400,
-            warmup_steps=20,
-            log_every=50,
-            checkpoint_every=10**6,
-            learning_rate=2e-3,
-            kl_weight=1e-4,
-            eval_size=64,
-        )
+    def test_the_average_is_better_than_the_weights_at_its_own_picture(self, arguments):
+        """The metrics with the suffix are those of the averaged weights."""
+        args = arguments(validation_data_dir=[str(ASSETS)], validation_resolution=32, use_ema=True)
         trainer = AutoencoderTrainer(args)
-        before = trainer.evaluate()["held_out_psnr"]
-        trainer.train()
-        assert trainer.evaluate()["held_out_psnr"] > before + 8.0
+        plain, _ = trainer.evaluate()
+        assert plain["assets_psnr"] == plain["assets_ema_psnr"]
+        with torch.no_grad():
+            trainer.vae.decoder.proj_out.bias.fill_(5.0)
+        ruined, _ = trainer.evaluate()
+        assert ruined["assets_ema_psnr"] == plain["assets_psnr"] > ruined["assets_psnr"]
+
+    def test_no_empty_lines_without_pictures(self, arguments):
+        args = arguments(validation_steps=1)
+        run(args)
+        lines = (Path(args.output_dir) / "metrics.jsonl").read_text().splitlines()
+        assert len(lines) == 6 and all("loss" in line for line in lines)
+
+
+class TestStartingPoints:
+    def test_sources_of_the_model(self, arguments, tmp_path):
+        make_vae("v1").half().save_pretrained(tmp_path / "model")
+        loaded = autoencoder.load_model(arguments(pretrained_model_name_or_path=str(tmp_path / "model")))
+        for ours, theirs in zip(loaded.parameters(), make_vae("v1").parameters()):
+            assert ours.dtype == torch.float32 and torch.equal(ours, theirs.half().float())
+        assert autoencoder.load_model(arguments(latent_channels=6)).config.latent_channels == 6
+        variant = arguments(variant="w32_d1_h2-w32_d2_h2/1x8x4")
+        assert autoencoder.load_model(variant).config.decoder_num_layers == 2
+        with pytest.raises(TypeError, match="patchsize"):
+            autoencoder.load_model(arguments(TINY | {"patchsize": 4}))
+
+    def test_author_layout(self, arguments, tmp_path):
+        from tests.conftest import GOLDEN
+
+        folder = tmp_path / "w64_d2_h4-w96_d3_h4" / "ViTok-v2"
+        folder.mkdir(parents=True)
+        for name in ("encoder", "decoder"):
+            (folder / f"{name}.safetensors").write_bytes((GOLDEN / f"{name}.safetensors").read_bytes())
+        with pytest.raises(ValueError, match="variant"):
+            autoencoder.load_model(arguments(pretrained_model_name_or_path=str(folder)))
+        args = arguments(pretrained_model_name_or_path=str(folder), variant="w64_d2_h4-w96_d3_h4/1x8x16")
+        assert autoencoder.load_model(args).config.latent_norm
+
+    def test_decoder_only(self, arguments, stage2):
+        before = AutoencoderTrainer(stage2(stage=1, freeze_encoder=True)).vae.state_dict()
+        before = {name: value.clone() for name, value in before.items()}
+        trainer = run(stage2(stage=1, freeze_encoder=True, use_ema=True))
+        for name, value in trainer.vae.state_dict().items():
+            assert torch.equal(value, before[name]) == name.startswith("encoder.")
+        assert not trainer.vae.encoder.training and trainer.vae.decoder.training
+        assert len(trainer.average.shadow_params) == len(list(trainer.vae.decoder.parameters()))
+        assert "kl" not in read_log(trainer.args.output_dir, "loss")
+
+    @pytest.mark.parametrize("stage", [1, 2])
+    def test_lora(self, stage2, tmp_path, stage):
+        args = stage2(stage=stage, lora_rank=2, lora_alpha=4.0, learning_rate=1e-2, use_ema=stage == 2)
+        trainer = run(args)
+        base = AutoencoderViTok.from_pretrained(tmp_path / "pretrained")
+        trained = {name for name, x in trainer.vae.named_parameters() if x.requires_grad}
+        assert trained and all("lora" in name for name in trained)
+        assert any(name.startswith("encoder") for name in trained) == (stage == 1)
+        x = torch.rand(1, 3, 16, 24) * 2 - 1
+        before = base(x).sample
+        base.load_lora_adapter(Path(args.output_dir) / "vae", prefix=None, use_safetensors=True)
+        after = base(x).sample
+        assert (after - before).abs().max() > 1e-4
+        with trainer.average.applied() if stage == 2 else contextlib.nullcontext():
+            torch.testing.assert_close(trainer.vae.eval()(x).sample, after)
+        assert sum(f.stat().st_size for f in (Path(args.output_dir) / "vae").glob("*.safetensors")) < 60_000
+
+    def test_lora_resumes(self, stage2):
+        run(stage2(lora_rank=2, max_train_steps=3))
+        resumed = AutoencoderTrainer(stage2(lora_rank=2, resume_from_checkpoint="latest"))
+        assert resumed.step == 3
+        names = [name for name, x in resumed.vae.named_parameters() if "lora_B" in name and x.abs().sum() > 0]
+        assert names
+        resumed.train()
+
+
+class TestPublishing:
+    def test_model_card(self, stage2, tmp_path):
+        args = stage2(
+            validation_data_dir=[str(ASSETS)], validation_resolution=16, validation_steps=6, num_validation_images=2
+        )
+        run(args)
+        folder = Path(args.output_dir) / "vae"
+        card = (folder / "README.md").read_text()
+        assert card.startswith("---\nlibrary_name: vitok_hf\n")
+        assert "| assets_psnr |" in card and "- `gan_weight`: 0.1" in card and "# run" in card
+        assert str(tmp_path) not in card and "output_dir" not in card
+        usage = card.split("```python\n")[1].split("```")[0].replace('"run"', repr(str(folder)))
+        scope = {}
+        exec(usage, scope)
+        assert isinstance(scope["vae"], AutoencoderViTok)
+
+    def test_push_to_hub(self, arguments, hub):
+        run(arguments(push_to_hub=True, hub_model_id="someone/mine", hub_token="hf_x", max_train_steps=1))
+        _, files = hub.snapshot("someone/mine")
+        assert {"README.md", "config.json", "diffusion_pytorch_model.safetensors"} <= set(files)
+
+
+class TestTrackers:
+    def test_tensorboard(self, stage2):
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+        args = stage2(
+            report_to="tensorboard",
+            logging_dir="tracked",
+            tracker_project_name="mine",
+            adaptive_gan_weight=10.0,
+            validation_data_dir=[str(ASSETS)],
+            validation_resolution=16,
+            validation_steps=6,
+            hub_token="hf_secret",
+        )
+        run(args)
+        folder = Path(args.output_dir) / "tracked" / "mine"
+        events = EventAccumulator(str(folder)).Reload()
+        expected = ("loss", "logits_real", "logits_fake", "gan_weight", "grad_norm", "discriminator_grad_norm")
+        for name in (*expected, "items_per_second", "assets_psnr", "learning_rate", "discriminator_learning_rate"):
+            assert events.Scalars(name)[-1].step == 6
+        (image,) = events.Images("assets")
+        assert (image.width, image.height) == (32, 4 * 16)
+        assert not any(b"hf_secret" in file.read_bytes() for file in folder.rglob("*") if file.is_file())
 
 
 class TestArguments:
     @pytest.mark.parametrize(
         "overrides, message",
         [
-            ({"stage": 3}, "`stage` must be 1, but is 3"),
-            ({"variant": "S-B/16"}, "Set exactly one of"),
-            ({"model_config": None}, "Set exactly one of"),
-            ({"train_data": []}, "`train_data` is empty"),
-            ({"max_steps": 0}, "`max_steps` must be at least 1, but is 0"),
+            ({"stage": 3}, "`stage` must be 1 or 2, but is 3"),
+            ({"stage": 2}, "`freeze_encoder` True needs `pretrained_model_name_or_path`"),
+            ({"lora_rank": 4}, "`lora_rank` 4 needs `pretrained_model_name_or_path`"),
+            ({"model_config": None}, "Name the model by `variant`"),
+            ({"variant": "S-B/16", "model_config": "x"}, 'but variant is "S-B/16", model_config "x"'),
+            ({"train_data_dir": []}, "Set exactly one of train_data_dir, dataset_name, train_shards"),
+            ({"train_shards": ["x.tar"]}, "Set exactly one of train_data_dir, dataset_name, train_shards"),
+            ({"max_train_steps": 0}, "`max_train_steps` must be at least 1, but is 0"),
+            ({"checkpoints_total_limit": 0}, "`checkpoints_total_limit` must be at least 1, but is 0"),
+            ({"gan_loss": "wgan"}, '`gan_loss` must be "hinge" or "non_saturating", but is "wgan"'),
+            ({"ema_decay": 1.0}, "`ema_decay` must be at least 0 and less than 1, but is 1.0"),
+            ({"report_to": "paper"}, '`report_to` is "paper", but of the trackers'),
+            ({"lr_scheduler": "sine"}, "`lr_scheduler` must be one of linear, cosine"),
+            ({"pretrained_model_name_or_path": "x", "latent_channels": 4}, "cannot be changed in a pretrained model"),
         ],
     )
     def test_errors(self, arguments, overrides, message):
         with pytest.raises(ValueError, match=message):
-            arguments(**overrides)
+            AutoencoderTrainer(arguments(**overrides))
 
-    def test_sources_of_the_model(self, arguments, tmp_path):
-        make_vae("v1").save_pretrained(tmp_path / "model")
-        args = arguments(model_config=None, pretrained_model_name_or_path=str(tmp_path / "model"))
-        loaded = autoencoder.load_model(args)
-        assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), make_vae("v1").parameters()))
-        assert autoencoder.load_model(arguments(latent_channels=6)).config.latent_channels == 6
-        (tmp_path / "config.json").write_text(json.dumps(TINY | {"patchsize": 4}))
-        with pytest.raises(TypeError, match="patchsize"):
-            autoencoder.load_model(arguments())
-        with pytest.raises(ValueError, match="cannot be changed in a pretrained model"):
-            arguments(model_config=None, pretrained_model_name_or_path="x", latent_channels=4)
+    def test_settings_are_json(self, arguments):
+        json.dumps(vars(arguments()))

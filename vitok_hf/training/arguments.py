@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 from accelerate.tracking import get_available_trackers
+from diffusers.optimization import SchedulerType
 from transformers import HfArgumentParser
 
 
@@ -95,6 +96,9 @@ class LoopArguments:
         )
         if not 0.0 <= self.ema_decay < 1.0:
             raise ValueError(f"`ema_decay` must be at least 0 and less than 1, but is {self.ema_decay}.")
+        schedules = [kind.value for kind in SchedulerType if kind != SchedulerType.PIECEWISE_CONSTANT]
+        if self.lr_scheduler not in schedules:
+            raise ValueError(f'`lr_scheduler` must be one of {", ".join(schedules)}, but is "{self.lr_scheduler}".')
         trackers = [tracker.value for tracker in get_available_trackers()]
         if self.report_to not in ("none", "all", *trackers):
             raise ValueError(
@@ -150,18 +154,18 @@ class AutoencoderArguments(DataArguments, LoopArguments):
             raise ValueError(f'`gan_loss` must be "hinge" or "non_saturating", but is "{self.gan_loss}".')
         if self.freeze_encoder is None:
             self.freeze_encoder = self.stage == 2
-        sources = {
-            "variant": self.variant,
-            "model_config": self.model_config,
-            "pretrained_model_name_or_path": self.pretrained_model_name_or_path,
-        }
-        if sum(value is not None for value in sources.values()) != 1:
-            raise ValueError(f"Set exactly one of {', '.join(sources)}, but they are {sources}.")
-        if self.pretrained_model_name_or_path is None:
-            for name in ("freeze_encoder", "lora_rank"):
-                if getattr(self, name):
-                    raise ValueError(f"`{name}` {getattr(self, name)} needs `pretrained_model_name_or_path`.")
-        elif self.latent_channels is not None:
+        pretrained = self.pretrained_model_name_or_path is not None
+        if (self.model_config is not None) + (pretrained or self.variant is not None) != 1:
+            raise ValueError(
+                "Name the model by `variant`, by `model_config`, or by `pretrained_model_name_or_path` (the author's "
+                f'ViTok-v2 weights under another name: with their `variant`), but variant is "{self.variant}", '
+                f'model_config "{self.model_config}", and pretrained_model_name_or_path '
+                f'"{self.pretrained_model_name_or_path}".'
+            )
+        for name in ("freeze_encoder", "lora_rank"):
+            if getattr(self, name) and not pretrained:
+                raise ValueError(f"`{name}` {getattr(self, name)} needs `pretrained_model_name_or_path`.")
+        if self.latent_channels is not None and pretrained:
             raise ValueError(f"`latent_channels` {self.latent_channels} cannot be changed in a pretrained model.")
 
 

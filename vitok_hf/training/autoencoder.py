@@ -32,7 +32,9 @@ def load_model(args: AutoencoderArguments) -> AutoencoderViTok:
     """The model to start from, with float32 weights."""
     overrides = {} if args.latent_channels is None else {"latent_channels": args.latent_channels}
     if args.pretrained_model_name_or_path is not None:
-        return AutoencoderViTok.from_pretrained(args.pretrained_model_name_or_path, torch_dtype=torch.float32)
+        return AutoencoderViTok.from_pretrained(
+            args.pretrained_model_name_or_path, variant=args.variant, torch_dtype=torch.float32
+        )
     if args.variant is not None:
         return AutoencoderViTok.from_variant(args.variant, **overrides)
     config = json.loads(Path(args.model_config).read_text()) | overrides
