@@ -1,4 +1,5 @@
 import json
+from functools import partial
 from pathlib import Path
 
 import av
@@ -49,54 +50,50 @@ def assert_same(ours: Batch, theirs: Batch) -> None:
     assert ours.skipped == theirs.skipped and ours.position == theirs.position
 
 
+def make_arguments(folder: Path, config: dict = TINY, **overrides) -> AutoencoderArguments:
+    """Settings of a tiny run in `folder`/run."""
+    (folder / "config.json").write_text(json.dumps(config))
+    defaults = {
+        "output_dir": str(folder / "run"),
+        "train_data_dir": [str(ASSETS)],
+        "crop_sizes": ["16", "8x32"],
+        "resolution": 16,
+        "train_batch_size": 8,
+        "dataloader_num_workers": 0,
+        "lpips_weight": 0.0,
+        "learning_rate": 1e-3,
+        "lr_warmup_steps": 2,
+        "discriminator_channels": 4,
+        "discriminator_learning_rate": 1e-3,
+        "discriminator_warmup_steps": 2,
+        "max_train_steps": 6,
+        "logging_steps": 1,
+        "checkpointing_steps": 3,
+        "mixed_precision": "no",
+        "report_to": "none",
+    }
+    if not {"variant", "pretrained_model_name_or_path"} & set(overrides):
+        defaults["model_config"] = str(folder / "config.json")
+    return AutoencoderArguments(**defaults | overrides)
+
+
+def make_stage2(folder: Path, config: dict = TINY, **overrides) -> AutoencoderArguments:
+    """Settings of a tiny run of stage 2 in `folder`/run, from a random model."""
+    if not (folder / "pretrained").exists():
+        torch.manual_seed(1)
+        AutoencoderViTok(**config).save_pretrained(folder / "pretrained")
+    source = {"pretrained_model_name_or_path": str(folder / "pretrained")}
+    return make_arguments(folder, **{"stage": 2, "gan_weight": 0.1} | source | overrides)
+
+
 @pytest.fixture
 def arguments(tmp_path):
-    """Makes the settings of a tiny run, `arguments(max_train_steps=3)`; with `config`, of another architecture."""
-
-    def make(config: dict = TINY, **overrides) -> AutoencoderArguments:
-        (tmp_path / "config.json").write_text(json.dumps(config))
-        defaults = {
-            "output_dir": str(tmp_path / "run"),
-            "train_data_dir": [str(ASSETS)],
-            "crop_sizes": ["16", "8x32"],
-            "resolution": 16,
-            "train_batch_size": 8,
-            "dataloader_num_workers": 0,
-            "lpips_weight": 0.0,
-            "learning_rate": 1e-3,
-            "lr_warmup_steps": 2,
-            "discriminator_channels": 4,
-            "discriminator_learning_rate": 1e-3,
-            "discriminator_warmup_steps": 2,
-            "max_train_steps": 6,
-            "logging_steps": 1,
-            "checkpointing_steps": 3,
-            "mixed_precision": "no",
-            "report_to": "none",
-        }
-        if not {"variant", "pretrained_model_name_or_path"} & set(overrides):
-            defaults["model_config"] = str(tmp_path / "config.json")
-        return AutoencoderArguments(**defaults | overrides)
-
-    return make
+    return partial(make_arguments, tmp_path)
 
 
 @pytest.fixture
-def stage2(arguments, tmp_path):
-    """Makes the settings of a tiny run of stage 2."""
-
-    def make(config: dict = TINY, **overrides) -> AutoencoderArguments:
-        if not (tmp_path / "pretrained").exists():
-            save_pretrained(tmp_path / "pretrained", config)
-        source = {"pretrained_model_name_or_path": str(tmp_path / "pretrained")}
-        return arguments(**{"stage": 2, "gan_weight": 0.1} | source | overrides)
-
-    return make
-
-
-def save_pretrained(folder: Path, config: dict) -> None:
-    torch.manual_seed(1)
-    AutoencoderViTok(**config).save_pretrained(folder)
+def stage2(tmp_path):
+    return partial(make_stage2, tmp_path)
 
 
 def run(args: AutoencoderArguments) -> AutoencoderTrainer:

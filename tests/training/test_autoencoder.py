@@ -224,7 +224,7 @@ class TestStep:
 
 class TestData:
     def test_native_aspect_ratio(self, arguments):
-        args = arguments(TINY | V2, max_tokens=100, resolution=32, max_train_steps=2, crop_sizes=[])
+        args = arguments(TINY | V2, max_tokens=200, resolution=32, max_train_steps=2, crop_sizes=[])
         trainer = AutoencoderTrainer(args)
         (batch,) = next_batches(trainer)
         shapes = {tuple(picture.shape) for picture in batch.pixels}
@@ -233,11 +233,11 @@ class TestData:
         assert sorted(read_log(args.output_dir, "mse")) == [1, 2]
 
     def test_native_losses_leave_padding_out(self, arguments):
-        trainer = AutoencoderTrainer(arguments(TINY | V2, max_tokens=100, resolution=32, crop_sizes=[]))
+        trainer = AutoencoderTrainer(arguments(TINY | V2, max_tokens=200, resolution=32, crop_sizes=[]))
         (batch,) = next_batches(trainer)
         (logs,) = trainer.training_step([batch])
         pixels = [picture / 127.5 - 1.0 for picture in batch.pixels]
-        fresh = AutoencoderTrainer(arguments(TINY | V2, max_tokens=100, resolution=32, crop_sizes=[])).vae
+        fresh = AutoencoderTrainer(arguments(TINY | V2, max_tokens=200, resolution=32, crop_sizes=[])).vae
         errors = [(x - y).square().sum() for x, y in zip(fresh(pixels).sample, pixels)]
         assert logs["mse"].item() == pytest.approx((sum(errors) / sum(x.numel() for x in pixels)).item(), rel=1e-4)
 
@@ -400,7 +400,8 @@ class TestPublishing:
         card = (folder / "README.md").read_text()
         assert card.startswith("---\nlibrary_name: vitok_hf\n")
         assert "| assets_psnr |" in card and "- `gan_weight`: 0.1" in card and "# run" in card
-        assert str(tmp_path) not in card and "output_dir" not in card
+        assert "- `train_data_dir`: ['assets']" in card and "- `pretrained_model_name_or_path`: pretrained" in card
+        assert str(tmp_path) not in card and str(ASSETS.parent) not in card
         usage = card.split("```python\n")[1].split("```")[0].replace('"run"', repr(str(folder)))
         scope = {}
         exec(usage, scope)

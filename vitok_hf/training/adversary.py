@@ -21,11 +21,6 @@ def frozen(model: nn.Module):
         model.requires_grad_(True)
 
 
-def gradient_norm(loss: torch.Tensor, tensors: list[torch.Tensor]) -> torch.Tensor:
-    gradients = torch.autograd.grad(loss, tensors, retain_graph=True)
-    return torch.stack([gradient.float().square().sum() for gradient in gradients]).sum().sqrt()
-
-
 class Adversary:
     """A discriminator in training, and the loss that it gives the decoder.
 
@@ -104,7 +99,12 @@ class Adversary:
         loss = generator_loss(logits, self.args.gan_loss)
         weight = torch.tensor(weight, device=loss.device)
         if self.args.adaptive_gan_weight is not None:
-            ratio = gradient_norm(reconstruction_loss, fakes) / (gradient_norm(loss, fakes) + 1e-8)
-            ratio = self.accelerator.reduce(ratio, "mean").clamp(max=self.args.adaptive_gan_weight)
-            weight = weight * ratio
+            norms = [self._gradient_norm(x, fakes) for x in (reconstruction_loss, loss)]
+            weight = weight * (norms[0] / (norms[1] + 1e-12)).clamp(max=self.args.adaptive_gan_weight)
         return weight * loss, {"gan": loss.detach(), "gan_weight": weight}
+
+    def _gradient_norm(self, loss: torch.Tensor, tensors: list[torch.Tensor]) -> torch.Tensor:
+        """In float32, over all processes."""
+        gradients = torch.autograd.grad(loss, tensors, retain_graph=True)
+        squares = torch.stack([gradient.float().square().sum() for gradient in gradients]).sum()
+        return self.accelerator.reduce(squares, "sum").sqrt()

@@ -21,6 +21,7 @@ from .loop import TrainedModel, Trainer
 from .losses import ReconstructionLoss
 from .media import load_evaluation_images
 from .publishing import push, write_model_card
+from .sources import parse_source
 
 
 logger = logging.getLogger(__name__)
@@ -67,6 +68,12 @@ def by_size(pictures: torch.Tensor | list[torch.Tensor]) -> list[torch.Tensor]:
     """A batch, or a list of pictures or clips -> frames, (B, C, H, W) for each of them."""
     batches = [pictures] if isinstance(pictures, torch.Tensor) else [item.unsqueeze(0) for item in pictures]
     return [fold_frames(batch) for batch in batches]
+
+
+def last_folder(value: object) -> object:
+    """ "/home/someone/photos:0.5" -> "photos:0.5", if there is such a folder or file."""
+    path = parse_source(value)[0] if isinstance(value, str) else ""
+    return value[len(path) - len(Path(path).name) :] if path and Path(path).exists() else value
 
 
 class AutoencoderTrainer(Trainer):
@@ -261,11 +268,12 @@ class AutoencoderTrainer(Trainer):
         return "\n".join(lines)
 
     def _settings(self) -> dict[str, object]:
+        """Those that differ from the defaults, without the names of local folders above the last."""
         hidden = {"output_dir", "hub_token", "hub_model_id", "push_to_hub", "report_to", "resume_from_checkpoint"}
         settings = {}
         for field in fields(self.args):
             default = field.default if field.default is not MISSING else field.default_factory()
             value = getattr(self.args, field.name)
             if field.name not in hidden and value != default:
-                settings[field.name] = value
+                settings[field.name] = [last_folder(x) for x in value] if isinstance(value, list) else last_folder(value)
         return settings

@@ -1,0 +1,167 @@
+import pytest
+import torch
+
+from tests.conftest import TINY
+from tests.training.conftest import read_log, run
+from vitok_hf.training.autoencoder import AutoencoderTrainer
+
+
+def step(trainer: AutoencoderTrainer, count: int = 1) -> list[dict[str, torch.Tensor]]:
+    """Optimiser steps on one batch."""
+    batch = next(iter(trainer.loader))
+    logs = []
+    for _ in range(count):
+        logs += trainer.training_step([batch])
+        trainer.step += 1
+    return logs
+
+
+def decoder_gradient(trainer: AutoencoderTrainer) -> torch.Tensor:
+    trainer.models["vae"].optimizer.zero_grad = lambda: None
+    step(trainer)
+    return torch.cat([parameter.grad.flatten() for parameter in trainer.vae.decoder.parameters()])
+
+
+class TestStage2:
+    def test_encoder_is_frozen(self, stage2):
+        trainer = AutoencoderTrainer(stage2())
+        before = {name: value.clone() for name, value in trainer.vae.state_dict().items()}
+        step(trainer, 3)
+        for name, value in trainer.vae.state_dict().items():
+            assert torch.equal(value, before[name]) == name.startswith("encoder.")
+        optimized = {id(x) for group in trainer.models["vae"].optimizer.param_groups for x in group["params"]}
+        assert optimized == {id(x) for x in trainer.vae.decoder.parameters()}
+        assert not trainer.vae.encoder.training and trainer.vae.decoder.training
+        posterior = trainer.vae.encode(torch.zeros(1, 3, 16, 16)).latent_dist
+        assert not posterior.mode().requires_grad
+
+    def test_full_fine_tuning(self, stage2):
+        trainer = AutoencoderTrainer(stage2(freeze_encoder=False))
+        before = trainer.vae.encoder.proj_out.weight.clone()
+        (logs,) = step(trainer)
+        step(trainer)
+        assert not torch.equal(trainer.vae.encoder.proj_out.weight, before) and "kl" in logs
+
+    def test_both_learn(self, stage2):
+        """The discriminator lowers its loss on a fixed batch, and its loss reaches the decoder, not the other way."""
+        trainer = AutoencoderTrainer(stage2(gan_weight=0.0, learning_rate=0.0))
+        losses = [log["discriminator_loss"].item() for log in step(trainer, 15)]
+        assert losses[-1] < 0.8 * losses[0]
+
+    @pytest.mark.parametrize("kind", ["hinge", "non_saturating"])
+    def test_gan_loss_reaches_the_decoder(self, stage2, kind):
+        plain, adversarial, stronger = (
+            decoder_gradient(AutoencoderTrainer(stage2(gan_loss=kind, gan_weight=weight, lr_warmup_steps=0)))
+            for weight in (0.0, 0.1, 0.2)
+        )
+        assert (adversarial - plain).abs().max() > 1e-6
+        torch.testing.assert_close(stronger - plain, 2 * (adversarial - plain), rtol=1e-2, atol=1e-6)
+
+    def test_kinds_differ(self, stage2):
+        logs = [step(AutoencoderTrainer(stage2(gan_loss=kind)))[0] for kind in ("hinge", "non_saturating")]
+        assert logs[0]["discriminator_loss"] != logs[1]["discriminator_loss"]
+
+    def test_decoder_leaves_no_gradients_in_the_discriminator(self, stage2):
+        trainer = AutoencoderTrainer(stage2())
+        step(trainer)
+        discriminator = trainer.models["discriminator"].model
+        assert all(x.grad is None or x.grad.abs().sum() == 0 for x in discriminator.parameters())
+        assert all(x.requires_grad for x in discriminator.parameters())
+
+    def test_discriminator_steps_first(self, stage2):
+        """The decoder's loss is that of the discriminator after its step on the same reconstructions."""
+        trainer = AutoencoderTrainer(stage2(discriminator_warmup_steps=0, discriminator_learning_rate=1e-2))
+        discriminator, seen = trainer.models["discriminator"], []
+        fakes = []
+
+        def record(module, arguments, output):
+            fakes.append(arguments[0])
+
+        handle = discriminator.model.register_forward_hook(record)
+        optimizer_step = discriminator.optimizer.step
+
+        def note():
+            optimizer_step()
+            seen.append({name: x.clone() for name, x in discriminator.model.state_dict().items()})
+
+        discriminator.optimizer.step = note
+        (logs,) = step(trainer)
+        handle.remove()
+        discriminator.model.load_state_dict(seen[0])
+        (expected,) = discriminator.model(fakes[0])
+        assert logs["gan"].item() == pytest.approx(-expected.mean().item(), rel=1e-5)
+        assert len(fakes) == 2 and torch.equal(fakes[0][0], fakes[1][0].detach())
+
+    def test_learning_rates(self, stage2):
+        args = stage2(learning_rate=1.0, lr_warmup_steps=0, discriminator_learning_rate=0.1, discriminator_warmup_steps=4)
+        trainer = AutoencoderTrainer(args)
+        rates = [trainer.models["discriminator"].learning_rate(step) for step in range(5)]
+        assert rates == pytest.approx([0.0, 0.025, 0.05, 0.075, 0.1])
+        assert trainer.models["vae"].learning_rate(0) == 1.0
+
+    def test_architecture_of_the_discriminator(self, stage2):
+        args = stage2(discriminator_channels=6, discriminator_minibatch_stddev=False, resolution=64, crop_sizes=["64"])
+        discriminator = AutoencoderTrainer(args).models["discriminator"].model
+        assert discriminator.conv_in.out_channels == 6 and len(discriminator.blocks) == 4
+        assert not discriminator.minibatch_stddev
+
+    def test_native_aspect_ratio(self, stage2):
+        args = stage2(TINY, max_tokens=200, resolution=32, crop_sizes=[], max_train_steps=2)
+        run(args)
+        assert sorted(read_log(args.output_dir, "gan")) == [1, 2]
+
+
+class TestWeight:
+    def test_start_and_ramp(self, stage2):
+        trainer = AutoencoderTrainer(stage2(gan_start_step=2, gan_ramp_steps=3, gan_weight=0.4))
+        weights = [trainer.adversary.weight(step) for step in range(8)]
+        assert weights == pytest.approx([0.0, 0.0, 0.1, 0.2, 0.3, 0.4, 0.4, 0.4])
+        first = step(trainer, 3)
+        assert "discriminator_loss" in first[0] and "gan" not in first[0]
+        assert first[0]["gan_weight"] == 0.0 and first[2]["gan_weight"].item() == pytest.approx(0.1)
+
+    @pytest.mark.parametrize("bound", [1e-3, 1e6])
+    def test_adaptive(self, stage2, bound):
+        """Within its bound, it gives both losses gradients of one norm at the pixels, times gan_weight."""
+        trainer = AutoencoderTrainer(stage2(gan_weight=0.5, adaptive_gan_weight=bound))
+        target = torch.rand(2, 3, 16, 16) * 2 - 1
+        fakes = [(target + 0.1 * torch.randn_like(target)).requires_grad_()]
+        reconstruction = (fakes[0] - target).square().mean()
+        loss, logs = trainer.adversary.generator_loss(fakes, reconstruction, step=0)
+        norms = [torch.autograd.grad(x, fakes, retain_graph=True)[0].norm() for x in (reconstruction, loss)]
+        if bound > 1:
+            assert (norms[1] / norms[0]).item() == pytest.approx(0.5, rel=1e-3)
+        else:
+            assert logs["gan_weight"].item() == pytest.approx(0.5e-3)
+        assert not logs["gan_weight"].requires_grad and logs["gan_weight"].dtype == torch.float32
+
+
+class TestRegularisation:
+    def test_r1(self, stage2):
+        trainer = AutoencoderTrainer(stage2(r1_weight=10.0, r1_every=3))
+        logs = step(trainer, 5)
+        assert [("r1" in log) for log in logs] == [True, False, False, True, False]
+        plain = step(AutoencoderTrainer(stage2()))[0]
+        assert logs[0]["discriminator_grad_norm"] != plain["discriminator_grad_norm"]
+
+    def test_r1_flattens_the_discriminator(self, stage2):
+        """Over some steps, the slope at real pictures falls below that without it."""
+        slopes = []
+        for weight in (0.0, 100.0):
+            options = {"learning_rate": 0.0, "discriminator_warmup_steps": 0, "discriminator_learning_rate": 3e-3}
+            trainer = AutoencoderTrainer(stage2(r1_weight=weight, r1_every=1, **options))
+            step(trainer, 12)
+            batch = next(iter(trainer.loader)).pixels / 127.5 - 1.0
+            batch.requires_grad_()
+            (logits,) = trainer.models["discriminator"].model([batch])
+            slopes.append(torch.autograd.grad(logits.sum(), batch)[0].norm())
+        assert slopes[1] < 0.5 * slopes[0]
+
+    def test_lecam(self, stage2):
+        trainer = AutoencoderTrainer(stage2(lecam_weight=1.0))
+        logs = step(trainer, 2)
+        expected = torch.tensor(0.0).lerp(logs[0]["logits_real"], 0.01).lerp(logs[1]["logits_real"], 0.01)
+        torch.testing.assert_close(trainer.adversary.lecam.mean_real, expected)
+        assert logs[0]["lecam"] > 0
+        plain = step(AutoencoderTrainer(stage2()))[0]
+        assert logs[0]["discriminator_grad_norm"] != plain["discriminator_grad_norm"]

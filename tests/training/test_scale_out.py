@@ -1,0 +1,168 @@
+"""Several processes on the CPU, through the configuration files that users launch with; and processes that die."""
+
+import json
+import os
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.conftest import ASSETS, TINY
+from tests.training.conftest import make_stage2, read_log
+from vitok_hf import AutoencoderViTok
+from vitok_hf.training.autoencoder import AutoencoderTrainer
+from vitok_hf.training.cropping import Batch
+
+
+ROOT = ASSETS.parents[1]
+CONFIG = TINY | {"variational": False}  # no noise, which would differ between processes
+LAUNCH = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--num_processes", "2"]
+
+
+def start(settings, *launcher: str, **extra) -> subprocess.CompletedProcess:
+    path = Path(f"{settings.output_dir}.json")
+    path.write_text(json.dumps(vars(settings) | extra))
+    command = [*launcher, str(Path(__file__).with_name("worker.py")), str(path)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def launch(settings, engine: str, **extra) -> subprocess.CompletedProcess:
+    """Two processes with one of the shipped configurations."""
+    config = ROOT / "examples" / "accelerate_configs" / f"{engine}.yaml"
+    options = ("--config_file", str(config), "--mixed_precision", "no", "--main_process_port", "0")
+    return start(settings, *LAUNCH, *options, **extra)
+
+
+class Pairs:
+    """A loader whose batches are two of another loader's in one."""
+
+    def __init__(self, loader):
+        self.loader, self.state_dict = loader, loader.state_dict
+
+    def __iter__(self):
+        batches = iter(self.loader)
+        for batch in batches:
+            yield Batch(torch.cat([batch.pixels, next(batches).pixels]), batch.skipped)
+
+
+def make_settings(folder: Path, name: str, **overrides):
+    """Settings of a run of stage 2, in `folder`/name, with everything that processes have to agree on."""
+    defaults = {
+        "output_dir": str(folder / name),
+        "freeze_encoder": False,
+        "crop_sizes": ["16"],
+        "train_batch_size": 4,
+        "max_train_steps": 4,
+        "max_grad_norm": 1e9,
+        "checkpointing_steps": 2,
+        "use_ema": True,
+        "lecam_weight": 0.1,
+        "r1_weight": 1.0,
+        "r1_every": 2,
+        "adaptive_gan_weight": 10.0,
+        "validation_data_dir": [str(ASSETS)],
+        "validation_resolution": 16,
+        "num_validation_images": 3,
+        "validation_steps": 4,
+    }
+    return make_stage2(folder, CONFIG, **defaults | overrides)
+
+
+@pytest.fixture
+def settings(tmp_path):
+    return partial(make_settings, tmp_path)
+
+
+def metrics(output_dir) -> dict[tuple[str, int], float]:
+    keys = ["loss", "grad_norm", "discriminator_grad_norm", "logits_fake", "gan_weight", "lecam", "learning_rate"]
+    keys += ["discriminator_learning_rate", "assets_psnr", "assets_ema_psnr", "assets_ssim"]
+    return {(key, step): value for key in keys for step, value in read_log(output_dir, key).items()}
+
+
+class TestEngines:
+    @pytest.fixture(scope="class", params=["ddp", "fsdp2"])
+    def engine(self, request):
+        return request.param
+
+    @pytest.fixture(scope="class")
+    def folder(self, tmp_path_factory, engine):
+        """With a run of two processes, `two`."""
+        folder = tmp_path_factory.mktemp(engine)
+        process = launch(make_settings(folder, "two"), engine)
+        assert process.returncode == 0, process.stderr[-3000:]
+        assert ("FSDPAutoencoderViTok" if engine == "fsdp2" else "DistributedDataParallel") in process.stdout
+        return folder
+
+    def test_two_processes_equal_one(self, folder):
+        """2 x batch 4 against 1 x batch 8: every metric, gradient norms among them, and the weights after 4 steps."""
+        alone = AutoencoderTrainer(make_settings(folder, "one"))
+        alone.loader = Pairs(alone.loader)
+        alone.train()
+        expected = metrics(folder / "one")
+        assert len(expected) == 8 * 4 + 3
+        assert metrics(folder / "two") == pytest.approx(expected, rel=2e-4)
+        for name in ("vae", "checkpoint-4/vae", "checkpoint-4/vae_ema", "checkpoint-2/vae"):
+            models = [AutoencoderViTok.from_pretrained(folder / run / name) for run in ("one", "two")]
+            for ours, theirs in zip(*(model.parameters() for model in models)):
+                torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
+
+    def test_discriminators_are_identical(self, folder):
+        ranks = [torch.load(folder / "two" / f"rank{rank}.pt") for rank in (0, 1)]
+        assert all(torch.equal(ranks[0][name], ranks[1][name]) for name in ranks[0])
+
+    def test_resumes(self, folder, engine):
+        checkpoint = str(folder / "two" / "checkpoint-2")
+        process = launch(make_settings(folder, "resumed", resume_from_checkpoint=checkpoint), engine)
+        assert process.returncode == 0, process.stderr[-3000:]
+        expected = {key: value for key, value in metrics(folder / "two").items() if key[1] > 2}
+        assert metrics(folder / "resumed") == pytest.approx(expected, rel=1e-6)
+
+
+def test_accumulation_on_two_processes(settings, tmp_path):
+    """2 processes x 2 batches x 4 against 2 x batch 8, over both models."""
+    overrides = {"gradient_accumulation_steps": 2, "max_train_steps": 2}
+    process = launch(settings("parts", **overrides), "ddp")
+    assert process.returncode == 0, process.stderr[-3000:]
+    alone = AutoencoderTrainer(settings("whole", **overrides))
+    alone.loader = Pairs(alone.loader)
+    alone.train()
+    assert metrics(tmp_path / "parts") == pytest.approx(metrics(tmp_path / "whole"), rel=2e-4)
+
+
+def test_a_dead_process_ends_the_run(settings):
+    process = launch(settings("killed"), "ddp", kill=(1, 2))
+    assert process.returncode != 0
+    assert "Signal 9 (SIGKILL) received" in process.stderr and "local_rank: 1" in process.stderr
+
+
+def test_killed_while_saving(settings, tmp_path):
+    """Killed at step 10 with half a model on the disk, resumed from step 5: the losses of an unbroken run."""
+    overrides = {"max_train_steps": 20, "checkpointing_steps": 5, "validation_steps": 100}
+    whole = settings("whole", **overrides)
+    AutoencoderTrainer(whole).train()
+    killed = settings("killed", **overrides)
+    assert start(killed, sys.executable, kill_saving=10).returncode == -9
+    found = sorted(path.name for path in (tmp_path / "killed").glob("checkpoint-*"))
+    assert found == ["checkpoint-10.incomplete", "checkpoint-5"]
+    resumed = AutoencoderTrainer(settings("killed", **overrides, resume_from_checkpoint="latest"))
+    assert resumed.step == 5
+    resumed.train()
+    losses = read_log(tmp_path / "killed")
+    assert sorted(losses) == list(range(1, 21))
+    assert losses == pytest.approx(read_log(tmp_path / "whole"), rel=1e-6)
+    assert (tmp_path / "killed" / "checkpoint-20").is_dir()
+    assert not (tmp_path / "killed" / "checkpoint-10.incomplete").exists()
+
+
+def test_engines_that_are_not_supported(settings, monkeypatch):
+    from vitok_hf.training import loop
+
+    monkeypatch.setattr(
+        loop.Accelerator, "distributed_type", property(lambda self: loop.DistributedType.FSDP), raising=False
+    )
+    with pytest.raises(ValueError, match="set `fsdp_version: 2`"):
+        AutoencoderTrainer(settings("x"))
