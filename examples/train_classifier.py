@@ -1,6 +1,6 @@
 """Trains a small classifier of pictures by the folder they are in; its features serve to compare sets of pictures.
 
-    python examples/train_classifier.py --train_data_dir data/train --test_data_dir data/test --output classifier.safetensors
+    python examples/train_classifier.py --train_data_dir data/train --test_data_dir data/test
 
 Every folder that holds pictures is a class, under its own name. Prints the accuracy on held-out pictures.
 """
@@ -22,7 +22,7 @@ from vitok_hf.training.media import IMAGE_SUFFIXES, list_files, load_image, resi
 
 
 class FolderClasses(Dataset):
-    """Item i of an endless list: a random crop of at least half a picture's side, and its class; classes are balanced."""
+    """Item i: a random crop of at least half a picture's side, and its class; classes are balanced."""
 
     def __init__(self, folder: Path, size: int, length: int):
         self.size, self.length, self.classes = size, length, {}

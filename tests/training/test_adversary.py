@@ -93,7 +93,9 @@ class TestStage2:
         assert len(fakes) == 2 and torch.equal(fakes[0][0], fakes[1][0].detach())
 
     def test_learning_rates(self, stage2):
-        args = stage2(learning_rate=1.0, lr_warmup_steps=0, discriminator_learning_rate=0.1, discriminator_warmup_steps=4)
+        args = stage2(
+            learning_rate=1.0, lr_warmup_steps=0, discriminator_learning_rate=0.1, discriminator_warmup_steps=4
+        )
         trainer = AutoencoderTrainer(args)
         rates = [trainer.models["discriminator"].learning_rate(step) for step in range(5)]
         assert rates == pytest.approx([0.0, 0.025, 0.05, 0.075, 0.1])

@@ -209,7 +209,7 @@ class TestStep:
         parameter, average = trainer.vae.decoder.proj_out.weight, trainer.average
         index = [id(x) for x in average.parameters].index(id(parameter))
         expected = parameter.detach().clone()
-        for step, decay in enumerate((0.0, 2 / 11, 3 / 12, 0.3)):
+        for decay in (0.0, 2 / 11, 3 / 12, 0.3):
             with torch.no_grad():
                 parameter.add_(torch.randn_like(parameter))
             average.update()

@@ -71,7 +71,7 @@ class TestDiscriminator:
         torch.manual_seed(0)
         discriminator = Discriminator(16, channels=8)
         optimizer = torch.optim.AdamW(discriminator.parameters(), lr=2e-3)
-        for step in range(80):
+        for _ in range(80):
             real = torch.randn(8, 3, 16, 16)
             fake = F.avg_pool2d(real, 3, stride=1, padding=1)
             logits_fake, logits_real = discriminator([fake / fake.std()], [real])

@@ -86,9 +86,9 @@ class Adversary:
     ) -> tuple[torch.Tensor | float, dict[str, torch.Tensor]]:
         """The decoder's GAN loss with its weight, and logs.
 
-        With `adaptive_gan_weight`, the weight is multiplied by the ratio of the norms of the two losses' gradients (Esser
-        et al., 2021), bounded. They are taken at the reconstructed pixels, not at the last layer's weights, and so in
-        the same way whether or not these are sharded.
+        With `adaptive_gan_weight`, the weight is multiplied by the ratio of the norms of the two losses' gradients
+        (Esser et al., 2021), bounded. They are taken at the reconstructed pixels, not at the last layer's weights, and
+        so in the same way whether or not these are sharded.
         """
         weight = self.weight(step)
         if weight == 0.0:

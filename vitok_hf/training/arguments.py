@@ -43,13 +43,17 @@ class DataArguments:
     max_tokens: int | None = argument(
         None, "Native aspect ratios: pictures of at most resolution^2 pixels, so many tokens a batch."
     )
-    train_batch_size: int = argument(16, "Crops of `resolution` in a batch of one process; other sizes: as many pixels.")
+    train_batch_size: int = argument(
+        16, "Crops of `resolution` in a batch of one process; other sizes: as many pixels."
+    )
     fps: float | None = argument(None, "Frames a second of the training clips of a video model; default: all frames.")
     random_flip: bool = argument(True, "Flip half of the pictures left to right.")
     cache_gib: float = argument(1.0, "Memory for decoded pictures in each worker, GiB.")
     dataloader_num_workers: int = argument(1, "Processes that read data, for each training process.")
     validation_data_dir: list[str] = argument([], "Folders of held-out pictures (video models: videos).")
-    validation_resolution: int | None = argument(None, "Side in pixels of the held-out pictures; default: sample_size.")
+    validation_resolution: int | None = argument(
+        None, "Side in pixels of the held-out pictures; default: sample_size."
+    )
     num_validation_images: int = argument(32, "Held-out pictures a folder.")
 
 

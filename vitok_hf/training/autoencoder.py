@@ -79,10 +79,10 @@ def last_folder(value: object) -> object:
 class AutoencoderTrainer(Trainer):
     """Both stages of the paper (section 3).
 
-    Stage 1 trains encoder and decoder with reconstruction losses and the KL divergence; stage 2 the decoder, with a GAN
-    loss besides. Parts that are not trained need no gradients, and the optimiser does not see them. In `vae/` and, with EMA,
-    `vae_ema/`, checkpoints hold models for `from_pretrained`, or LoRA adapters for `load_lora_adapter`; the result,
-    averaged if there is an average, is in `output_dir`/vae.
+    Stage 1 trains encoder and decoder with reconstruction losses and the KL divergence; stage 2 the decoder, with a
+    GAN loss besides. Parts that are not trained need no gradients, and the optimiser does not see them. In `vae/` and,
+    with EMA, `vae_ema/`, checkpoints hold models for `from_pretrained`, or LoRA adapters for `load_lora_adapter`; the
+    result, averaged if there is an average, is in `output_dir`/vae.
     """
 
     def __init__(self, args: AutoencoderArguments):
@@ -275,5 +275,7 @@ class AutoencoderTrainer(Trainer):
             default = field.default if field.default is not MISSING else field.default_factory()
             value = getattr(self.args, field.name)
             if field.name not in hidden and value != default:
-                settings[field.name] = [last_folder(x) for x in value] if isinstance(value, list) else last_folder(value)
+                settings[field.name] = (
+                    [last_folder(x) for x in value] if isinstance(value, list) else last_folder(value)
+                )
         return settings

@@ -23,7 +23,7 @@ def atomic_folder(path: Path, accelerator: Accelerator | PartialState):
 
 
 def remove_folder(path: Path) -> None:
-    """Removes a folder, if there is one; it loses its name first, so that a half-removed one is not taken for whole."""
+    """Removes a folder, if there is one; it loses its name first, for half a folder must not be taken for whole."""
     removed = path.with_name(path.name + ".removed")
     shutil.rmtree(removed, ignore_errors=True)
     if path.exists():

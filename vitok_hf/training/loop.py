@@ -30,8 +30,8 @@ class TrainedModel:
     """A model with its optimiser and learning-rate schedule, prepared by accelerate.
 
     The learning rate is a function of the step alone: right for any number of processes, and after resumption. With
-    `replicated`, every process keeps the whole model even if FSDP shards the others: FSDP supports neither parameters that
-    are frozen for a while nor second derivatives.
+    `replicated`, every process keeps the whole model even if FSDP shards the others: FSDP supports neither parameters
+    that are frozen for a while nor second derivatives.
     """
 
     def __init__(
@@ -193,8 +193,8 @@ class Trainer:
     def _check_finite(self, values: dict[str, float]) -> dict[str, float]:
         if not math.isfinite(values["loss"]):
             raise ValueError(
-                f"The loss is {values['loss']} at step {self.step}: lower `learning_rate`, and resume from a checkpoint "
-                "before."
+                f"The loss is {values['loss']} at step {self.step}: lower `learning_rate`, and resume from a "
+                "checkpoint before."
             )
         return values
 

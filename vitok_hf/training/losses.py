@@ -47,8 +47,8 @@ def one_minus_ssim(sample: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 class ReconstructionLoss(nn.Module):
     """The losses of a reconstruction: section 3 of the paper, and those of ViTok-v2.
 
-    All terms are means in float32: over pixels, over frames for SSIM and the networks, and over latent elements for the
-    KL divergence, whose weight is thereby independent of the resolution. In a batch of several sizes every pixel
+    All terms are means in float32: over pixels, over frames for SSIM and the networks, and over latent elements for
+    the KL divergence, whose weight is thereby independent of the resolution. In a batch of several sizes every pixel
     counts alike. `patch_border_weight` is what a squared error in the outermost rows and columns of a patch counts
     relative to one inside: above 1, it evens out the patch grid. Terms with weight 0 are not computed.
     """
