@@ -1,6 +1,6 @@
 """Turns a training checkpoint into a folder to publish: latent statistics in the config, weights in half precision.
 
-    python examples/export_checkpoint.py --model output/checkpoint-7500/vae --train_data data/train/film:0.5 \
+    python examples/export_checkpoint.py --model output/checkpoint-7500/vae --train_data_dir data/train/film:0.5 \
         data/train/emoji:0.5 --output_dir my-vitok
 """
 
@@ -19,7 +19,9 @@ from vitok_hf.training.data import CropBatches, iterate_pixels
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="what `from_pretrained` takes")
-    parser.add_argument("--train_data", nargs="+", required=True, help="folders with optional weights, as in training")
+    parser.add_argument(
+        "--train_data_dir", nargs="+", required=True, help="folders with optional weights, as in training"
+    )
     parser.add_argument("--num_batches", type=int, default=64, help="batches of 2 ** 20 pixels for the statistics")
     parser.add_argument("--size", type=int, default=256, help="side of the crops in pixels")
     parser.add_argument(
@@ -34,7 +36,7 @@ def main():
 
     vae = AutoencoderViTok.from_pretrained(args.model).to(PartialState().default_device)
     settings = CropSettings([(args.size, args.size, 1.0)], 2**20, num_frames=vae.config.sample_frames, flip=False)
-    batches = iterate_pixels(CropBatches(args.train_data, settings), args.num_batches)
+    batches = iterate_pixels(CropBatches(args.train_data_dir, settings), args.num_batches)
     statistics = compute_latent_statistics(vae, tqdm(batches, desc="latent statistics", total=args.num_batches))
     config = statistics.to_config(args.normalization == "channels")
     vae.register_to_config(_name_or_path=args.output_dir.name, **config)  # not the path of the run

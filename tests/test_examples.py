@@ -63,20 +63,63 @@ class TestReconstruct:
         assert (tmp_path / "out" / "ramp_reconstruction.mp4").stat().st_size > 0
 
 
-def test_train_and_export(run_example, tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps(TINY))
-    run_example(
-        *("train_vitok.py", "--stage", 1, "--model_config", "config.json", "--train_data", f"{ASSETS}:2"),
-        *("--sizes", "16:2", "8x32", "--pixels_per_batch", 1024, "--max_steps", 2, "--num_workers", 1),
-        *("--lpips_weight", 0, "--output_dir", "run"),
-    )
-    run_example(
-        *("export_checkpoint.py", "--model", "run/checkpoint-2/vae", "--train_data", ASSETS),
-        *("--num_batches", 2, "--size", 64, "--output_dir", "exported"),
-    )
-    vae = AutoencoderViTok.from_pretrained(tmp_path / "exported")
-    assert len(vae.config.latents_mean) == len(vae.config.latents_std) == 4
-    assert min(vae.config.latents_std) > 0
+class TestTraining:
+    DATA = ("--train_data_dir", f"{ASSETS}:2", "--crop_sizes", "16:2", "8x32", "--resolution", 16)
+    SHORT = ("--train_batch_size", 4, "--max_train_steps", 2, "--lpips_weight", 0, "--report_to", "none")
+
+    def test_both_stages_and_export(self, run_example, tmp_path):
+        (tmp_path / "config.json").write_text(json.dumps(TINY))
+        (tmp_path / "run.yaml").write_text("stage: 1\nmodel_config: config.json\nlearning_rate: 1e-3\n")
+        run_example("train_vitok.py", "--config", "run.yaml", *self.DATA, *self.SHORT, "--output_dir", "first")
+        run_example(
+            *("train_vitok.py", "--stage", 2, "--pretrained_model_name_or_path", "first/vae", *self.DATA, *self.SHORT),
+            *("--discriminator_channels", 4, "--use_ema", "--output_dir", "second"),
+        )
+        encoders = [AutoencoderViTok.from_pretrained(tmp_path / run / "vae").encoder for run in ("first", "second")]
+        assert all(torch.equal(*pair) for pair in zip(*(encoder.parameters() for encoder in encoders)))
+        run_example(
+            *("export_checkpoint.py", "--model", "second/checkpoint-2/vae_ema", "--train_data_dir", ASSETS),
+            *("--num_batches", 2, "--size", 64, "--output_dir", "exported"),
+        )
+        vae = AutoencoderViTok.from_pretrained(tmp_path / "exported")
+        assert len(vae.config.latents_mean) == len(vae.config.latents_std) == 4
+        assert min(vae.config.latents_std) > 0
+
+    def test_estimate(self, run_example):
+        small = ("--variant", "w32_d1_h2-w32_d1_h2/1x8x4", "--resolution", 32, "--batch_size", 16, "--num_devices", 2)
+        hours = []
+        for options in (("--stage", 1), ("--stage", 2), ("--stage", 1, "--max_train_steps", 200_000)):
+            out = run_example("estimate_training.py", *small, *options)
+            assert "with 8 at a time" in out
+            hours.append(float(out.split("GFLOP a picture")[0].split("operations")[1]))
+        assert hours[1] > hours[0] > 0
+
+    def test_classifier_and_sharpness(self, run_example, model, tmp_path):
+        rng = np.random.default_rng(0)
+        for split, count in (("train", 8), ("test", 4)):
+            for name, colour in (("red", (200, 30, 30)), ("blue", (30, 30, 200))):
+                folder = tmp_path / split / name
+                folder.mkdir(parents=True)
+                for index in range(count):
+                    picture = np.clip(rng.normal(colour, 20, (48, 40, 3)), 0, 255).astype(np.uint8)
+                    Image.fromarray(picture).save(folder / f"{index}.png")
+        out = run_example(
+            *("train_classifier.py", "--train_data_dir", "train", "--test_data_dir", "test", "--size", 32),
+            *("--max_train_steps", 8, "--train_batch_size", 16, "--dataloader_num_workers", 0),
+        )
+        assert "2 classes, accuracy on 8 held-out pictures: " in out
+        assert float(out.split("held-out pictures: ")[1].split()[0]) >= 0.5
+        vae = AutoencoderViTok.from_pretrained(model)
+        vae.decoder.proj_out.weight.data *= 0.1
+        vae.save_pretrained(tmp_path / "other")
+        out = run_example(
+            *("evaluate_sharpness.py", "--models", "model", "other", "--data_dir", "test/red", "test/blue"),
+            *("--classifier", "classifier.safetensors", "--resolution", 32, "--crop", 16),
+        )
+        rows = [[cell.strip() for cell in line.split("|")] for line in out.splitlines() if line.startswith("| red")]
+        assert [row[2] for row in rows] == ["model", "other"]
+        assert float(rows[0][5]) > 10 * float(rows[1][5]) > 0 and float(rows[0][6]) > 0
+        assert Image.open(tmp_path / "sharpness" / "red.png").size == (3 * 16 * 4, 4 * 16 * 4)
 
 
 class TestExportOnnx:

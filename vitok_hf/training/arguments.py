@@ -188,7 +188,7 @@ def parse_arguments(arguments_class: type, description: str | None = None, argv:
     Raises:
         ValueError: If the file has an unknown setting, or a setting has a value that is not allowed.
     """
-    parser = HfArgumentParser(arguments_class, description=description)
+    parser = HfArgumentParser(arguments_class, description=description, allow_abbrev=False)
     parser.add_argument("--config", help="YAML file with settings; the command line takes precedence.")
     argv = sys.argv[1:] if argv is None else argv
     known, _ = parser.parse_known_args(argv)

@@ -1,0 +1,91 @@
+"""Compares reconstructions by several models of one patch size: what a GAN loss gains, and what it costs.
+
+    python examples/evaluate_sharpness.py --models vitok-tiny-f8x8 output/vae --data_dir data/test/film data/test/photos \
+        --classifier classifier.safetensors --output_dir sharpness
+
+Prints PSNR and SSIM; the energy of high frequencies over that of the originals (1: as sharp, less: blurred), which is that
+of a picture minus its binomial blur; and the Frechet distance to the originals of the features of a classifier that
+train_classifier.py trained, on crops of `--crop` pixels at full resolution of the reconstruction. Saves enlarged details:
+original, then each model.
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from einops import rearrange
+from PIL import Image
+from torch.nn import functional as F
+
+from vitok_hf import AutoencoderViTok
+from vitok_hf.evaluation.features import Classifier, frechet_distance
+from vitok_hf.evaluation.reconstruction import evaluate_reconstruction, to_float
+from vitok_hf.training.media import load_evaluation_images
+
+
+def high_frequency_energy(images: torch.Tensor) -> float:
+    """Mean square of uint8 pictures (N, 3, H, W), as floats in [-1, 1], minus their (1, 2, 1) / 4 blur on both axes."""
+    pixels = to_float(images)
+    kernel = torch.tensor([1.0, 2.0, 1.0]) / 4
+    kernel = torch.outer(kernel, kernel).expand(3, 1, 3, 3)
+    return (pixels[..., 1:-1, 1:-1] - F.conv2d(pixels, kernel, groups=3)).square().mean().item()
+
+
+def cut(images: torch.Tensor, side: int) -> torch.Tensor:
+    """(N, 3, H, W) -> all its tiles of `side` pixels."""
+    height, width = (length // side * side for length in images.shape[2:])
+    return rearrange(images[..., :height, :width], "n c (i h) (j w) -> (n i j) c h w", h=side, w=side)
+
+
+def save_details(path: Path, columns: list[torch.Tensor], side: int, scale: int = 4) -> None:
+    """Of each of the first pictures, the crop with the highest energy, enlarged."""
+    rows = []
+    for index in range(min(6, len(columns[0]))):
+        tiles = [cut(images[index : index + 1], side) for images in columns]
+        best = int(np.argmax([high_frequency_energy(tile[None]) for tile in tiles[0]]))
+        rows.append(torch.cat([tile[best] for tile in tiles], dim=2))  # (3, side, columns * side)
+    grid = torch.cat(rows, dim=1).permute(1, 2, 0).numpy()
+    size = (grid.shape[1] * scale, grid.shape[0] * scale)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(grid).resize(size, Image.Resampling.NEAREST).save(path)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", required=True, help="what `from_pretrained` takes")
+    parser.add_argument("--data_dir", nargs="+", type=Path, required=True, help="folders of held-out pictures")
+    parser.add_argument(
+        "--classifier", type=Path, help="output of train_classifier.py; without it, no Frechet distance"
+    )
+    parser.add_argument("--resolution", type=int, default=256, help="shorter side in pixels; the centre is cropped")
+    parser.add_argument(
+        "--crop", type=int, default=64, help="side of the crops for the Frechet distance and the details"
+    )
+    parser.add_argument("--limit", type=int, default=100, help="pictures a folder")
+    parser.add_argument("--output_dir", type=Path, default=Path("sharpness"))
+    args = parser.parse_args()
+
+    device = PartialState().default_device
+    models = {name: AutoencoderViTok.from_pretrained(name).to(device).eval() for name in args.models}
+    classifier = Classifier.load(args.classifier).to(device) if args.classifier else None
+    print("| pictures | model | PSNR | SSIM | high frequencies | Frechet distance |\n|---|---|---|---|---|---|")
+    for folder in args.data_dir:
+        images = load_evaluation_images(folder, args.resolution, args.limit)
+        originals, columns = cut(images, args.crop), [images]
+        for name, vae in models.items():
+            metrics, reconstructions = evaluate_reconstruction(vae, images)
+            columns.append(reconstructions)
+            energy = high_frequency_energy(reconstructions) / high_frequency_energy(images)
+            distance = ""
+            if classifier is not None:
+                tiles = cut(reconstructions, args.crop)
+                distance = f"{frechet_distance(tiles.to(device), originals.to(device), classifier):.3f}"
+            values = f"{metrics['psnr']:.2f} | {metrics['ssim']:.3f} | {energy:.3f} | {distance}"
+            print(f"| {folder.name}, {len(images)} | {name} | {values} |", flush=True)
+        save_details(args.output_dir / f"{folder.name}.png", columns, args.crop)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,53 @@
+import pytest
+import torch
+from scipy import linalg
+
+from vitok_hf.evaluation.features import Classifier, frechet_distance
+
+
+@pytest.fixture(scope="module")
+def classifier():
+    torch.manual_seed(0)
+    return Classifier(["cat", "dog", "a b"]).eval()
+
+
+def pictures(seed: int, count: int = 40, mean: int = 128) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randint(-60, 60, (count, 3, 32, 32), generator=generator)
+    return (mean + noise).to(torch.uint8)
+
+
+class TestClassifier:
+    @torch.no_grad()
+    def test_shapes(self, classifier):
+        images = pictures(0, 2)
+        features = classifier.features(images)
+        assert features.shape == (2, classifier.num_features)
+        torch.testing.assert_close(classifier(images), classifier.network.fc(features))
+
+    @torch.no_grad()
+    def test_save_and_load(self, classifier, tmp_path):
+        classifier.save(tmp_path / "x.safetensors")
+        loaded = Classifier.load(tmp_path / "x.safetensors")
+        assert loaded.class_names == ["cat", "dog", "a b"] and not loaded.training
+        torch.testing.assert_close(loaded(pictures(0, 2)), classifier(pictures(0, 2)))
+
+
+class TestFrechetDistance:
+    def test_is_that_of_the_features(self, classifier):
+        """Against |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) with scipy's matrix square root."""
+        sets = [pictures(1), pictures(2, mean=140)]
+        with torch.no_grad():
+            features = [classifier.features(images).double() for images in sets]
+        means = [x.mean(dim=0) for x in features]
+        covariances = [torch.cov(x.T) for x in features]
+        root = torch.from_numpy(linalg.sqrtm((covariances[0] @ covariances[1]).numpy()).real)
+        expected = (means[0] - means[1]).square().sum() + torch.trace(covariances[0] + covariances[1] - 2 * root)
+        assert frechet_distance(*sets, classifier) == pytest.approx(expected.item(), rel=1e-2, abs=1e-3)
+
+    def test_orders(self, classifier):
+        same, near, far = (
+            frechet_distance(images, pictures(1), classifier)
+            for images in (pictures(1), pictures(2), pictures(2, mean=180))
+        )
+        assert same < 1e-3 < near < far

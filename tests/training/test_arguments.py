@@ -1,0 +1,83 @@
+from dataclasses import fields
+
+import pytest
+
+from tests.conftest import ASSETS
+from vitok_hf import AutoencoderViTok
+from vitok_hf.training.arguments import AutoencoderArguments, parse_arguments
+
+
+CONFIGS = sorted((ASSETS.parent / "configs").glob("*.yaml"))
+
+
+def parse(*argv: object) -> AutoencoderArguments:
+    return parse_arguments(AutoencoderArguments, argv=[*map(str, argv)])
+
+
+class TestCommandLine:
+    REQUIRED = ("--variant", "S-B/16", "--train_data_dir", "a", "b:0.5")
+
+    def test_types(self):
+        args = parse(
+            *(*self.REQUIRED, "--learning_rate", "4e-4", "--max_minutes", 3, "--gradient_checkpointing"),
+            *("--no_random_flip", "--crop_sizes", "128:2", "64x32", "--freeze_encoder", "False"),
+        )
+        assert args.train_data_dir == ["a", "b:0.5"] and args.crop_sizes == ["128:2", "64x32"]
+        assert (args.learning_rate, args.max_minutes) == (4e-4, 3.0)
+        assert args.gradient_checkpointing and not args.random_flip and not args.freeze_encoder
+
+    def test_typing_errors(self, capsys):
+        with pytest.raises(SystemExit):
+            parse(*self.REQUIRED, "--learning_rat", 1e-4, "--max_train_step", 3)
+        assert "--max_train_step" in capsys.readouterr().err
+
+    def test_every_setting_has_a_help_text(self):
+        assert all(field.metadata["help"].endswith((".", ".)")) for field in fields(AutoencoderArguments))
+
+    def test_freezing_follows_the_stage(self):
+        source = ("--pretrained_model_name_or_path", "vitok-tiny-f8x8", "--train_data_dir", "a")
+        assert [parse(*source, "--stage", stage).freeze_encoder for stage in (1, 2)] == [False, True]
+
+
+class TestConfig:
+    @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+    def test_shipped(self, path):
+        args = parse("--config", path, "--train_data_dir", "photos")
+        assert args.stage == 1 + ("stage2" in path.stem)
+        if args.variant is not None:
+            kwargs = {} if args.latent_channels is None else {"latent_channels": args.latent_channels}
+            AutoencoderViTok.from_variant(args.variant, **{"encoder_num_layers": 1, "decoder_num_layers": 1} | kwargs)
+
+    def test_recipes_of_the_paper(self):
+        """Section 3: batches of 8 processes, learning rate 1e-4 * batch * frames / 256, weights of the losses."""
+        for name, items, frames in (
+            ("s-b-16-stage1", 1024, 1),
+            ("s-b-16-stage2", 256, 1),
+            ("s-b-4x8-stage1", 256, 16),
+            ("s-b-4x8-stage2", 128, 16),
+        ):
+            args = parse("--config", ASSETS.parent / "configs" / f"{name}.yaml", "--train_data_dir", "x")
+            assert 8 * args.train_batch_size == items and args.max_train_steps == 100_000
+            assert args.learning_rate == pytest.approx(1e-4 * items * frames / 256)
+            assert (args.mse_weight, args.lpips_weight, args.kl_weight) == (1.0, 1.0, 1e-3)
+            assert (args.adam_beta1, args.adam_beta2, args.adam_weight_decay) == (0.9, 0.95, 1e-4)
+            assert args.mixed_precision == "bf16" and args.lr_scheduler == "cosine"
+            if args.stage == 2:
+                assert (args.gan_weight, args.discriminator_learning_rate) == (0.05, 2e-5)
+                assert args.discriminator_warmup_steps == 25_000 and args.use_ema and args.ema_decay == 0.9999
+
+    def test_the_command_line_takes_precedence(self, tmp_path):
+        (tmp_path / "x.yaml").write_text(
+            "learning_rate: 4e-4\nuse_ema: true\nvariant: S-B/16\ntrain_data_dir: [a, b]\n"
+        )
+        args = parse("--config", tmp_path / "x.yaml", "--learning_rate", "1e-3")
+        assert (args.learning_rate, args.use_ema, args.train_data_dir) == (1e-3, True, ["a", "b"])
+        assert parse("--config", tmp_path / "x.yaml").learning_rate == 4e-4
+
+    def test_unknown_settings(self, tmp_path):
+        (tmp_path / "x.yaml").write_text("learning_rat: 4e-4\n")
+        with pytest.raises(ValueError, match=r"x.yaml\" has settings that do not exist: \['learning_rat'\]"):
+            parse("--config", tmp_path / "x.yaml")
+        (tmp_path / "y.yaml").write_text("- 1\n")
+        with pytest.raises(ValueError, match="has settings that do not exist"):
+            parse("--config", tmp_path / "y.yaml")
