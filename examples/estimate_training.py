@@ -3,9 +3,9 @@
     python examples/estimate_training.py --variant S-B/16 --resolution 256 --batch_size 1024 --max_train_steps 100000 \
         --num_devices 8 --teraflops 989 --utilization 0.4
 
-Memory is that of weights, gradients, AdamW and, in stage 2, EMA and discriminator in float32, and of the activations of a
-device's part of the batch in bfloat16; buffers of kernels and of communication come on top. `--teraflops` is the peak of a
-device in bfloat16, `--utilization` the share of it that the run reaches.
+Memory is that of weights, gradients, AdamW and, in stage 2, EMA and discriminator in float32, and of the activations
+of a device's part of the batch in bfloat16; buffers of kernels and of communication come on top. `--teraflops` is the
+peak of a device in bfloat16, `--utilization` the share of it that the run reaches.
 """
 
 import argparse
@@ -29,11 +29,8 @@ def make_step(args: argparse.Namespace, device: str) -> tuple[list[nn.Module], C
         vae = AutoencoderViTok.from_variant(args.variant).bfloat16()
         frames = () if vae.is_image_model else (vae.config.sample_frames,)
         x = torch.empty(1, 3, *frames, args.resolution, args.resolution, dtype=torch.bfloat16)
-        lpips = (
-            LPIPS(net="vgg", pnet_rand=True, pretrained=False, verbose=False)
-            .to(device, torch.bfloat16)
-            .requires_grad_(False)
-        )
+        lpips = LPIPS(net="vgg", pnet_rand=True, pretrained=False, verbose=False).requires_grad_(False)
+        lpips.to(device, torch.bfloat16)
         models = [vae, lpips]
         if args.stage == 2:
             vae.encoder.requires_grad_(False)
@@ -101,10 +98,10 @@ def main():
     on_device = args.batch_size / args.num_devices
     seconds = operations * args.batch_size / (args.num_devices * args.teraflops * 1e12 * args.utilization)
     print(f"{args.variant}, stage {args.stage}, {args.resolution} px, {args.batch_size} a step on {args.num_devices}")
-    print(
-        f"operations   {operations / 1e9:8.0f} GFLOP a picture or clip, {operations * args.batch_size / 1e15:.2f} PFLOP a step"
-    )
-    print(f"memory       {states / 1e9:8.1f} GB of weights and states, {activations / 1e9:.3f} GB of activations each")
+    print(f"operations   {operations / 1e9:8.0f} GFLOP a picture or clip")
+    print(f"             {operations * args.batch_size / 1e15:8.2f} PFLOP a step")
+    print(f"memory       {states / 1e9:8.1f} GB of weights and states")
+    print(f"             {activations / 1e9:8.3f} GB of activations for each picture or clip")
     print(f"on a device  {(states + activations * on_device) / 1e9:8.1f} GB with {on_device:g} at a time")
     print(f"time         {seconds:8.3f} s a step, {seconds * args.max_train_steps / 3600:.1f} hours in all")
 

@@ -1,12 +1,11 @@
 """Compares reconstructions by several models of one patch size: what a GAN loss gains, and what it costs.
 
-    python examples/evaluate_sharpness.py --models vitok-tiny-f8x8 output/vae --data_dir data/test/film data/test/photos \
+    python examples/evaluate_sharpness.py --models vitok-tiny-f8x8 output/vae --data_dir data/test/film \
         --classifier classifier.safetensors --output_dir sharpness
 
-Prints PSNR and SSIM; the energy of high frequencies over that of the originals (1: as sharp, less: blurred), which is that
-of a picture minus its binomial blur; and the Frechet distance to the originals of the features of a classifier that
-train_classifier.py trained, on crops of `--crop` pixels at full resolution of the reconstruction. Saves enlarged details:
-original, then each model.
+Prints PSNR and SSIM; the energy of high frequencies, of a picture minus its binomial blur, over that of the originals
+(1: as sharp, less: blurred); and the Frechet distance to the originals of the features of a classifier that
+train_classifier.py trained, over tiles of `--crop` pixels. Saves enlarged details: original, then each model.
 """
 
 import argparse
@@ -26,7 +25,7 @@ from vitok_hf.training.media import load_evaluation_images
 
 
 def high_frequency_energy(images: torch.Tensor) -> float:
-    """Mean square of uint8 pictures (N, 3, H, W), as floats in [-1, 1], minus their (1, 2, 1) / 4 blur on both axes."""
+    """Mean square of pictures (N, 3, H, W), uint8 taken to [-1, 1], minus their blur by (1, 2, 1) / 4 on both axes."""
     pixels = to_float(images)
     kernel = torch.tensor([1.0, 2.0, 1.0]) / 4
     kernel = torch.outer(kernel, kernel).expand(3, 1, 3, 3)
