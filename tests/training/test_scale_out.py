@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
 
 from tests.conftest import ASSETS, TINY
 from tests.training.conftest import make_stage2, read_log
@@ -158,11 +160,8 @@ def test_killed_while_saving(settings, tmp_path):
     assert not (tmp_path / "killed" / "checkpoint-10.incomplete").exists()
 
 
-def test_engines_that_are_not_supported(settings, monkeypatch):
-    from vitok_hf.training import loop
-
-    monkeypatch.setattr(
-        loop.Accelerator, "distributed_type", property(lambda self: loop.DistributedType.FSDP), raising=False
-    )
-    with pytest.raises(ValueError, match="set `fsdp_version: 2`"):
+@pytest.mark.parametrize("engine, remedy", [("FSDP", "set `fsdp_version: 2`"), ("DEEPSPEED", "FSDP2 shards the same")])
+def test_engines_that_are_not_supported(settings, monkeypatch, engine, remedy):
+    monkeypatch.setattr(Accelerator, "distributed_type", DistributedType(engine), raising=False)
+    with pytest.raises(ValueError, match=remedy):
         AutoencoderTrainer(settings("x"))

@@ -124,6 +124,10 @@ class Trainer:
     def _check_engine(self) -> None:
         if self.accelerator.distributed_type == DistributedType.FSDP and not self.accelerator.is_fsdp2:
             raise ValueError("FSDP version 1 is not supported: set `fsdp_version: 2` in accelerate's configuration.")
+        if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
+            raise ValueError(
+                "DeepSpeed is not supported: FSDP2 shards the same (examples/accelerate_configs/fsdp2.yaml)."
+            )
         if self.accelerator.is_fsdp2 and self.accelerator.mixed_precision == "fp16":
             raise ValueError('`mixed_precision` "fp16" is not supported with FSDP: take "bf16".')
 
