@@ -224,6 +224,16 @@ class TestTars:
         batches = list(islice(BatchLoader(StreamBatches(stream, SETTINGS), 0), 8))
         named = {reason.split(": ")[0] for batch in batches for reason in batch.skipped}
         assert {str(cut), str(missing)} <= named and {len(batch.pixels) for batch in batches} == {4}
+        reasons = "".join(reason for batch in batches for reason in batch.skipped)
+        assert "ReadError" in reasons and "FileNotFoundError" in reasons
+
+    def test_a_tar_is_read_on_after_a_name_that_comes_twice(self, tmp_path, pictures):
+        with tarfile.open(tmp_path / "x.tar", "w") as tar:
+            for file in (pictures[0], pictures[0], pictures[1]):
+                tar.add(file, file.name)
+        items = list(TarStream([str(tmp_path / "x.tar")]).items(0))
+        assert [item.source for item in items[:2]] == [file.read_bytes() for file in pictures[:2]]
+        assert len(items) == 3 and "duplicate file name" in str(items[2].source)
 
 
 @pytest.mark.parametrize("package, make", [("datasets", HubRows), ("webdataset", lambda name: TarStream([name]))])
