@@ -13,8 +13,10 @@ def label_names(text: str) -> list[str]:
 
 def label_table(id2label: dict[int, str]) -> dict[str, int]:
     """Name -> id, in alphabetical order; the first id of a name that several classes have."""
-    names = sorted((name, index) for index, text in id2label.items() for name in label_names(text))
-    return dict(reversed(names))  # later entries win, so that the smallest id stays
+    table = {}
+    for name, index in sorted((name, index) for index, text in id2label.items() for name in label_names(text)):
+        table.setdefault(name, index)
+    return table
 
 
 def find_label(name: str, id2label: dict[int, str]) -> int:
