@@ -269,8 +269,7 @@ class ViTokDiTModel(ModelMixin, AttentionMixin, CacheMixin, PeftAdapterMixin, Co
         frames = 1 if self.is_image_model else video.shape[2]
         items = video.shape[2] // frames
         grid = (frames, video.shape[3] // p, video.shape[4] // p)
-        # A copy, because dynamo would compile the first block apart for a view: the others do not get one.
-        tokens = self.patch_embed(patchify(video, 1, p, frames)).clone()  # (B * items, L, D)
+        tokens = self.patch_embed(patchify(video, 1, p, frames))  # (B * items, L, D)
 
         temb = self._embed_timestep(timestep, video) + self._embed_class(class_labels, video)
         temb = F.silu(temb.to(tokens.dtype)).repeat_interleave(items, dim=0)  # (B * items, D)

@@ -13,32 +13,19 @@ from diffusers.guiders.guider_utils import rescale_noise_cfg
 from diffusers.utils import BaseOutput, logging
 from diffusers.utils.torch_utils import randn_tensor
 from diffusers.video_processor import VideoProcessor
-from huggingface_hub import ModelCard
 from PIL import Image
 
 from ..checkpoints import resolve_bundled
 from ..latents import denormalize_latents
 from ..models import AutoencoderViTok, ViTokDiTModel
 from .labels import label_table, to_label_ids
+from .model_card import add_usage
 
 
 logger = logging.get_logger(__name__)
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 LEARNED_VARIANCES = ("learned", "learned_range")
-USAGE = """## Usage
-
-```python
-import vitok_hf  # pip install vitok-hf
-from diffusers import DiffusionPipeline
-
-pipe = DiffusionPipeline.from_pretrained("{repo_id}")
-output = pipe(class_labels={labels}, guidance_scale=4.0, num_inference_steps=50)
-{show}
-```
-"""
-SHOW_IMAGE = "output.images[0].show()"
-SHOW_VIDEO = 'from diffusers.utils import export_to_video\n\nexport_to_video(output.frames[0], "video.mp4", fps=8)'
 
 
 @dataclass
@@ -107,14 +94,8 @@ class ViTokDiTPipeline(DiffusionPipeline):
     def _upload_folder(self, working_dir: str | os.PathLike, repo_id: str, **kwargs: Any) -> Any:
         """Both ways to push end here: the model card is there, and says how to use the pipeline when it leaves."""
         path = Path(working_dir, "README.md")
-        if path.is_file() and "DiffusionPipeline.from_pretrained" not in path.read_text(encoding="utf-8"):
-            card = ModelCard.load(path)
-            card.data.library_name = "vitok_hf"
-            labels, show = list(self.labels)[:1] or None, SHOW_VIDEO if self.is_video else SHOW_IMAGE
-            if "automatically generated" in card.text:  # diffusers' form, with nothing filled in
-                card.text = f"# {repo_id.split('/')[-1]}\n\nA ViTok diffusion transformer (arXiv 2501.09755).\n"
-            card.text += "\n" + USAGE.format(repo_id=repo_id, labels=labels, show=show)
-            card.save(path)
+        if path.is_file():
+            add_usage(path, repo_id, list(self.labels)[:1] or None, self.is_video)
         return super()._upload_folder(working_dir, repo_id, **kwargs)
 
     @property
@@ -178,9 +159,19 @@ class ViTokDiTPipeline(DiffusionPipeline):
         frames, height, width = (default if size is None else size for size, _, default in sizes.values())
         return (batch_size, config.in_channels, *((frames // q,) if self.is_video else ()), height // p, width // p)
 
-    def _check_inputs(self, guidance_scale, num_inference_steps, num_images_per_label, guidance_interval, output_type):
+    def _check_inputs(
+        self,
+        guidance_scale: float,
+        num_inference_steps: int,
+        num_images_per_label: int,
+        guidance_interval: tuple[float, float],
+        guidance_rescale: float,
+        output_type: str,
+    ):
         if guidance_scale < 1:
             raise ValueError(f"`guidance_scale` must be at least 1, which is no guidance, but is {guidance_scale}.")
+        if not 0 <= guidance_rescale <= 1:
+            raise ValueError(f"`guidance_rescale` must be from 0 to 1, but is {guidance_rescale}.")
         for name, count in (
             ("num_inference_steps", num_inference_steps),
             ("num_images_per_label", num_images_per_label),
@@ -336,7 +327,14 @@ class ViTokDiTPipeline(DiffusionPipeline):
         Raises:
             ValueError: If a class is unknown, or an argument is out of its range or does not fit the others.
         """
-        self._check_inputs(guidance_scale, num_inference_steps, num_images_per_label, guidance_interval, output_type)
+        self._check_inputs(
+            guidance_scale,
+            num_inference_steps,
+            num_images_per_label,
+            guidance_interval,
+            guidance_rescale,
+            output_type,
+        )
         if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         if unknown := set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs):
