@@ -234,9 +234,10 @@ class TestCallbacks:
 
     def test_guidance_can_be_switched_off(self):
         class Cutoff(PipelineCallback):
-            tensor_inputs = ["latents"]
+            tensor_inputs = []
 
             def callback_fn(self, pipeline, step_index, timestep, tensors):
+                assert tensors == {}
                 pipeline._guidance_scale = 1.0
                 return tensors
 
