@@ -101,6 +101,16 @@ class TestSchedulers:
         assert output.dtype == torch.float32
         assert_close(output, clean.float().expand_as(output), atol=2e-2)  # some schedulers round timesteps
 
+    def test_timesteps_are_not_rounded(self):
+        pipe, seen = make_pipeline(scheduler=EulerDiscreteScheduler()), []
+        pipe.transformer.register_forward_pre_hook(
+            lambda _, args, kwargs: seen.append(kwargs["timestep"]), with_kwargs=True
+        )
+        sample(pipe, guidance_scale=1.0, num_inference_steps=5)
+        assert torch.cat(seen).tolist() == pytest.approx(
+            [999, 999, 749.25, 749.25, 499.5, 499.5, 249.75, 249.75, 0, 0]
+        )
+
     def test_dynamic_shift_follows_the_number_of_tokens(self):
         pipe = make_pipeline(scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), patch_size=2)
         shifts, set_timesteps = [], pipe.scheduler.set_timesteps
