@@ -75,6 +75,7 @@ class TestDiffusersFeatures:
         torch.testing.assert_close(gradients(), expected)
         assert len(calls) == 4  # the blocks run once more in the backward pass
 
+    @pytest.mark.parametrize("kind", ["image", "video"])
     def test_compile(self, model, kind):
         counter = CompileCounter()
         compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=counter)
