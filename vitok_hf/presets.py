@@ -1,4 +1,4 @@
-"""Names of published ViTok models -> constructor arguments of `AutoencoderViTok`."""
+"""Names of published models -> constructor arguments of `AutoencoderViTok` and `ViTokDiTModel`."""
 
 import re
 from typing import Any
@@ -7,6 +7,9 @@ from typing import Any
 # hidden size, number of layers, number of attention heads
 V1_SIZES = {"S": (768, 6, 12), "B": (768, 12, 12), "L": (1152, 24, 16)}
 V2_SIZES = {"B": (768, 12, 12), "L": (1024, 24, 16), "G": (1728, 32, 24), "T": (3072, 40, 24), "E": (4096, 48, 32)}
+
+# The same of the diffusion transformers in the DiT paper (arXiv 2212.09748, table 1).
+DIT_SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
 
 # What sets the v2 architecture apart from v1, the constructor's default.
 V2_ARCHITECTURE = {
@@ -63,8 +66,17 @@ def _parse_v2_size(size: str, variant: str) -> tuple[int, int, int, float]:
 
 
 def _tower(prefix: str, size: tuple[int, int, int]) -> dict[str, int]:
-    names = (f"{prefix}_hidden_size", f"{prefix}_num_layers", f"{prefix}_num_attention_heads")
-    return dict(zip(names, size))
+    names = ("hidden_size", "num_layers", "num_attention_heads")
+    return {prefix + name: value for name, value in zip(names, size)}
+
+
+def dit_variant_to_config(variant: str) -> dict[str, Any]:
+    """Constructor arguments of a `ViTokDiTModel` by its size in the DiT paper. Raises `ValueError` if unknown."""
+    if variant not in DIT_SIZES:
+        raise ValueError(
+            f'Unknown variant "{variant}": the sizes are {", ".join(DIT_SIZES)}; pass `patch_size` and all else apart.'
+        )
+    return _tower("", DIT_SIZES[variant])
 
 
 def variant_to_config(variant: str) -> dict[str, Any]:
@@ -76,7 +88,7 @@ def variant_to_config(variant: str) -> dict[str, Any]:
         encoder, decoder, temporal_patch_size, patch_size = match.groups()
         if encoder not in V1_SIZES or decoder not in V1_SIZES:
             raise ValueError(f'Unknown variant "{variant}": {HELP}')
-        config = _tower("encoder", V1_SIZES[encoder]) | _tower("decoder", V1_SIZES[decoder])
+        config = _tower("encoder_", V1_SIZES[encoder]) | _tower("decoder_", V1_SIZES[decoder])
         config["patch_size"] = int(patch_size)
         if temporal_patch_size is not None:  # the paper's videos are 16 x 128 x 128
             config |= {"temporal_patch_size": int(temporal_patch_size), "sample_size": 128, "sample_frames": 16}
@@ -90,7 +102,7 @@ def variant_to_config(variant: str) -> dict[str, Any]:
                 f'Variant "{variant}" has MLP ratios {encoder_mlp_ratio} and {decoder_mlp_ratio}: '
                 "encoder and decoder share one `mlp_ratio`."
             )
-        config = _tower("encoder", encoder_size) | _tower("decoder", decoder_size) | V2_ARCHITECTURE
+        config = _tower("encoder_", encoder_size) | _tower("decoder_", decoder_size) | V2_ARCHITECTURE
         config |= {"mlp_ratio": encoder_mlp_ratio, "temporal_patch_size": int(temporal_patch_size)}
         return config | {"patch_size": int(patch_size), "latent_channels": int(latent_channels)}
     raise ValueError(f'Unknown variant "{variant}": {HELP}')

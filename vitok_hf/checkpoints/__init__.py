@@ -1,8 +1,11 @@
 """The weights that are installed with the package, one `from_pretrained` folder each."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from huggingface_hub import is_offline_mode
 
 
 def list_bundled() -> list[str]:
@@ -16,6 +19,16 @@ def list_bundled() -> list[str]:
 def resolve_bundled(name_or_path):
     """The folder of a bundled checkpoint, or the argument itself if it names none."""
     return Path(__file__).parent / name_or_path if name_or_path in list_bundled() else name_or_path
+
+
+def load_strictly(from_pretrained: Callable, name_or_path: str | os.PathLike, **kwargs: Any) -> Any:
+    """What diffusers' `from_pretrained` gives, unless tensors are missing or unexpected, which raises `ValueError`."""
+    if is_offline_mode():  # diffusers asks the Hub about sharded weights unless it is told not to
+        kwargs["local_files_only"] = True
+    output_loading_info = kwargs.pop("output_loading_info", False)
+    model, info = from_pretrained(resolve_bundled(name_or_path), output_loading_info=True, **kwargs)
+    check_loading_info(info, model.config.get("component"), name_or_path)
+    return (model, info) if output_loading_info else model
 
 
 def check_loading_info(info: dict[str, Any], component: str | None, name_or_path: str | os.PathLike) -> None:

@@ -11,11 +11,10 @@ from diffusers.models.attention import AttentionMixin
 from diffusers.models.autoencoders.vae import AutoencoderMixin, DecoderOutput
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
-from huggingface_hub import is_offline_mode
 from torch import nn
 from torch.nn import functional as F
 
-from ..checkpoints import check_loading_info, resolve_bundled
+from ..checkpoints import load_strictly, resolve_bundled
 from ..checkpoints.vitok_v2 import HUB_ARGUMENTS, is_vitok_v2, load_vitok_v2
 from ..presets import V2_PATTERN, variant_to_config
 from .configuration import ViTokConfig, check_config, check_input
@@ -220,8 +219,6 @@ class AutoencoderViTok(ModelMixin, MemoryMixin, AutoencoderMixin, AttentionMixin
             OSError: If a file cannot be found or fetched.
         """
         name_or_path = resolve_bundled(pretrained_model_name_or_path)
-        if is_offline_mode():  # diffusers asks the Hub about sharded weights unless it is told not to
-            kwargs["local_files_only"] = True
         hub_kwargs = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
         if is_vitok_v2(name_or_path, **hub_kwargs):
             return load_vitok_v2(cls, name_or_path, **kwargs)
@@ -231,10 +228,7 @@ class AutoencoderViTok(ModelMixin, MemoryMixin, AutoencoderMixin, AttentionMixin
                 f'"{name_or_path}" has a config.json, which tells its architecture: leave out '
                 f'variant="{kwargs["variant"]}".'
             )
-        output_loading_info = kwargs.pop("output_loading_info", False)
-        model, info = super().from_pretrained(name_or_path, output_loading_info=True, **kwargs)
-        check_loading_info(info, model.config.component, pretrained_model_name_or_path)
-        return (model, info) if output_loading_info else model
+        return load_strictly(super().from_pretrained, pretrained_model_name_or_path, **kwargs)
 
     def _check_component(self, needed: str):
         if self.config.component not in (None, needed):

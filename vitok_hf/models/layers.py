@@ -118,17 +118,18 @@ class RMSNorm(nn.Module):
     Equal to `torch.nn.RMSNorm` up to rounding, and several times faster on a CPU in bfloat16.
     """
 
-    def __init__(self, dim: int, eps: float = 1e-6):
+    def __init__(self, dim: int, eps: float = 1e-6, elementwise_affine: bool = True):
         super().__init__()
         self.eps = eps
-        self.weight = nn.Parameter(torch.ones(dim))
+        self.weight = nn.Parameter(torch.ones(dim)) if elementwise_affine else None
 
     def inverse_rms(self, hidden_states: torch.Tensor) -> torch.Tensor:
         norm = torch.linalg.vector_norm(hidden_states, dim=-1, keepdim=True, dtype=torch.float32)
         return torch.rsqrt(norm.square() / hidden_states.shape[-1] + self.eps).to(hidden_states.dtype)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return hidden_states * self.inverse_rms(hidden_states) * self.weight.to(hidden_states.dtype)
+        normed = hidden_states * self.inverse_rms(hidden_states)
+        return normed if self.weight is None else normed * self.weight.to(hidden_states.dtype)
 
 
 class RotaryRMSNorm(RMSNorm):
@@ -200,6 +201,12 @@ class ViTokAttention(nn.Module, AttentionModuleMixin):
         return self.processor(self, hidden_states, rotary_emb, packing)
 
 
+def feed_forward(hidden_size: int, mlp_ratio: float, bias: bool) -> FeedForward:
+    """SwiGLU whose inner width is `mlp_ratio` hidden sizes, rounded to 16 channels."""
+    inner_dim = (int(mlp_ratio * hidden_size) + 8) // 16 * 16
+    return FeedForward(hidden_size, inner_dim=inner_dim, activation_fn="swiglu", bias=bias)
+
+
 class Residual(nn.Module):
     """Adds a branch to the residual stream, scaled per channel (LayerScale) if there is an initial scale."""
 
@@ -218,7 +225,7 @@ class ViTokBlock(nn.Module):
         self,
         hidden_size: int,
         num_heads: int,
-        ff_inner_dim: int,
+        mlp_ratio: float,
         parallel: bool,
         qk_norm: bool,
         layer_scale_init: float | None,
@@ -229,7 +236,7 @@ class ViTokBlock(nn.Module):
         self.norm1 = RMSNorm(hidden_size)
         self.attn = ViTokAttention(hidden_size, num_heads, qk_norm, bias)
         self.residual1 = Residual(hidden_size, layer_scale_init)
-        self.ff = FeedForward(hidden_size, inner_dim=ff_inner_dim, activation_fn="swiglu", bias=bias)
+        self.ff = feed_forward(hidden_size, mlp_ratio, bias)
         if not parallel:
             self.norm2 = RMSNorm(hidden_size)
             self.residual2 = Residual(hidden_size, layer_scale_init)
@@ -263,10 +270,9 @@ class ViTokTower(nn.Module):
         super().__init__()
         self.normalize_output = normalize_output
         self.head_dim = hidden_size // num_heads
-        ff_inner_dim = (int(mlp_ratio * hidden_size) + 8) // 16 * 16
         self.proj_in = nn.Linear(in_features, hidden_size)
         self.transformer_blocks = nn.ModuleList(
-            [ViTokBlock(hidden_size, num_heads, ff_inner_dim, **block_kwargs) for _ in range(num_layers)]
+            [ViTokBlock(hidden_size, num_heads, mlp_ratio, **block_kwargs) for _ in range(num_layers)]
         )
         self.norm_out = RMSNorm(hidden_size) if final_norm else nn.Identity()
         self.proj_out = nn.Linear(hidden_size, out_features)

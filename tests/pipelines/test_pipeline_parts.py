@@ -1,0 +1,351 @@
+"""What `ViTokDiTPipeline` does with the schedulers, hooks, files and outputs of diffusers."""
+
+import json
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import diffusers
+import imageio
+import numpy as np
+import pytest
+import torch
+from accelerate import cpu_offload
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    FasterCacheConfig,
+    FirstBlockCacheConfig,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    HeunDiscreteScheduler,
+    PyramidAttentionBroadcastConfig,
+    UniPCMultistepScheduler,
+)
+from diffusers.utils import export_to_video
+from huggingface_hub import ModelCard
+from PIL import Image
+from torch import nn
+
+from tests.conftest import TINY as VAE
+from tests.dit import ID2LABEL, assert_close, make_pipeline, sample, seeds
+from vitok_hf import AutoencoderViTok, ViTokDiTModel, ViTokDiTPipeline, checkpoints, denormalize_latents
+
+
+CPU = torch.device("cpu")
+FRESH_PROCESS = """
+import sys, torch, vitok_hf
+from diffusers import DiffusionPipeline
+pipe = DiffusionPipeline.from_pretrained(sys.argv[1])
+print(type(pipe) is vitok_hf.ViTokDiTPipeline, pipe.labels, dict(pipe.config.id2label))
+generator = torch.Generator().manual_seed(0)
+output = pipe(["dog", 2], num_inference_steps=4, generator=generator, output_type="latent", return_dict=False)
+torch.save(output[0], sys.argv[1] + "/output.pt")
+"""
+
+
+def make_oracle(scheduler, clean):
+    """The forward of a model that knows the clean latents, for whatever the scheduler wants predicted."""
+    kind = scheduler.config.get("prediction_type") or "flow_prediction"
+    sigmas = None
+    if kind != "flow_prediction":
+        sigmas = ((1 - scheduler.alphas_cumprod) / scheduler.alphas_cumprod).sqrt().double().numpy()
+
+    def forward(hidden_states, timestep, class_labels, return_dict):
+        t, x = timestep.double().numpy(), hidden_states.double()
+        shape = (-1,) + (1,) * (x.ndim - 1)
+        if kind == "flow_prediction":
+            return ((x - clean) / torch.from_numpy(t / 1000).view(shape),)
+        sigma = torch.from_numpy(np.interp(t, np.arange(1000), sigmas)).view(shape)
+        alpha, sigma = 1 / (1 + sigma**2).sqrt(), sigma / (1 + sigma**2).sqrt()
+        noise = (x - alpha * clean) / sigma
+        return ({"epsilon": noise, "v_prediction": alpha * noise - sigma * clean, "sample": clean + 0 * x}[kind],)
+
+    return forward
+
+
+class TestSchedulers:
+    @pytest.mark.parametrize(
+        "scheduler",
+        [
+            DDIMScheduler(clip_sample=False),
+            DDIMScheduler(clip_sample=False, prediction_type="v_prediction", timestep_spacing="trailing"),
+            DDIMScheduler(clip_sample=False, prediction_type="sample"),
+            DDPMScheduler(clip_sample=False),
+            DDPMScheduler(clip_sample=False, prediction_type="v_prediction"),
+            DPMSolverMultistepScheduler(),
+            DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++"),
+            DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True),
+            EulerDiscreteScheduler(),
+            EulerDiscreteScheduler(prediction_type="v_prediction"),
+            EulerAncestralDiscreteScheduler(),
+            HeunDiscreteScheduler(),
+            UniPCMultistepScheduler(),
+            UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True),
+            FlowMatchEulerDiscreteScheduler(),
+            FlowMatchEulerDiscreteScheduler(shift=3.0),
+            FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+            FlowMatchHeunDiscreteScheduler(),
+        ],
+        ids=lambda scheduler: type(scheduler).__name__,
+    )
+    def test_the_truth_is_found(self, kind, scheduler, monkeypatch):
+        pipe = make_pipeline(kind, scheduler)
+        clean = torch.randn(pipe.get_latent_shape(1), dtype=torch.float64) * 3
+        monkeypatch.setattr(pipe.transformer, "forward", make_oracle(scheduler, clean))
+        output = sample(pipe, num_inference_steps=10)
+        assert output.dtype == torch.float32
+        assert_close(output, clean.float().expand_as(output), atol=2e-2)  # some schedulers round timesteps
+
+    def test_timesteps_are_not_rounded(self):
+        pipe, seen = make_pipeline(scheduler=EulerDiscreteScheduler()), []
+        pipe.transformer.register_forward_pre_hook(
+            lambda _, args, kwargs: seen.append(kwargs["timestep"]), with_kwargs=True
+        )
+        sample(pipe, guidance_scale=1.0, num_inference_steps=5)
+        assert torch.cat(seen).tolist() == pytest.approx(
+            [999, 999, 749.25, 749.25, 499.5, 499.5, 249.75, 249.75, 0, 0]
+        )
+
+    def test_dynamic_shift_follows_the_number_of_tokens(self):
+        pipe = make_pipeline(scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), patch_size=2)
+        shifts, set_timesteps = [], pipe.scheduler.set_timesteps
+        pipe.scheduler.set_timesteps = lambda *args, mu, **kwargs: (
+            shifts.append(mu) or set_timesteps(*args, mu=mu, **kwargs)
+        )
+        sample(pipe, height=256, width=256, num_inference_steps=1)  # 32 x 32 latents, 16 x 16 tokens
+        sample(pipe, height=1024, width=1024, num_inference_steps=1, guidance_scale=1.0, labels="cat")
+        assert shifts == pytest.approx([0.5, 1.15])
+
+    def test_clipping_is_warned_of(self, monkeypatch):
+        messages = []
+        monkeypatch.setattr("vitok_hf.pipelines.pipeline_vitok_dit.logger.warning", messages.append)
+        make_pipeline(scheduler=DDIMScheduler())
+        assert len(messages) == 1 and "clip_sample=False" in messages[0]
+        make_pipeline(scheduler=FlowMatchEulerDiscreteScheduler())
+        assert len(messages) == 1
+
+
+class TestOutputs:
+    @pytest.mark.parametrize("size", [{}, {"height": 16, "width": 40}])
+    def test_images(self, size):
+        pipe, height, width = make_pipeline(), size.get("height", 32), size.get("width", 32)
+        arguments = {"class_labels": ["cat", 2], "num_inference_steps": 1} | size
+        images = pipe(**arguments, generator=seeds(0, 1)).images
+        assert [image.size for image in images] == [(width, height)] * 2 and isinstance(images[0], Image.Image)
+        array = pipe(**arguments, generator=seeds(0, 1), output_type="np").images
+        tensor = pipe(**arguments, generator=seeds(0, 1), output_type="pt").images
+        assert array.shape == (2, height, width, 3) and array.min() >= 0 and array.max() <= 1
+        assert_close(tensor, torch.from_numpy(array).permute(0, 3, 1, 2))
+        assert np.abs(np.asarray(images[0]) - array[0] * 255).max() < 0.6
+
+    @pytest.mark.parametrize("size, frames", [({}, 4), ({"num_frames": 6}, 6)])
+    def test_videos(self, size, frames):
+        pipe = make_pipeline("video")
+        arguments = {"class_labels": ["cat", 2], "num_inference_steps": 1} | size
+        videos = pipe(**arguments, generator=seeds(0, 1)).frames
+        assert [len(video) for video in videos] == [frames] * 2 and videos[0][0].size == (32, 32)
+        array = pipe(**arguments, generator=seeds(0, 1), output_type="np").frames
+        tensor = pipe(**arguments, generator=seeds(0, 1), output_type="pt").frames
+        assert array.shape == (2, frames, 32, 32, 3)
+        assert_close(tensor, torch.from_numpy(array).permute(0, 1, 4, 2, 3))
+
+    def test_export_to_video(self, monkeypatch):
+        written = []
+
+        class Writer:
+            append_data = written.append
+            __enter__, __exit__ = lambda self: Writer, lambda *args: None
+
+        ffmpeg = SimpleNamespace(get_exe=lambda: "ffmpeg")
+        monkeypatch.setattr(imageio.plugins, "ffmpeg", ffmpeg, raising=False)
+        monkeypatch.setattr(imageio, "get_writer", lambda *args, **kwargs: Writer())
+        for output_type in ("pil", "np"):
+            frames = make_pipeline("video")("cat", num_inference_steps=1, output_type=output_type).frames
+            export_to_video(frames[0], "video.mp4", fps=8)
+        assert [frame.shape for frame in written] == [(32, 32, 3)] * 8
+        assert {frame.dtype for frame in written} == {np.dtype("uint8")}
+
+    def test_statistics_are_undone_once(self, pipe):
+        latents = sample(pipe)
+        with torch.no_grad():
+            expected = pipe.vae.decode(denormalize_latents(latents, pipe.vae)).sample * 0.5 + 0.5
+        output = pipe(
+            ["cat", "dog"], num_inference_steps=4, generator=seeds(0)[0], output_type="pt", return_dict=False
+        )
+        assert_close(output[0], (expected.transpose(1, 2) if pipe.is_video else expected).clamp(0, 1))
+
+    def test_models_of_different_precision(self, pipe):
+        arguments = {"class_labels": ["cat"], "num_inference_steps": 2, "output_type": "pt", "return_dict": False}
+        expected = pipe(**arguments, generator=seeds(0))[0]
+        pipe.transformer.to(torch.bfloat16)
+        assert_close(pipe(**arguments, generator=seeds(0))[0], expected, atol=0.1)
+        pipe.vae.to(torch.bfloat16)
+        output = pipe(**arguments, generator=seeds(0))[0]
+        assert output.dtype == torch.bfloat16
+        assert_close(output.float(), expected, atol=0.1)
+
+    def test_slicing(self, pipe):
+        pipe.vae.enable_slicing()
+        batches = []
+        pipe.vae.decoder.proj_in.register_forward_hook(lambda _, args, output: batches.append(len(output)))
+        pipe(["cat", "dog"], num_inference_steps=1)
+        assert batches == [1, 1]
+
+    @pytest.mark.parametrize(
+        "transformer, vae, is_video",
+        [({}, {}, False), ({"sample_frames": 2}, {}, True), ({}, {"temporal_patch_size": 2}, True)],
+    )
+    def test_frames_if_either_model_is_of_videos(self, transformer, vae, is_video):
+        pipe = make_pipeline(**transformer)
+        pipe.vae = AutoencoderViTok(**VAE | {"sample_frames": 2} | vae)
+        output = pipe("cat", num_inference_steps=1)
+        assert pipe.is_video == is_video and hasattr(output, "frames" if is_video else "images")
+
+
+class TestSaving:
+    def test_in_a_fresh_process(self, tmp_path):
+        pipe = make_pipeline()
+        pipe.save_pretrained(tmp_path)
+        run = subprocess.run([sys.executable, "-c", FRESH_PROCESS, str(tmp_path)], capture_output=True, text=True)
+        assert run.stdout.splitlines() == [f"True {pipe.labels} {ID2LABEL}"], run.stderr
+        assert torch.equal(torch.load(tmp_path / "output.pt"), sample(pipe, ("dog", 2)))
+
+    def test_from_a_folder(self, pipe, tmp_path):
+        pipe.save_pretrained(tmp_path)
+        index = json.loads((tmp_path / "model_index.json").read_text())
+        assert index["transformer"] == ["vitok_hf", "ViTokDiTModel"] and index["vae"][0] == "vitok_hf"
+        self.reload(pipe, tmp_path, sample(pipe, ("dog", 2)))
+
+    def reload(self, pipe, source, expected):
+        for cls in (DiffusionPipeline, ViTokDiTPipeline):
+            loaded = cls.from_pretrained(source)
+            assert type(loaded) is ViTokDiTPipeline and type(loaded.scheduler) is type(pipe.scheduler)
+            assert loaded.config.id2label == ID2LABEL and loaded.labels == pipe.labels
+            assert torch.equal(sample(loaded, ("dog", 2)), expected)
+
+    def test_from_the_hub(self, pipe, hub):
+        pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=2.0)
+        pipe.save_pretrained(hub.root / "owner" / "name")
+        self.reload(pipe, "owner/name", sample(pipe, ("dog", 2)))
+
+    def test_bundled(self, pipe, hub, monkeypatch, tmp_path):
+        monkeypatch.setattr(checkpoints, "__file__", str(tmp_path / "__init__.py"))
+        pipe.save_pretrained(tmp_path / "vitok-dit-tiny")
+        assert checkpoints.list_bundled() == ["vitok-dit-tiny"]
+        loaded = ViTokDiTPipeline.from_pretrained("vitok-dit-tiny", torch_dtype=torch.bfloat16)
+        assert loaded.transformer.dtype == torch.bfloat16 and loaded.labels == pipe.labels
+        transformer = ViTokDiTModel.from_pretrained("vitok-dit-tiny", subfolder="transformer")
+        assert torch.equal(transformer.proj_out.weight, pipe.transformer.proj_out.weight)
+        assert hub.requests == []
+
+    def test_from_pipe(self, pipe):
+        other = ViTokDiTPipeline.from_pipe(pipe, scheduler=EulerDiscreteScheduler())
+        assert other.transformer is pipe.transformer and other.labels == pipe.labels
+
+    @pytest.mark.parametrize("how", ["push_to_hub", "save_pretrained"])
+    def test_push_with_a_model_card(self, how, kind, pipe, hub, tmp_path):
+        if how == "push_to_hub":
+            pipe.push_to_hub("owner/name", token="token")
+        else:
+            pipe.save_pretrained(str(tmp_path), push_to_hub=True, repo_id="owner/name", token="token")
+        card = ModelCard.load(hub.root / "owner" / "name" / "README.md")
+        assert card.data.library_name == "vitok_hf" and "automatically generated" not in card.text
+        assert 'DiffusionPipeline.from_pretrained("owner/name")' in card.text and "class_labels=['cat']" in card.text
+        assert ("export_to_video" in card.text) == (kind == "video")
+        self.reload(pipe, "owner/name", sample(pipe, ("dog", 2)))
+
+    def test_a_card_that_is_there_is_kept(self, hub):
+        folder = hub.root / "owner" / "name"
+        folder.mkdir(parents=True)
+        (folder / "README.md").write_text("---\nlicense: mit\n---\n\n# Mine\n")
+        for _ in range(2):
+            make_pipeline().push_to_hub("owner/name", token="token")
+        card = ModelCard.load(folder / "README.md")
+        assert card.data.license == "mit" and "# Mine" in card.text
+        assert card.text.count("## Usage") == 1
+
+    def test_registration(self):
+        assert diffusers.ViTokDiTPipeline is ViTokDiTPipeline
+
+
+class TestMemory:
+    @pytest.mark.parametrize("level", ["block_level", "leaf_level"])
+    def test_group_offload(self, pipe, level):
+        arguments = {"class_labels": ["cat"], "num_inference_steps": 2, "output_type": "np", "return_dict": False}
+        expected = pipe(**arguments, generator=seeds(0))[0]
+        pipe.enable_group_offload(CPU, offload_type=level, num_blocks_per_group=1)
+        assert np.array_equal(pipe(**arguments, generator=seeds(0))[0], expected)
+
+    def test_sequential_offload(self, pipe):
+        arguments = {"class_labels": ["cat"], "num_inference_steps": 2, "output_type": "np", "return_dict": False}
+        expected = pipe(**arguments, generator=seeds(0))[0]
+        for model in (pipe.transformer, pipe.vae):
+            cpu_offload(model, execution_device=CPU)
+        assert pipe.transformer.device.type == "meta"
+        assert np.array_equal(pipe(**arguments, generator=seeds(0))[0], expected)
+
+    def test_order_of_offloading(self):
+        pipe = make_pipeline()
+        models = {name for name, component in pipe.components.items() if isinstance(component, nn.Module)}
+        assert set(pipe.model_cpu_offload_seq.split("->")) == models
+
+
+class TestCaches:
+    def blocks(self, pipe):
+        calls = []
+        pipe.transformer.transformer_blocks[1].ff.register_forward_hook(lambda _, args, out: calls.append(len(out)))
+        return calls
+
+    def test_first_block_cache(self, pipe):
+        calls, interval = self.blocks(pipe), {"guidance_interval": (0.0, 0.5), "num_inference_steps": 6}
+        expected = sample(pipe, **interval)
+        assert calls == [4, 4, 4, 2, 2, 2]
+        pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=-1.0))
+        assert_close(sample(pipe, **interval), expected)
+        pipe.transformer.disable_cache()
+        pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=100.0))
+        calls.clear()
+        outputs = [sample(pipe, **interval) for _ in range(2)]
+        assert calls == [4, 2, 4, 2]  # once with guidance, once without, in each call anew
+        assert torch.equal(*outputs) and (outputs[0] - expected).abs().max() > 1e-3
+
+    def test_pyramid_attention_broadcast(self, pipe):
+        config = PyramidAttentionBroadcastConfig(
+            spatial_attention_block_skip_range=2,
+            spatial_attention_timestep_skip_range=(-1, 600),
+            current_timestep_callback=lambda: pipe.current_timestep,
+        )
+        attended = []
+        pipe.transformer.transformer_blocks[0].attn.to_q.register_forward_hook(lambda *args: attended.append(1))
+        pipe.transformer.enable_cache(config)
+        sample(pipe, num_inference_steps=10)  # 900, 800, 700, 600, then every second of six
+        assert len(attended) == 4 + 3
+        sample(pipe, num_inference_steps=10, guidance_interval=(0.0, 0.5))
+
+    def test_faster_cache(self, kind, pipe):
+        config = FasterCacheConfig(
+            unconditional_batch_skip_range=2,
+            unconditional_batch_timestep_skip_range=(-1, 1001),
+            spatial_attention_timestep_skip_range=(-1, 0),
+            tensor_format="BCFHW" if kind == "video" else "BCHW",
+            current_timestep_callback=lambda: pipe.current_timestep,
+        )
+        expected, calls = sample(pipe), self.blocks(pipe)
+        pipe.transformer.enable_cache(config)
+        outputs = [sample(pipe) for _ in range(2)]
+        assert calls == [4, 2, 4, 2] * 2
+        assert torch.equal(*outputs) and outputs[0].isfinite().all() and not torch.equal(outputs[0], expected)
+        for arguments in ({"guidance_scale": 1.0}, {"guidance_interval": (0.0, 0.5)}, {"labels": None}):
+            with pytest.raises(ValueError, match="FasterCache needs guidance in every step"):
+                sample(pipe, **arguments)
+
+    def test_compiled_transformer(self):
+        pipe = make_pipeline()
+        expected = sample(pipe)
+        pipe.transformer = torch.compile(pipe.transformer, fullgraph=True, backend="eager")
+        assert_close(sample(pipe), expected)

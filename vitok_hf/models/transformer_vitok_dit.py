@@ -1,0 +1,291 @@
+import dataclasses
+import os
+from typing import Any
+
+import torch
+from diffusers import ConfigMixin, FasterCacheConfig, ModelMixin
+from diffusers.configuration_utils import FrozenDict, register_to_config
+from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
+from diffusers.loaders import PeftAdapterMixin
+from diffusers.models.attention import AttentionMixin
+from diffusers.models.cache_utils import CacheMixin
+from diffusers.models.embeddings import TimestepEmbedding, Timesteps
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from torch import nn
+from torch.nn import functional as F
+
+from ..checkpoints import load_strictly
+from ..presets import dit_variant_to_config
+from .layers import (
+    Packing,
+    RMSNorm,
+    ViTokAttention,
+    feed_forward,
+    patchify,
+    rotary_embedding,
+    split_rotary_pairs,
+    unpatchify,
+)
+
+
+TIMESTEP_CHANNELS = 256  # sines and cosines of the timestep, as in DiT
+
+
+def check_dit_config(config: FrozenDict) -> None:
+    """Raises `ValueError` for what the constructor of `ViTokDiTModel` does not allow."""
+    for name, value in config.items():
+        if name.endswith(("_size", "_channels", "_layers", "_heads", "_frames")) and value is not None and value < 1:
+            raise ValueError(f"`{name}` must be positive, but is {value}.")
+    if not isinstance(config.num_classes, int) or config.num_classes < 0:
+        raise ValueError(f"`num_classes` must be 0 (unconditional) or more, but is {config.num_classes}.")
+    size, heads = config.hidden_size, config.num_attention_heads
+    if size % heads:
+        raise ValueError(f"`hidden_size` {size} must be divisible by `num_attention_heads` {heads}.")
+    split_rotary_pairs(size // heads, 2 if config.sample_frames == 1 else 3)
+    if config.sample_size % config.patch_size:
+        raise ValueError(f"`sample_size` {config.sample_size} must be a multiple of `patch_size` {config.patch_size}.")
+
+
+def check_latents(hidden_states: torch.Tensor, channels: int, patch_size: int) -> None:
+    """Raises `ValueError` unless `hidden_states` are latents that can be cut into patches."""
+    shape = tuple(hidden_states.shape)
+    if len(shape) not in (4, 5):
+        raise ValueError(f"`hidden_states` must be (B, c, h, w) or (B, c, t, h, w), but has shape {shape}.")
+    if shape[1] != channels:
+        raise ValueError(
+            f"`hidden_states` must have in_channels={channels} channels in dimension 1, but has shape {shape}."
+        )
+    if shape[-1] % patch_size or shape[-2] % patch_size:
+        raise ValueError(
+            f"Height and width of `hidden_states` must be multiples of patch_size={patch_size}, but are "
+            f"{shape[-2]} x {shape[-1]}: choose another size, or a model with patch_size=1."
+        )
+    if 0 in shape:
+        raise ValueError(f"`hidden_states` is empty: it has shape {shape}.")
+
+
+def modulate(hidden_states: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """(B, L, D) times 1 + `scale`, plus `shift`, which are (B, 1, D)."""
+    return torch.addcmul(shift, hidden_states, 1 + scale)
+
+
+class ViTokDiTBlock(nn.Module):
+    """Pre-norm block, attention and then SwiGLU; the conditioning shifts, scales and gates both branches."""
+
+    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float, qk_norm: bool):
+        super().__init__()
+        self.modulation = nn.Linear(hidden_size, 6 * hidden_size)
+        self.norm1 = RMSNorm(hidden_size, elementwise_affine=False)
+        self.attn = ViTokAttention(hidden_size, num_heads, qk_norm, bias=False)
+        self.norm2 = RMSNorm(hidden_size, elementwise_affine=False)
+        self.ff = feed_forward(hidden_size, mlp_ratio, bias=False)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        temb: torch.Tensor,
+        rotary_emb: tuple[torch.Tensor, torch.Tensor],
+        packing: Packing,
+    ) -> torch.Tensor:
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(temb).unsqueeze(1).chunk(6, dim=-1)  # (B, 1, D)
+        attended = self.attn(modulate(self.norm1(hidden_states), shift1, scale1), rotary_emb, packing)
+        hidden_states = torch.addcmul(hidden_states, gate1, attended)
+        return torch.addcmul(hidden_states, gate2, self.ff(modulate(self.norm2(hidden_states), shift2, scale2)))
+
+
+# The caches of diffusers, whose table this is, skip only blocks that they know.
+TransformerBlockRegistry.register(ViTokDiTBlock, TransformerBlockMetadata(return_hidden_states_index=0))
+
+
+class ViTokDiTModel(ModelMixin, AttentionMixin, CacheMixin, PeftAdapterMixin, ConfigMixin):
+    r"""
+    Class-conditional diffusion transformer on the latents of a ViTok (arXiv 2501.09755, section 4.4).
+
+    The blocks of the autoencoder (RMSNorm, rotary positions, SwiGLU, no biases) with the adaLN-Zero conditioning of
+    DiT (arXiv 2212.09748): a projection for each block. Every latent is a token, or every patch of p x p latents. What
+    the output means (noise, velocity, flow, clean latents) is up to the training and named by the scheduler.
+
+    Latents need not be of the size of training: any multiple of p by any multiple of p, and any number of frames.
+
+    A model with `sample_frames=1` is an image model, and treats the frames of a video apart. Every other model attends
+    over all latent frames, and takes a picture as a video of one.
+
+    The timestep and the class have a vector each, which are summed; class `num_classes` stands for "no class", which
+    classifier-free guidance needs. Training teaches it by replacing labels; the model itself never drops any.
+
+    Args:
+        sample_size (`int`, defaults to 16): Side of the latents of training, in latents.
+        sample_frames (`int`, defaults to 1): Latent frames of a training clip; 1 for an image model.
+        in_channels (`int`, defaults to 16): Channels c of a latent.
+        out_channels (`int`, *optional*): By default `in_channels`; twice as many for a model that learns variances.
+        patch_size (`int`, defaults to 1): Side p of a token, in latents.
+        hidden_size, num_layers, num_attention_heads (`int`): By default those of DiT-XL.
+        mlp_ratio (`float`, defaults to 8/3): Inner width of the SwiGLU over the hidden size, rounded to 16 channels.
+        num_classes (`int`, defaults to 1000): 0 makes an unconditional model, which knows "no class" alone.
+        qk_norm (`bool`, defaults to `False`): RMSNorm on the queries and keys of each head.
+
+    Raises:
+        ValueError: If `hidden_size` is not divisible by `num_attention_heads`, the head size cannot hold the rotary
+            axes, a size is not positive, `num_classes` is negative, or `sample_size` is no multiple of `patch_size`.
+    """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ["ViTokDiTBlock"]
+    _repeated_blocks = ["ViTokDiTBlock"]
+    _skip_layerwise_casting_patterns = ["patch_embed", "embedder", "modulation", "norm", "proj_out"]
+    _keys_to_ignore_on_load_unexpected = [r"\.attn\.to_qkv\."]  # of `fuse_qkv_projections`, a copy of the others
+
+    @register_to_config
+    def __init__(
+        self,
+        sample_size: int = 16,
+        sample_frames: int = 1,
+        in_channels: int = 16,
+        out_channels: int | None = None,
+        patch_size: int = 1,
+        hidden_size: int = 1152,
+        num_layers: int = 28,
+        num_attention_heads: int = 16,
+        mlp_ratio: float = 8 / 3,
+        num_classes: int = 1000,
+        qk_norm: bool = False,
+    ):
+        super().__init__()
+        check_dit_config(self.config)
+        self.is_image_model = sample_frames == 1
+        self.out_channels = in_channels if out_channels is None else out_channels
+        self.time_proj = Timesteps(TIMESTEP_CHANNELS, flip_sin_to_cos=True, downscale_freq_shift=0)
+        self.timestep_embedder = TimestepEmbedding(TIMESTEP_CHANNELS, hidden_size)
+        self.class_embedder = nn.Embedding(num_classes + 1, hidden_size)
+        self.patch_embed = nn.Linear(in_channels * patch_size**2, hidden_size)
+        self.transformer_blocks = nn.ModuleList(
+            [ViTokDiTBlock(hidden_size, num_attention_heads, mlp_ratio, qk_norm) for _ in range(num_layers)]
+        )
+        self.norm_out = RMSNorm(hidden_size, elementwise_affine=False)
+        self.modulation_out = nn.Linear(hidden_size, 2 * hidden_size)
+        self.proj_out = nn.Linear(hidden_size, self.out_channels * patch_size**2)
+        self.gradient_checkpointing = False
+        self._init_weights()
+
+    def _init_weights(self):
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias") or "modulation" in name or name == "proj_out.weight":
+                nn.init.zeros_(parameter)  # every block starts as the identity, and the model as zero
+            elif "embedder" in name:
+                nn.init.normal_(parameter, std=0.02)
+            elif parameter.ndim == 2:
+                nn.init.xavier_uniform_(parameter)
+
+    @classmethod
+    def from_variant(cls, variant: str, **kwargs: Any) -> "ViTokDiTModel":
+        """A model with random weights of a size of the DiT paper.
+
+        Args:
+            variant: `"S"`, `"B"`, `"L"` or `"XL"`.
+            kwargs: Constructor arguments, which take precedence.
+
+        Raises:
+            ValueError: If there is no such size.
+        """
+        return cls(**dit_variant_to_config(variant) | kwargs)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> "ViTokDiTModel":
+        """As in diffusers; also from a bundled pipeline (`vitok_hf.list_bundled()`), with `subfolder="transformer"`.
+
+        Raises:
+            ValueError: If a tensor is missing, unexpected or misshapen.
+            OSError: If a file cannot be found or fetched.
+        """
+        return load_strictly(super().from_pretrained, pretrained_model_name_or_path, **kwargs)
+
+    def enable_cache(self, config: Any) -> None:
+        """Turns on one of diffusers' caches, as there. FasterCache learns that labels are split like latents.
+
+        `FirstBlockCacheConfig`, `MagCacheConfig` and `TaylorSeerCacheConfig` keep their state by the name that
+        `cache_context` sets, which `ViTokDiTPipeline` does; FasterCache and PyramidAttentionBroadcast need
+        `current_timestep_callback=lambda: pipe.current_timestep`.
+        """
+        if isinstance(config, FasterCacheConfig):
+            field = "_unconditional_conditional_input_kwargs_identifiers"
+            config = dataclasses.replace(config, **{field: [*getattr(config, field), "class_labels"]})
+        super().enable_cache(config)
+
+    def _embed_timestep(self, timestep: torch.Tensor | float, hidden_states: torch.Tensor) -> torch.Tensor:
+        """A number, (1,) or (B,) -> (B, D)."""
+        timestep = torch.as_tensor(timestep, device=hidden_states.device)
+        batch_size = hidden_states.shape[0]
+        if timestep.ndim > 1 or timestep.numel() not in (1, batch_size):
+            raise ValueError(
+                f"`timestep` must be a number or ({batch_size},), one for each item of the batch, but has shape "
+                f"{tuple(timestep.shape)}."
+            )
+        features = self.time_proj(timestep.expand(batch_size))  # (B, 256), float32
+        return self.timestep_embedder(features.to(hidden_states.dtype))
+
+    def _embed_class(self, class_labels: torch.Tensor | None, hidden_states: torch.Tensor) -> torch.Tensor:
+        """(B,) or `None` -> (B, D)."""
+        batch_size, null_class = hidden_states.shape[0], self.config.num_classes
+        if class_labels is None:
+            class_labels = torch.full((batch_size,), null_class, device=hidden_states.device)
+        if class_labels.shape != (batch_size,) or class_labels.dtype not in (torch.int64, torch.int32):
+            raise ValueError(
+                f"`class_labels` must be ({batch_size},), one for each item of the batch, and int64, but is "
+                f"{tuple(class_labels.shape)}, {class_labels.dtype}."
+            )
+        # Elsewhere the check would make the host wait for the device, which reports such labels itself.
+        if class_labels.device.type == "cpu" and not torch.compiler.is_compiling():
+            if class_labels.min() < 0 or class_labels.max() > null_class:
+                raise ValueError(
+                    f"`class_labels` must be from 0 to {null_class - 1}, or {null_class} for no class, but are "
+                    f"{class_labels.tolist()}."
+                )
+        return self.class_embedder(class_labels)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        timestep: torch.Tensor | float,
+        class_labels: torch.Tensor | None = None,
+        return_dict: bool = True,
+    ) -> Transformer2DModelOutput | tuple[torch.Tensor]:
+        """Predicts the noise, velocity, flow or clean latents, whichever it was trained for.
+
+        Args:
+            hidden_states: Noisy latents, normalised by `vitok_hf.normalize_latents`, (B, c, h, w) or (B, c, t, h, w).
+            timestep: A number, or (B,), int or float, on the scale of the scheduler (0 to 1000 for diffusers').
+            class_labels: (B,) int64 from 0 to `num_classes`, which stands for no class; `None`: no class for all.
+            return_dict: `False`: a tuple.
+
+        Returns:
+            `Transformer2DModelOutput` whose `sample` has the shape of `hidden_states`, with `out_channels` channels.
+
+        Raises:
+            ValueError: If the channels, sizes, timesteps or labels do not fit. Labels out of range raise on a CPU.
+        """
+        p = self.config.patch_size
+        check_latents(hidden_states, self.config.in_channels, p)
+        video = hidden_states.unsqueeze(2) if hidden_states.ndim == 4 else hidden_states  # (B, c, t, h, w)
+        frames = 1 if self.is_image_model else video.shape[2]
+        items = video.shape[2] // frames
+        grid = (frames, video.shape[3] // p, video.shape[4] // p)
+        tokens = self.patch_embed(patchify(video, 1, p, frames))  # (B * items, L, D)
+
+        temb = self._embed_timestep(timestep, video) + self._embed_class(class_labels, video)
+        temb = F.silu(temb.to(tokens.dtype)).repeat_interleave(items, dim=0)  # (B * items, D)
+        axes = grid[1:] if self.is_image_model else grid
+        rotary_emb = rotary_embedding(
+            axes, self.config.hidden_size // self.config.num_attention_heads, tokens.device, tokens.dtype
+        )
+        packing = [(tokens.shape[0], axes)]
+        for block in self.transformer_blocks:
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                tokens = self._gradient_checkpointing_func(block, tokens, temb, rotary_emb, packing)
+            else:
+                tokens = block(tokens, temb, rotary_emb, packing)
+
+        shift, scale = self.modulation_out(temb).unsqueeze(1).chunk(2, dim=-1)  # (B * items, 1, D)
+        tokens = self.proj_out(modulate(self.norm_out(tokens), shift, scale))  # (B * items, L, out_channels * p * p)
+        sample = unpatchify(tokens, grid, 1, p, items)  # (B, out_channels, t, h, w)
+        sample = sample.squeeze(2) if hidden_states.ndim == 4 else sample
+        return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
