@@ -1,4 +1,5 @@
 import contextlib
+import inspect
 import json
 import logging
 from pathlib import Path
@@ -222,7 +223,64 @@ class TestStep:
         assert torch.equal(parameter.detach(), own)
 
 
+class TestLosses:
+    def test_weights_reach_the_losses(self, arguments):
+        weights = {"mse": 0.5, "l1": 0.25, "charbonnier": 2.0, "ssim": 0.1, "kl": 0.01}
+        trainer = AutoencoderTrainer(arguments(**{f"{name}_weight": weight for name, weight in weights.items()}))
+        (logs,) = trainer.training_step(next_batches(trainer))
+        expected = sum(weight * logs[name] for name, weight in weights.items())
+        torch.testing.assert_close(logs["loss"], expected)
+        assert trainer.loss.weights["lpips"] == trainer.loss.weights["dino"] == 0.0
+
+    def test_border_weight(self, arguments):
+        trainer = AutoencoderTrainer(arguments(patch_border_weight=3.0))
+        assert (trainer.loss.patch_weights[0, 0] / trainer.loss.patch_weights[1, 1]).item() == pytest.approx(3.0)
+
+    def test_dino(self, arguments, tmp_path):
+        from transformers import Dinov2Config, Dinov2Model
+
+        config = Dinov2Config(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, patch_size=8, image_size=16)
+        Dinov2Model(config).save_pretrained(tmp_path / "dino")
+        args = arguments(dino_weight=500.0, dino_model_name_or_path=str(tmp_path / "dino"), crop_sizes=["16"])
+        trainer = AutoencoderTrainer(args)
+        (logs,) = trainer.training_step(next_batches(trainer))
+        torch.testing.assert_close(logs["loss"], logs["mse"] + 1e-3 * logs["kl"] + 500.0 * logs["dino"])
+
+
 class TestData:
+    def test_settings_reach_the_data(self, arguments, monkeypatch):
+        given = {
+            "dataset_name": "name",
+            "dataset_config_name": "config",
+            "dataset_split": "validation",
+            "data_column": "picture",
+            "streaming": True,
+            "train_shards": ["a.tar"],
+            "shuffle_buffer": 7,
+        }
+        signature, bound = inspect.signature(autoencoder.make_dataset), {}
+
+        def record(*args):
+            bound.update(signature.bind(*args).arguments)
+            raise InterruptedError
+
+        monkeypatch.setattr(autoencoder, "make_dataset", record)
+        with pytest.raises(InterruptedError):
+            AutoencoderTrainer(arguments(**given, cache_gib=2.0, fps=5.0))
+        assert {name: bound[name] for name in given} == given
+        assert bound["train_data_dir"] == [str(ASSETS)] and bound["cache_bytes"] == 2**31
+        assert bound["settings"].fps == 5.0 and bound["settings"].seed == 0
+
+    def test_dataset_of_the_hub(self, arguments, tmp_path):
+        (tmp_path / "pictures").mkdir()
+        for index in range(3):
+            (tmp_path / "pictures" / f"{index}.png").write_bytes((ASSETS / "coffee.png").read_bytes())
+        for streaming in (False, True):
+            options = {"dataset_name": str(tmp_path / "pictures"), "streaming": streaming, "train_data_dir": []}
+            args = arguments(**options, max_train_steps=2, output_dir=str(tmp_path / f"run{streaming}"))
+            run(args)
+            assert sorted(read_log(args.output_dir)) == [1, 2]
+
     def test_native_aspect_ratio(self, arguments):
         args = arguments(TINY | V2, max_tokens=200, resolution=32, max_train_steps=2, crop_sizes=[])
         trainer = AutoencoderTrainer(args)
@@ -381,6 +439,15 @@ class TestStartingPoints:
             torch.testing.assert_close(trainer.vae.eval()(x).sample, after)
         assert sum(f.stat().st_size for f in (Path(args.output_dir) / "vae").glob("*.safetensors")) < 60_000
 
+    def test_statistics_of_the_latents(self, stage2):
+        """They stay with the encoder that they were measured on."""
+        config = TINY | {"latents_mean": [0.5] * 4, "latents_std": [2.0] * 4}
+        for freeze in (True, False):
+            args = stage2(config, freeze_encoder=freeze, max_train_steps=1)
+            run(args)
+            vae = AutoencoderViTok.from_pretrained(Path(args.output_dir) / "vae")
+            assert vae.config.latents_std == ([2.0] * 4 if freeze else None)
+
     def test_lora_resumes(self, stage2):
         run(stage2(lora_rank=2, max_train_steps=3))
         resumed = AutoencoderTrainer(stage2(lora_rank=2, resume_from_checkpoint="latest"))
@@ -402,6 +469,7 @@ class TestPublishing:
         assert "| assets_psnr |" in card and "- `gan_weight`: 0.1" in card and "# run" in card
         assert "- `train_data_dir`: ['assets']" in card and "- `pretrained_model_name_or_path`: pretrained" in card
         assert str(tmp_path) not in card and str(ASSETS.parent) not in card
+        assert str(tmp_path) not in (folder / "config.json").read_text()
         usage = card.split("```python\n")[1].split("```")[0].replace('"run"', repr(str(folder)))
         scope = {}
         exec(usage, scope)

@@ -39,7 +39,21 @@ def load_model(args: AutoencoderArguments) -> AutoencoderViTok:
     if args.variant is not None:
         return AutoencoderViTok.from_variant(args.variant, **overrides)
     config = json.loads(Path(args.model_config).read_text()) | overrides
-    return AutoencoderViTok(**{name: value for name, value in config.items() if not name.startswith("_")})
+    return AutoencoderViTok(**public_config(config))
+
+
+def public_config(config: dict[str, object]) -> dict[str, object]:
+    """The constructor's arguments, without what diffusers notes besides, as the folder a model came from."""
+    return {name: value for name, value in config.items() if not name.startswith("_")}
+
+
+def forget_statistics(vae: AutoencoderViTok) -> None:
+    """Those of the latents, which another encoder does not have."""
+    neutral = {"scaling_factor": 1.0, "shift_factor": 0.0, "latents_mean": None, "latents_std": None}
+    stale = {name: value for name, value in neutral.items() if vae.config[name] != value}
+    if stale:
+        logger.warning("The encoder is trained: %s leave its config; export_checkpoint.py makes new ones.", [*stale])
+        vae.register_to_config(**stale)
 
 
 def add_lora(vae: AutoencoderViTok, args: AutoencoderArguments) -> None:
@@ -54,7 +68,7 @@ def add_lora(vae: AutoencoderViTok, args: AutoencoderArguments) -> None:
 def save_model(vae: AutoencoderViTok, state_dict: dict[str, torch.Tensor], folder: Path) -> None:
     """Writes the model, or its LoRA adapter if it has one, with weights that were gathered from all processes."""
     with torch.device("meta"):
-        twin = AutoencoderViTok.from_config(vae.config)
+        twin = AutoencoderViTok(**public_config(vae.config))
         for name, config in getattr(vae, "peft_config", {}).items():
             twin.add_adapter(config, adapter_name=name)
     twin.load_state_dict(state_dict, assign=True)
@@ -88,9 +102,11 @@ class AutoencoderTrainer(Trainer):
     def __init__(self, args: AutoencoderArguments):
         super().__init__(args)
         vae = load_model(args)
-        self.config = vae.config
         if args.freeze_encoder:
             vae.encoder.requires_grad_(False)
+        else:
+            forget_statistics(vae)
+        self.config = vae.config
         if args.lora_rank is not None:
             add_lora(vae, args)
         if args.gradient_checkpointing:

@@ -165,12 +165,12 @@ class Trainer:
                 bar.set_postfix(loss=f"{values['loss']:.4f}", items_per_second=f"{values['items_per_second']:.1f}")
                 log.write(self.step, values | self._learning_rates() | {"skipped": self._total_skipped()})
                 window = Window()
+            if self.step % args.checkpointing_steps == 0 or stop:
+                self.save()
             if self.step % args.validation_steps == 0 or finished:
                 metrics, pictures = self.evaluate()
                 log.write(self.step, metrics)
                 log.show(self.step, pictures)
-            if self.step % args.checkpointing_steps == 0 or stop:
-                self.save()
         bar.close()
         if finished:
             self.finish()
@@ -187,12 +187,11 @@ class Trainer:
         return int(self.accelerator.reduce(torch.tensor(self.num_skipped, device=self.accelerator.device), "sum"))
 
     def _learning_rates(self) -> dict[str, float]:
-        return {
-            "learning_rate" if name == next(iter(self.models)) else f"{name}_learning_rate": trained.learning_rate(
-                self.step - 1
-            )
-            for name, trained in self.models.items()
-        }
+        """Of the last step; that of the first model has no prefix."""
+        step = self.step - 1
+        rates = {f"{name}_learning_rate": trained.learning_rate(step) for name, trained in self.models.items()}
+        first = next(iter(rates))
+        return {"learning_rate": rates.pop(first)} | rates
 
     def _check_finite(self, values: dict[str, float]) -> dict[str, float]:
         if not math.isfinite(values["loss"]):
