@@ -31,7 +31,10 @@ class TestCommandLine:
             parse(*self.REQUIRED, "--learning_rat", 1e-4, "--max_train_step", 3)
         assert "--max_train_step" in capsys.readouterr().err
 
-    def test_every_setting_has_a_help_text(self):
+    def test_help(self, capsys):
+        with pytest.raises(SystemExit) as end:
+            parse("--help")
+        assert end.value.code == 0 and "--pretrained_model_name_or_path" in capsys.readouterr().out
         assert all(field.metadata["help"].endswith((".", ".)")) for field in fields(AutoencoderArguments))
 
     def test_freezing_follows_the_stage(self):
