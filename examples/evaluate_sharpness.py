@@ -16,20 +16,12 @@ import torch
 from accelerate import PartialState
 from einops import rearrange
 from PIL import Image
-from torch.nn import functional as F
 
 from vitok_hf import AutoencoderViTok
 from vitok_hf.evaluation.features import Classifier, frechet_distance
-from vitok_hf.evaluation.reconstruction import evaluate_reconstruction, to_float
+from vitok_hf.evaluation.metrics import high_frequency_energy
+from vitok_hf.evaluation.reconstruction import evaluate_reconstruction
 from vitok_hf.training.media import load_evaluation_images
-
-
-def high_frequency_energy(images: torch.Tensor) -> float:
-    """Mean square of pictures (N, 3, H, W), uint8 taken to [-1, 1], minus their blur by (1, 2, 1) / 4 on both axes."""
-    pixels = to_float(images)
-    kernel = torch.tensor([1.0, 2.0, 1.0]) / 4
-    kernel = torch.outer(kernel, kernel).expand(3, 1, 3, 3)
-    return (pixels[..., 1:-1, 1:-1] - F.conv2d(pixels, kernel, groups=3)).square().mean().item()
 
 
 def cut(images: torch.Tensor, side: int) -> torch.Tensor:

@@ -6,12 +6,13 @@ import torch
 import vitok_hf
 from tests.conftest import ASSETS
 from vitok_hf import AutoencoderViTok, checkpoints
+from vitok_hf.evaluation.metrics import high_frequency_energy
 from vitok_hf.evaluation.reconstruction import evaluate_reconstruction, patch_border_ratio, reconstruct_in_tiles
 from vitok_hf.training.media import list_files, load_evaluation_images, load_image
 
 
 def test_list():
-    assert "vitok-tiny-f8x8" in vitok_hf.list_bundled()
+    assert {"vitok-tiny-f8x8", "vitok-tiny-f8x8-gan"} <= set(vitok_hf.list_bundled())
 
 
 def test_other_names_are_left_to_diffusers(tmp_path):
@@ -78,3 +79,21 @@ class TestTiny:
             psnr[height, width] = (10 * torch.log10(255**2 / error)).item()
             assert patch_border_ratio(image, tiles, 8) < 1.15
         assert min(psnr.values()) > psnr[64, 64] - 0.2
+
+
+class TestTinyGan:
+    @pytest.fixture(scope="class")
+    def stage2(self):
+        return AutoencoderViTok.from_pretrained("vitok-tiny-f8x8-gan")
+
+    def test_has_the_encoder_of_stage_1(self, vae, stage2):
+        ours, theirs = stage2.encoder.state_dict(), vae.encoder.state_dict()
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+        assert stage2.config.latents_std == vae.config.latents_std
+
+    def test_is_sharper_and_costs_less_than_a_decibel(self, vae, stage2):
+        images = load_evaluation_images(ASSETS, 256, 4)
+        energy = high_frequency_energy(images)
+        (first, blurred), (second, sharp) = (evaluate_reconstruction(model, images) for model in (vae, stage2))
+        assert 1.3 * high_frequency_energy(blurred) < high_frequency_energy(sharp) < energy
+        assert second["psnr"] > first["psnr"] - 1.0

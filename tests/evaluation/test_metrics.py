@@ -3,7 +3,7 @@ import torch
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from tests.conftest import ASSETS
-from vitok_hf.evaluation.metrics import psnr, ssim
+from vitok_hf.evaluation.metrics import high_frequency_energy, psnr, ssim
 from vitok_hf.training.media import load_evaluation_images
 
 
@@ -31,3 +31,13 @@ def test_ssim_agrees_with_scikit_image(pairs):
     torch.testing.assert_close(
         ssim(pairs[1], pairs[0]), torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-4
     )
+
+
+def test_high_frequency_energy(pairs):
+    checkerboard = 255 * (torch.arange(16).view(16, 1) + torch.arange(16)) % 510
+    checkerboard = checkerboard.clamp(max=255).to(torch.uint8).expand(2, 3, 16, 16)
+    assert high_frequency_energy(checkerboard) == pytest.approx(0.25)  # the blur makes it grey
+    ramp = torch.arange(0, 128, 8, dtype=torch.uint8).expand(1, 3, 16, 16)
+    assert high_frequency_energy(ramp) == pytest.approx(0.0, abs=1e-12)
+    images, noisy = pairs
+    assert high_frequency_energy(images) < high_frequency_energy(noisy)
