@@ -245,7 +245,7 @@ class TestStep:
                 arguments(TINY | {"variational": False}, gradient_accumulation_steps=parts, class_dropout=0.0)
             )
             noises, times = list(noise.chunk(parts)), list(timesteps.chunk(parts))
-            monkeypatch.setattr(torch, "randn_like", lambda latents, noises=noises: noises.pop(0))
+            monkeypatch.setattr(torch, "randn", lambda shape, device, noises=noises: noises.pop(0))
             monkeypatch.setattr(transformer, "sample_timesteps", lambda *_, times=times, **__: times.pop(0))
             trainer.models["transformer"].optimizer.step = lambda: None
             trainer.models["transformer"].optimizer.zero_grad = lambda: None

@@ -170,7 +170,7 @@ class DiTTrainer(Trainer):
         pixels = batch.pixels.to(self.accelerator.device, non_blocking=True)
         if self.cache is not None:
             mean, std = pixels.unbind(dim=1)
-            latents = mean + std * torch.randn_like(mean)
+            latents = mean + std * torch.randn(mean.shape, device=mean.device)
         else:
             with self.accelerator.autocast():
                 latents = self.vae.encode(to_float(pixels)).latent_dist.sample().float()
@@ -187,7 +187,7 @@ class DiTTrainer(Trainer):
             timesteps = sample_timesteps(
                 self.scheduler, len(labels), args.weighting_scheme, args.logit_mean, args.logit_std, device=device
             )
-            noise = torch.randn_like(latents)
+            noise = torch.randn(latents.shape, device=device)  # not `randn_like`, which depends on the strides
             with trained.accumulate():
                 losses = diffusion_losses(
                     trained.model, self.scheduler, latents, labels, noise, timesteps, args.snr_gamma
