@@ -373,21 +373,20 @@ def test_overfits_eight_pictures(arguments, tmp_path):
     for index, picture in enumerate(pictures):
         folder = tmp_path / "crops" / str(index)
         folder.mkdir(parents=True)
-        Image.fromarray(resize_and_crop(picture, 64)).save(folder / "picture.png")
+        Image.fromarray(resize_and_crop(picture, 32)).save(folder / "picture.png")
     args = arguments(
         "vitok-tiny-f8x8",
         {"hidden_size": 128, "num_layers": 4, "num_attention_heads": 4},
         train_data_dir=[str(tmp_path / "crops")],
         validation_data_dir=[],
-        resolution=64,
+        resolution=32,
         random_flip=False,
         prediction_type="flow_prediction",
         train_batch_size=32,
         learning_rate=2e-3,
         lr_scheduler="cosine",
         ema_decay=0.99,
-        max_train_steps=1000,
-        max_minutes=2.5,
+        max_train_steps=700,
         logging_steps=100,
         checkpointing_steps=10**6,
         validation_steps=10**6,
@@ -406,4 +405,4 @@ def test_overfits_eight_pictures(arguments, tmp_path):
     errors = (denormalize_latents(latents, trainer.vae) - expected).square().mean(dim=(1, 2, 3))
     shares = errors / expected.var()
     print("share of the variance that is wrong, per picture:", [f"{share:.4f}" for share in shares.tolist()])
-    assert shares.max() < 0.05
+    assert shares.max() < 0.02
