@@ -8,7 +8,7 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
-from tests.conftest import ASSETS, TINY
+from tests.conftest import ASSETS, GOLDEN, TINY
 from tests.training.conftest import read_log, write_noise, write_video
 from tests.training.dit import CLASSES, MODEL, make_dit_arguments
 from vitok_hf import AutoencoderViTok, ViTokDiTPipeline, denormalize_latents
@@ -270,6 +270,73 @@ class TestStep:
         assert trainer.transformer.gradient_checkpointing
         (logs,) = trainer.training_step(next_batches(trainer))
         assert logs["loss"].dtype == torch.float32 and logs["grad_norm"] > 0
+
+
+class TestFlags:
+    @pytest.mark.parametrize("cached", [False, True])
+    def test_data(self, arguments, tmp_path, cached):
+        args = arguments(random_flip=False, class_balanced=True, seed=3, dataloader_num_workers=2)
+        if cached:
+            files = LabelledFiles(args.train_data_dir)
+            write_latents(AutoencoderViTok.from_pretrained(args.vae_name_or_path), "x", files, tmp_path / "cache", 16)
+            args.train_data_dir, args.latents_dir = [], str(tmp_path / "cache")
+        trainer = DiTTrainer(args)
+        dataset = trainer.loader.dataset
+        assert not dataset.sampler.flips.any() and [len(x) for x in dataset.sampler.members] == [5, 6, 7]
+        assert dataset.seed == 3 and dataset.batch_size == 8 and trainer.loader.num_workers == 2
+        args.random_flip, args.class_balanced, args.no_flip_classes = True, False, ["dog"]
+        sampler = DiTTrainer(args).loader.dataset.sampler
+        assert sampler.flips.tolist() == [True, False, True] and sampler.members is None
+
+    def test_classes_in_order(self, arguments, tmp_path):
+        (tmp_path / "classes.txt").write_text("dog\nbird\ncat\nflag\n")
+        trainer = DiTTrainer(arguments(class_file=str(tmp_path / "classes.txt")))
+        assert trainer.transformer.config.num_classes == 4 and trainer.loader.dataset.files.labels[0] == 2
+
+    def test_samples(self, arguments, monkeypatch):
+        calls, call = [], ViTokDiTPipeline.__call__
+
+        def record(pipe, classes, **options):
+            calls.append((classes, options))
+            return call(pipe, classes, **options)
+
+        monkeypatch.setattr(ViTokDiTPipeline, "__call__", record)
+        args = arguments(num_sample_classes=2, num_samples_per_class=3, guidance_scale=2.0, num_inference_steps=3)
+        _, pictures = DiTTrainer(args).evaluate()
+        ((classes, options),) = calls
+        assert classes == [0, 2] and options["guidance_scale"] == 2.0 and options["num_inference_steps"] == 3
+        assert [generator.initial_seed() for generator in options["generator"]] == list(range(6))
+        assert pictures["samples_ema"].shape == (2 * 16, 3 * 16, 3) and pictures["samples_ema"].dtype == np.uint8
+
+    def test_held_out_pictures(self, arguments):
+        latents, labels = DiTTrainer(arguments(num_validation_images=3)).held_out["held_out"]
+        assert latents.shape == (3, 4, 2, 2) and labels.tolist() == [0, 1, 2]
+
+    def test_broken_files_are_counted(self, arguments, tmp_path):
+        args = arguments()
+        (tmp_path / "data" / "cat" / "000.png").write_bytes(b"x")
+        trainer = run(args)
+        assert trainer.num_skipped > 0 and read_log(args.output_dir, "skipped")[4] == trainer.num_skipped
+
+    def test_author_layout(self, arguments, tmp_path):
+        folder = tmp_path / "author"
+        folder.mkdir()
+        for name in ("encoder", "decoder"):
+            (folder / f"{name}.safetensors").write_bytes((GOLDEN / f"{name}.safetensors").read_bytes())
+        trainer = run(arguments(str(folder), vae_variant="w64_d2_h4-w96_d3_h4/1x8x16", max_train_steps=1))
+        assert trainer.transformer.config.in_channels == 16
+        saved = AutoencoderViTok.from_pretrained(tmp_path / "run" / "pipeline" / "vae")
+        assert saved.config.latent_norm and saved.config.latents_std == trainer.vae.config.latents_std
+
+    def test_compile(self, arguments, monkeypatch):
+        calls = []
+        monkeypatch.setattr(
+            transformer.ViTokDiTModel, "compile_repeated_blocks", lambda _, **options: calls.append(options)
+        )
+        DiTTrainer(arguments())
+        assert not calls
+        DiTTrainer(arguments(compile=True))
+        assert calls == [{"fullgraph": True, "dynamic": True}]
 
 
 class TestModel:
