@@ -9,6 +9,7 @@ from tests.conftest import TINY
 from tests.training.conftest import write_noise
 from vitok_hf import AutoencoderViTok
 from vitok_hf.training.arguments import DiTArguments
+from vitok_hf.training.transformer import DiTTrainer
 
 
 MODEL = {"hidden_size": 32, "num_layers": 2, "num_attention_heads": 2}
@@ -52,3 +53,14 @@ def make_dit_arguments(folder: Path, vae: dict | str | None = None, model: dict 
     if "variant" not in overrides:
         defaults["model_config"] = str(folder / "dit.json")
     return DiTArguments(**defaults | overrides)
+
+
+def run(args: DiTArguments) -> DiTTrainer:
+    trainer = DiTTrainer(args)
+    trainer.train()
+    return trainer
+
+
+def next_batches(trainer: DiTTrainer, count: int = 1) -> list:
+    batches = iter(trainer.loader)
+    return [next(batches) for _ in range(count)]
