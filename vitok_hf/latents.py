@@ -70,27 +70,15 @@ class LatentStatistics:
         return factors | {"latents_mean": None, "latents_std": None}
 
 
-@torch.no_grad()
-def compute_latent_statistics(vae: ModelMixin, batches: Iterable[torch.Tensor]) -> LatentStatistics:
-    """Statistics of the latents, the modes of the posteriors, of any diffusers autoencoder, summed up in float64.
-
-    Write them with `vae.register_to_config(**statistics.to_config())`.
-
-    Args:
-        vae: An autoencoder whose `encode` gives a `latent_dist`, or the latents themselves (`latent`, `latents`).
-        batches: Pictures or clips, (B, 3, H, W) or (B, 3, T, H, W) uint8, of sizes that fit the autoencoder.
+def summarize_latents(batches: Iterable[torch.Tensor]) -> LatentStatistics:
+    """Statistics of latents, (B, c, h, w) or (B, c, t, h, w), summed up in float64.
 
     Raises:
         ValueError: If there is no batch.
     """
     num_items, num_latents, total, squares = 0, 0, 0.0, 0.0
     for batch in batches:
-        output = vae.encode(to_float(batch.to(vae.device)).to(vae.dtype))
-        if hasattr(output, "latent_dist"):
-            latents = output.latent_dist.mode()
-        else:
-            latents = output.latent if hasattr(output, "latent") else output.latents
-        latents = latents.double().transpose(0, 1).flatten(1)  # (c, N)
+        latents = batch.double().transpose(0, 1).flatten(1)  # (c, N)
         num_items += len(batch)
         num_latents += latents.shape[1]
         total = total + latents.sum(dim=1)
@@ -106,3 +94,26 @@ def compute_latent_statistics(vae: ModelMixin, batches: Iterable[torch.Tensor]) 
         num_items=num_items,
         num_latents=num_latents,
     )
+
+
+@torch.no_grad()
+def compute_latent_statistics(vae: ModelMixin, batches: Iterable[torch.Tensor]) -> LatentStatistics:
+    """Statistics of the latents, the modes of the posteriors, of any diffusers autoencoder.
+
+    Write them with `vae.register_to_config(**statistics.to_config())`.
+
+    Args:
+        vae: An autoencoder whose `encode` gives a `latent_dist`, or the latents themselves (`latent`, `latents`).
+        batches: Pictures or clips, (B, 3, H, W) or (B, 3, T, H, W) uint8, of sizes that fit the autoencoder.
+
+    Raises:
+        ValueError: If there is no batch.
+    """
+
+    def encode(batch: torch.Tensor) -> torch.Tensor:
+        output = vae.encode(to_float(batch.to(vae.device)).to(vae.dtype))
+        if hasattr(output, "latent_dist"):
+            return output.latent_dist.mode()
+        return output.latent if hasattr(output, "latent") else output.latents
+
+    return summarize_latents(map(encode, batches))

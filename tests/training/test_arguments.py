@@ -7,7 +7,7 @@ from vitok_hf import AutoencoderViTok
 from vitok_hf.training.arguments import AutoencoderArguments, parse_arguments
 
 
-CONFIGS = sorted((ASSETS.parent / "configs").glob("*.yaml"))
+CONFIGS = sorted(path for path in (ASSETS.parent / "configs").glob("*.yaml") if not path.stem.startswith("dit-"))
 
 
 def parse(*argv: object) -> AutoencoderArguments:

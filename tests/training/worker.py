@@ -11,8 +11,9 @@ from accelerate import PartialState
 from accelerate.utils import DistributedType
 
 from vitok_hf import AutoencoderViTok
-from vitok_hf.training.arguments import AutoencoderArguments
+from vitok_hf.training.arguments import AutoencoderArguments, DiTArguments
 from vitok_hf.training.autoencoder import AutoencoderTrainer
+from vitok_hf.training.transformer import DiTTrainer
 
 
 def main():
@@ -23,7 +24,10 @@ def main():
         # accelerate takes FSDP for accelerators only, although PyTorch's runs on a CPU as well
         PartialState(cpu=True)
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
-    trainer = AutoencoderTrainer(AutoencoderArguments(**settings))
+    if settings.pop("transformer", False):
+        trainer = DiTTrainer(DiTArguments(**settings))
+    else:
+        trainer = AutoencoderTrainer(AutoencoderArguments(**settings))
     rank, training_step = trainer.accelerator.process_index, trainer.training_step
 
     def step(batches):
@@ -49,7 +53,8 @@ def main():
     trainer.train()
     if "discriminator" in trainer.models:
         torch.save(trainer.models["discriminator"].unwrapped.state_dict(), f"{settings['output_dir']}/rank{rank}.pt")
-    print(f"engine {trainer.accelerator.distributed_type.value}, {type(trainer.models['vae'].model).__name__}")
+    model = next(iter(trainer.models.values())).model
+    print(f"engine {trainer.accelerator.distributed_type.value}, {type(model).__name__}")
 
 
 if __name__ == "__main__":

@@ -24,6 +24,11 @@ def check_positive(arguments: Any, *names: str) -> None:
             raise ValueError(f"`{name}` must be at least 1, but is {value}.")
 
 
+def check_choice(arguments: Any, name: str, *choices: str) -> None:
+    if getattr(arguments, name) not in choices:
+        raise ValueError(f'`{name}` must be one of {", ".join(choices)}, but is "{getattr(arguments, name)}".')
+
+
 @dataclass
 class DataArguments:
     """Where training and held-out data come from; see `vitok_hf.training.data`."""
@@ -171,6 +176,73 @@ class AutoencoderArguments(DataArguments, LoopArguments):
                 raise ValueError(f"`{name}` {getattr(self, name)} needs `pretrained_model_name_or_path`.")
         if self.latent_channels is not None and pretrained:
             raise ValueError(f"`latent_channels` {self.latent_channels} cannot be changed in a pretrained model.")
+
+
+@dataclass
+class DiTArguments(LoopArguments):
+    """Settings of `DiTTrainer`; the command line of `examples/train_dit.py`."""
+
+    lr_scheduler: str = argument("constant", "Schedule of `diffusers.optimization.get_scheduler`.")
+    lr_warmup_steps: int = argument(0, "Steps of linear warm-up, if the schedule has any.")
+    adam_beta2: float = argument(0.999, "AdamW beta 2.")
+    adam_weight_decay: float = argument(0.0, "AdamW weight decay.")
+    use_ema: bool = argument(True, "Keep an exponential moving average of the weights, evaluated and saved too.")
+    tracker_project_name: str = argument("vitok-dit", "Project name for the trackers.")
+    vae_name_or_path: str | None = argument(None, "The autoencoder: folder, Hub id or bundled name.")
+    vae_variant: str | None = argument(None, "Its variant: author's ViTok-v2 weights under another name.")
+    variant: str | None = argument(None, "Size of the transformer: S, B, L or XL.")
+    model_config: str | None = argument(None, "Architecture by a JSON file; sizes and classes are those of the data.")
+    train_data_dir: list[str] = argument([], "Folders of pictures (video models: videos); their folders are classes.")
+    latents_dir: str | None = argument(None, "Instead of `train_data_dir`, what cache_latents.py wrote.")
+    class_file: str | None = argument(None, "Classes in the order of their ids, one a line; default: sorted.")
+    resolution: int | None = argument(None, "Side of the central squares; default: the autoencoder's sample_size.")
+    fps: float | None = argument(None, "Frames a second of the clips of a video model; default: all frames.")
+    random_flip: bool = argument(True, "Flip half of the pictures left to right.")
+    no_flip_classes: list[str] = argument([], "Classes that are never flipped.")
+    class_balanced: bool = argument(False, "Draw every class as often, however many pictures it has.")
+    train_batch_size: int = argument(32, "Pictures in a batch of one process.")
+    dataloader_num_workers: int = argument(1, "Processes that read data, for each training process.")
+    num_statistics_images: int = argument(2048, "Pictures for latent statistics, if the autoencoder has none.")
+    prediction_type: str = argument("epsilon", "epsilon, v_prediction or flow_prediction (flow matching).")
+    snr_gamma: float | None = argument(None, "Min-SNR weighting with this gamma (the authors': 5), not for flows.")
+    weighting_scheme: str = argument("logit_normal", "Timesteps of flow matching: logit_normal, or none: uniform.")
+    logit_mean: float = argument(0.0, "Mean of the logit-normal distribution.")
+    logit_std: float = argument(1.0, "Standard deviation of the logit-normal distribution.")
+    class_dropout: float = argument(0.1, "Probability with which a class is replaced by none, for guidance.")
+    validation_data_dir: list[str] = argument([], "Folders of held-out pictures (or videos), with the same classes.")
+    num_validation_images: int = argument(64, "Held-out pictures a folder.")
+    num_timestep_buckets: int = argument(10, "Parts of the schedule whose held-out loss is logged apart.")
+    num_sample_classes: int = argument(8, "Classes to sample from while training, evenly spaced.")
+    num_samples_per_class: int = argument(4, "Samples of each.")
+    num_inference_steps: int = argument(25, "Steps of these samples.")
+    guidance_scale: float = argument(4.0, "Guidance of these samples.")
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_positive(
+            self,
+            *("train_batch_size", "resolution", "num_statistics_images", "num_validation_images"),
+            *("num_timestep_buckets", "num_sample_classes", "num_samples_per_class", "num_inference_steps"),
+        )
+        if self.vae_name_or_path is None:
+            raise ValueError("Name the autoencoder by `vae_name_or_path`: a folder, Hub id or bundled name.")
+        for names in (("variant", "model_config"), ("train_data_dir", "latents_dir")):
+            given = {name: getattr(self, name) for name in names}
+            if sum(bool(value) for value in given.values()) != 1:
+                raise ValueError(f"Set exactly one of {' and '.join(names)}, but they are {given}.")
+        check_choice(self, "prediction_type", "epsilon", "v_prediction", "flow_prediction")
+        check_choice(self, "weighting_scheme", "logit_normal", "none")
+        if self.snr_gamma is not None and (self.prediction_type == "flow_prediction" or self.snr_gamma <= 0):
+            raise ValueError(
+                f'`snr_gamma` {self.snr_gamma} with `prediction_type` "{self.prediction_type}": it must be positive, '
+                "and flow matching has none: leave it out, and choose a `weighting_scheme`."
+            )
+        if not 0.0 <= self.class_dropout <= 1.0:
+            raise ValueError(f"`class_dropout` must be from 0 to 1, but is {self.class_dropout}.")
+        if self.logit_std <= 0:
+            raise ValueError(f"`logit_std` must be positive, but is {self.logit_std}.")
+        if self.guidance_scale < 1:
+            raise ValueError(f"`guidance_scale` must be at least 1, which is none, but is {self.guidance_scale}.")
 
 
 def read_config(path: str, known: set[str]) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 import json
 import logging
 from contextlib import nullcontext
-from dataclasses import MISSING, fields
 from pathlib import Path
 
 import numpy as np
@@ -16,12 +15,11 @@ from .arguments import AutoencoderArguments
 from .checkpointing import atomic_folder
 from .cropping import Batch, CropSettings, parse_size
 from .data import BatchLoader, make_dataset
-from .ema import WeightAverage, gather
+from .ema import WeightAverage
 from .loop import TrainedModel, Trainer
 from .losses import ReconstructionLoss
 from .media import load_evaluation_images
-from .publishing import push, write_model_card
-from .sources import parse_source
+from .publishing import changed_settings, push, write_model_card
 
 
 logger = logging.getLogger(__name__)
@@ -82,12 +80,6 @@ def by_size(pictures: torch.Tensor | list[torch.Tensor]) -> list[torch.Tensor]:
     """A batch, or a list of pictures or clips -> frames, (B, C, H, W) for each of them."""
     batches = [pictures] if isinstance(pictures, torch.Tensor) else [item.unsqueeze(0) for item in pictures]
     return [fold_frames(batch) for batch in batches]
-
-
-def last_folder(value: object) -> object:
-    """ "/home/someone/photos:0.5" -> "photos:0.5", if there is such a folder or file."""
-    path = parse_source(value)[0] if isinstance(value, str) else ""
-    return value[len(path) - len(Path(path).name) :] if path and Path(path).exists() else value
 
 
 class AutoencoderTrainer(Trainer):
@@ -242,25 +234,16 @@ class AutoencoderTrainer(Trainer):
         self.metrics = metrics
         return metrics, pictures
 
-    def _state_dict(self, average: bool) -> dict[str, torch.Tensor]:
-        """Of the whole model, on the main process; all processes must call it."""
-        state_dict = self.accelerator.get_state_dict(self.models["vae"].model)
-        if average:
-            names = [name for name, parameter in self.vae.named_parameters() if parameter.requires_grad]
-            shadows = [gather(shadow) for shadow in self.average.shadow_params]
-            state_dict = state_dict | dict(zip(names, shadows, strict=True))
-        return state_dict
-
     def save_models(self, folder: Path) -> None:
         for name in ("vae", "vae_ema") if self.average is not None else ("vae",):
-            state_dict = self._state_dict(average=name == "vae_ema")
+            state_dict = self.gather_weights("vae", average=name == "vae_ema")
             if self.accelerator.is_main_process:
                 save_model(self.vae, state_dict, folder / name)
 
     def finish(self) -> None:
         """Writes the final model and its card, and uploads them if asked to."""
         args = self.args
-        state_dict = self._state_dict(average=self.average is not None)
+        state_dict = self.gather_weights("vae", average=self.average is not None)
         name = args.hub_model_id or self.output_dir.resolve().name
         with atomic_folder(self.output_dir / "vae", self.accelerator) as folder:
             if self.accelerator.is_main_process:
@@ -268,10 +251,12 @@ class AutoencoderTrainer(Trainer):
                 write_model_card(
                     folder,
                     name,
+                    "autoencoder",
+                    "ViTok, a vision-transformer autoencoder",
                     args.pretrained_model_name_or_path,
                     self._usage(name),
                     {metric: value for metric, value in self.metrics.items() if "_ema_" in metric or not args.use_ema},
-                    self._settings(),
+                    changed_settings(args),
                 )
         if args.push_to_hub and self.accelerator.is_main_process:
             logger.warning("Uploaded to %s.", push(self.output_dir / "vae", name, args.hub_token))
@@ -282,16 +267,3 @@ class AutoencoderTrainer(Trainer):
         if self.args.lora_rank is not None:
             lines.append(f'vae.load_lora_adapter("{name}", prefix=None, use_safetensors=True)')
         return "\n".join(lines)
-
-    def _settings(self) -> dict[str, object]:
-        """Those that differ from the defaults, without the names of local folders above the last."""
-        hidden = {"output_dir", "hub_token", "hub_model_id", "push_to_hub", "report_to", "resume_from_checkpoint"}
-        settings = {}
-        for field in fields(self.args):
-            default = field.default if field.default is not MISSING else field.default_factory()
-            value = getattr(self.args, field.name)
-            if field.name not in hidden and value != default:
-                settings[field.name] = (
-                    [last_folder(x) for x in value] if isinstance(value, list) else last_folder(value)
-                )
-        return settings

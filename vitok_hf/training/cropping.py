@@ -13,21 +13,23 @@ from .media import resize
 
 MAX_FAILURES = 100  # in a row; more are no accident
 
-T = TypeVar("T")
+T, U = TypeVar("T"), TypeVar("U")
 
 
 class Batch(NamedTuple):
     """One batch of training data.
 
     `pixels` is uint8, (B, 3, H, W) for pictures and (B, 3, T, H, W) for clips of T > 1 frames; under a token budget it
-    is a list of (3, H, W) or (3, T, H, W), each of its own size. `skipped` names what could not be read while the
-    batch was drawn, as "name: reason". `position` is where a stream goes on after the batch; `None` for data that are
-    drawn by index.
+    is a list of (3, H, W) or (3, T, H, W), each of its own size; of cached latents it is float, (B, 2, c, [t,] h, w),
+    the mean and standard deviation of the posterior. `skipped` names what could not be read while the batch was drawn,
+    as "name: reason". `position` is where a stream goes on after the batch; `None` for data that are drawn by index.
+    `labels` are classes, (B,) int64, of data that have any.
     """
 
     pixels: torch.Tensor | list[torch.Tensor]
     skipped: list[str]
     position: dict[str, int] | None = None
+    labels: torch.Tensor | None = None
 
 
 def parse_size(size: str) -> tuple[int, int, float]:
@@ -109,7 +111,7 @@ class CropSettings:
         return tuple(min(max(p, int(side * scale + 1e-6)), self.max_pixels // p) for side in (height, width))
 
 
-def draw_readable(choose: Callable[[], T], load: Callable[[T], np.ndarray], skipped: list[str]) -> np.ndarray:
+def draw_readable(choose: Callable[[], T], load: Callable[[T], U], skipped: list[str]) -> U:
     """`load(choose())`, again while `load` raises a ValueError, whose message is added to `skipped`.
 
     Raises:

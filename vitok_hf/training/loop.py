@@ -156,7 +156,7 @@ class Trainer:
             if self.average is not None:
                 self.average.update()
             for batch, values in zip(micro_batches, logs):
-                window.add(values, len(batch.pixels), sum(item[0].numel() for item in batch.pixels))
+                window.add(values, len(batch.pixels), self.count_pixels(batch))
             bar.update()
             finished = stop = self.step == args.max_train_steps
             if self.step % args.logging_steps == 0 or finished:
@@ -208,10 +208,24 @@ class Trainer:
         out_of_time = time.monotonic() - began > 60 * self.args.max_minutes
         return bool(self.accelerator.reduce(torch.tensor(out_of_time, device=self.accelerator.device).int()) > 0)
 
+    def count_pixels(self, batch: Batch) -> int:
+        """Of all its pictures or clips."""
+        return sum(item[0].numel() for item in batch.pixels)
+
     def averages(self) -> dict[str, object]:
         """Suffix of names and a context in which the model has these weights: its own and their average."""
         own = {"": nullcontext()}
         return own if self.average is None else own | {"_ema": self.average.applied()}
+
+    def gather_weights(self, name: str, average: bool) -> dict[str, torch.Tensor]:
+        """The state dict of a whole model, or of its average, on the main process; all processes must call it."""
+        trained = self.models[name]
+        state_dict = self.accelerator.get_state_dict(trained.model)
+        if average:
+            names = [name for name, parameter in trained.unwrapped.named_parameters() if parameter.requires_grad]
+            shadows = [gather(shadow) for shadow in self.average.shadow_params]
+            state_dict = state_dict | dict(zip(names, shadows, strict=True))
+        return state_dict
 
     def save(self) -> None:
         """Writes `checkpoint-<step>/` and deletes the oldest ones over `checkpoints_total_limit`."""

@@ -1,0 +1,57 @@
+"""Writes the latents of pictures by class, for `train_dit.py --latents_dir`; goes on where it was interrupted.
+
+    python examples/cache_latents.py --vae_name_or_path vitok-tiny-f8x8 --train_data_dir pictures --resolution 64 \
+        --output_dir latents
+
+The class of a picture is the name of the folder that holds it. Both flips are written, as means and standard
+deviations of the posteriors.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+
+from vitok_hf import AutoencoderViTok
+from vitok_hf.training.latent_cache import write_latents
+from vitok_hf.training.latent_data import LabelledFiles, read_classes
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--vae_name_or_path", required=True, help="what `from_pretrained` takes")
+    parser.add_argument("--vae_variant", help="of the author's ViTok-v2 weights under another name")
+    parser.add_argument("--train_data_dir", nargs="+", required=True, help="folders of pictures, or of videos")
+    parser.add_argument("--class_file", help="classes in the order of their ids, one a line; default: sorted")
+    parser.add_argument("--resolution", type=int, help="side of the central squares; default: the model's sample_size")
+    parser.add_argument("--fps", type=float, help="frames a second of the clips of a video model; default: all")
+    parser.add_argument("--batch_size", type=int, default=16)
+    parser.add_argument("--shard_size", type=int, default=4096, help="files of a shard")
+    parser.add_argument("--dtype", default="float16", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--num_workers", type=int, default=1, help="processes that read files")
+    parser.add_argument("--output_dir", type=Path, required=True)
+    args = parser.parse_args()
+
+    vae = AutoencoderViTok.from_pretrained(args.vae_name_or_path, variant=args.vae_variant, torch_dtype=torch.float32)
+    vae.to(PartialState().default_device).eval()
+    classes = None if args.class_file is None else read_classes(args.class_file)
+    files = LabelledFiles(args.train_data_dir, classes, vae.config.sample_frames)
+    index = write_latents(
+        vae,
+        Path(args.vae_name_or_path).name,
+        files,
+        args.output_dir,
+        args.resolution or vae.config.sample_size,
+        args.fps,
+        args.batch_size,
+        args.shard_size,
+        getattr(torch, args.dtype),
+        args.num_workers,
+    )
+    items, skipped = (sum(shard[key] for shard in index["shards"].values()) for key in ("num_items", "skipped"))
+    print(f"{items} latents of {len(files.classes)} classes in {args.output_dir}; {skipped} files could not be read")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,277 @@
+import json
+import logging
+import pickle
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from tests.conftest import make_vae
+from tests.training.conftest import write_noise, write_video
+from vitok_hf import compute_latent_statistics
+from vitok_hf.evaluation.reconstruction import to_float
+from vitok_hf.latents import summarize_latents
+from vitok_hf.training import latent_cache
+from vitok_hf.training.data import BatchLoader
+from vitok_hf.training.latent_cache import LatentBatches, LatentCache, fingerprint, write_latents
+from vitok_hf.training.latent_data import ClassSampler, LabelledFiles, PictureBatches, read_classes
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Three classes of 6, 3 and 2 pictures, which all differ."""
+    for name, count in (("dog", 6), ("cat", 3), ("flag", 2)):
+        write_noise(tmp_path / "data" / name, count)
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def files(folder):
+    return LabelledFiles([str(folder)])
+
+
+def make_batches(files, batch_size=8, seed=0, **options):
+    return PictureBatches(files, ClassSampler(files.labels, files.classes, **options), 16, batch_size, seed=seed)
+
+
+def write(files, folder, vae=None, **overrides):
+    options = {"resolution": 16, "batch_size": 2, "shard_size": 4, "dtype": torch.float32} | overrides
+    return write_latents(vae or make_vae("v1"), "tiny", files, folder, **options)
+
+
+def state(folder):
+    """When each file was written."""
+    return {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+
+
+class TestFiles:
+    def test_classes_are_folders(self, files, folder):
+        assert files.classes == ["cat", "dog", "flag"]
+        assert np.bincount(files.labels).tolist() == [3, 6, 2]
+        assert all(files.classes[label] in item.name for item, label in zip(files.items, files.labels))
+        several = LabelledFiles([str(folder / "dog"), str(folder / "cat")])
+        assert several.classes == ["cat", "dog"] and len(several) == 9
+
+    def test_given_classes(self, folder, tmp_path):
+        (tmp_path / "classes.txt").write_text("flag\ncat\nbird\n\ndog\n")
+        classes = read_classes(tmp_path / "classes.txt")
+        files = LabelledFiles([str(folder)], classes)
+        assert np.bincount(files.labels).tolist() == [2, 3, 0, 6]
+        with pytest.raises(ValueError, match='is in folder "flag", which is no class'):
+            LabelledFiles([str(folder)], ["cat", "dog"])
+        (tmp_path / "classes.txt").write_text("cat\ncat\n")
+        with pytest.raises(ValueError, match="one class a line and each once"):
+            read_classes(tmp_path / "classes.txt")
+
+
+class TestSampler:
+    def draw(self, files, **options):
+        sampler, rng = ClassSampler(files.labels, files.classes, **options), np.random.default_rng(0)
+        return [sampler(rng) for _ in range(4000)]
+
+    def test_uniform(self, files):
+        counts = np.bincount([index for index, _ in self.draw(files)])
+        assert counts.min() > 270 and counts.max() < 460 and len(counts) == 11
+
+    def test_balanced(self, files):
+        counts = np.bincount([files.labels[index] for index, _ in self.draw(files, class_balanced=True)])
+        assert counts.min() > 1250 and counts.max() < 1420
+
+    def test_flips(self, files):
+        for label, share in ((0, 0.5), (2, 0.0)):
+            flips = [
+                flip for index, flip in self.draw(files, no_flip_classes=["flag"]) if files.labels[index] == label
+            ]
+            assert np.mean(flips) == pytest.approx(share, abs=0.05)
+        assert not any(flip for _, flip in self.draw(files, flip=False))
+        with pytest.raises(ValueError, match=r"`no_flip_classes` has \['flags'\], but the classes are cat, dog, flag"):
+            self.draw(files, no_flip_classes=["flags"])
+
+
+class TestPictures:
+    def test_batch(self, files):
+        batch = make_batches(files)[3]
+        assert batch.pixels.shape == (8, 3, 16, 16) and batch.pixels.dtype == torch.uint8
+        assert batch.labels.dtype == torch.int64 and batch.labels.max() < 3
+        again, other, seeded = make_batches(files)[3], make_batches(files)[4], make_batches(files, seed=1)[3]
+        assert torch.equal(batch.pixels, again.pixels) and torch.equal(batch.labels, again.labels)
+        assert not torch.equal(batch.pixels, other.pixels) and not torch.equal(batch.pixels, seeded.pixels)
+
+    def test_squares_and_flips(self, tmp_path):
+        """The middle of a wide picture, red left of its own middle and blue right of it."""
+        picture = np.zeros((16, 48, 3), np.uint8)
+        picture[:, 16:24, 0] = picture[:, 24:32, 2] = 255
+        (tmp_path / "a").mkdir()
+        Image.fromarray(picture).save(tmp_path / "a" / "a.png")
+        pixels = make_batches(LabelledFiles([str(tmp_path)]), batch_size=32)[0].pixels
+        left_red = pixels[:, 0, :, :8].float().mean(dim=(1, 2)) > 250
+        left_blue = pixels[:, 2, :, :8].float().mean(dim=(1, 2)) > 250
+        assert torch.equal(left_red, ~left_blue) and 6 < left_red.sum() < 26
+
+    def test_broken_files_are_skipped(self, files, folder):
+        broken = folder / "dog" / "000.png"
+        broken.write_bytes(broken.read_bytes()[:100])
+        batches = [make_batches(files)[index] for index in range(5)]
+        assert all(len(batch.pixels) == len(batch.labels) == 8 for batch in batches)
+        skipped = [reason for batch in batches for reason in batch.skipped]
+        assert skipped and all("000.png: cannot be read" in reason for reason in skipped)
+
+    def test_clips(self, tmp_path):
+        write_video(tmp_path / "ramp" / "a.mp4")
+        files = LabelledFiles([str(tmp_path)], num_frames=4)
+        batches = PictureBatches(files, ClassSampler(files.labels, files.classes), 16, 2, num_frames=4, fps=12.5)
+        pixels = batches[0].pixels
+        assert pixels.shape == (2, 3, 4, 16, 16)
+        steps = pixels.float().mean(dim=(1, 3, 4)).diff(dim=1)
+        torch.testing.assert_close(steps, torch.full((2, 3), 10.0), rtol=0, atol=2.0)
+
+    def test_loader_resumes(self, files):
+        loader = BatchLoader(make_batches(files), num_workers=0)
+        batches = iter(loader)
+        next(batches)
+        resumed = BatchLoader(make_batches(files), num_workers=1)
+        resumed.load_state_dict(loader.state_dict())
+        ours, theirs = next(iter(resumed)), next(batches)
+        assert torch.equal(ours.pixels, theirs.pixels) and torch.equal(ours.labels, theirs.labels)
+
+
+class TestCache:
+    def test_equals_fresh_latents(self, files, tmp_path):
+        """The same pictures in the same batches, in all classes and mirrored where they are."""
+        vae = make_vae("v1")
+        index = write(files, tmp_path / "cache", vae)
+        assert index["num_shards"] == 3 and [shard["num_items"] for shard in index["shards"].values()] == [4, 4, 3]
+        options = {"no_flip_classes": ["flag"], "class_balanced": True}
+        cache = LatentCache(tmp_path / "cache")
+        assert cache.labels.tolist() == files.labels.tolist() and cache.classes == files.classes
+        cached = LatentBatches(cache, ClassSampler(cache.labels, cache.classes, **options), 8)
+        fresh = make_batches(files, **options)
+        for number in range(3):
+            ours, theirs = cached[number], fresh[number]
+            posterior = vae.encode(to_float(theirs.pixels)).latent_dist
+            assert torch.equal(ours.labels, theirs.labels)
+            torch.testing.assert_close(ours.pixels[:, 0], posterior.mean, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(ours.pixels[:, 1], posterior.std, rtol=1e-4, atol=1e-4)
+
+    def test_half_precision(self, files, tmp_path):
+        write(files, tmp_path / "whole")
+        write(files, tmp_path / "half", dtype=torch.float16, batch_size=3)
+        whole, half = LatentCache(tmp_path / "whole"), LatentCache(tmp_path / "half")
+        for index in range(11):
+            ours, theirs = half.moments(index, True), whole.moments(index, True)
+            torch.testing.assert_close(ours, theirs, rtol=2e-3, atol=2e-3)
+            assert ours.dtype == torch.float32 and not torch.equal(ours, theirs)
+
+    def test_videos(self, tmp_path):
+        (tmp_path / "data").mkdir()
+        write_video(tmp_path / "data" / "ramp" / "a.mp4")
+        vae = make_vae("video")
+        write(LabelledFiles([str(tmp_path / "data")], num_frames=4), tmp_path / "cache", vae, fps=12.5)
+        assert LatentCache(tmp_path / "cache").moments(0).shape == (2, 4, 2, 2, 2)
+
+    def test_resumes(self, files, tmp_path, monkeypatch):
+        write(files, tmp_path / "whole")
+        encode, calls = latent_cache.encode_shard, []
+
+        def interrupted(*args):
+            calls.append(args)
+            if len(calls) == 2:
+                raise KeyboardInterrupt
+            return encode(*args)
+
+        monkeypatch.setattr(latent_cache, "encode_shard", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            write(files, tmp_path / "parts")
+        with pytest.raises(ValueError, match="has 1 of 3 shards: run cache_latents.py again"):
+            LatentCache(tmp_path / "parts")
+        before = state(tmp_path / "parts")
+        write(files, tmp_path / "parts")
+        assert len(calls) == 4  # the first shard was kept
+        after = state(tmp_path / "parts")
+        assert after["latents-00000.safetensors"] == before["latents-00000.safetensors"]
+        assert sorted(after) == ["index.json", *(f"latents-0000{number}.safetensors" for number in range(3))]
+        whole, parts = LatentCache(tmp_path / "whole"), LatentCache(tmp_path / "parts")
+        assert whole.index == parts.index
+        assert all(torch.equal(whole.moments(index), parts.moments(index)) for index in range(11))
+
+    def test_corrupted_shards(self, files, tmp_path):
+        write(files, tmp_path / "cache")
+        path = tmp_path / "cache" / "latents-00001.safetensors"
+        good = path.read_bytes()
+        path.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+        for read in (LatentCache, partial(write, files)):
+            with pytest.raises(ValueError, match='latents-00001.safetensors" has changed since it was written'):
+                read(tmp_path / "cache")
+        path.unlink()
+        with pytest.raises(ValueError, match='latents-00001.safetensors" is missing: delete it and run'):
+            LatentCache(tmp_path / "cache")
+        write(files, tmp_path / "cache")
+        assert path.read_bytes() == good and len(LatentCache(tmp_path / "cache")) == 11
+
+    def test_other_settings(self, files, tmp_path):
+        write(files, tmp_path / "cache")
+        with pytest.raises(ValueError, match="has a cache with another resolution, dtype: name another folder"):
+            write(files, tmp_path / "cache", resolution=32, dtype=torch.float16)
+        with pytest.raises(ValueError, match="has a cache with another vae_sha256"):
+            write(files, tmp_path / "cache", make_vae("v1", qk_norm=True))
+        with pytest.raises(ValueError, match="has no index.json: write the cache"):
+            LatentCache(tmp_path)
+
+    def test_fingerprint(self):
+        vae = make_vae("v1")
+        same = make_vae("v1", latents_mean=[1.0] * 4).half().float()
+        assert fingerprint(vae) == fingerprint(same)
+        with torch.no_grad():
+            same.encoder.proj_out.weight[0] += 1.0
+        assert fingerprint(vae) != fingerprint(same)
+
+    def test_broken_files_are_left_out(self, files, folder, tmp_path, caplog):
+        for path in (folder / "dog" / "001.png", folder / "flag" / "000.png", folder / "flag" / "001.png"):
+            path.write_bytes(b"x")
+        with caplog.at_level(logging.WARNING):
+            index = write(files, tmp_path / "cache", shard_size=1)
+        assert caplog.text.count("cannot be read as a picture") == 3
+        assert sum(shard["skipped"] for shard in index["shards"].values()) == 3
+        cache = LatentCache(tmp_path / "cache")
+        assert np.bincount(cache.labels).tolist() == [3, 5] and cache.moments(7).shape == (2, 4, 2, 2)
+        assert write(files, tmp_path / "cache", shard_size=1) == index
+
+    def test_workers(self, files, tmp_path):
+        """Each opens the files itself."""
+        write(files, tmp_path / "cache", num_workers=1)
+        cache = LatentCache(tmp_path / "cache")
+        assert pickle.loads(pickle.dumps(cache)).moments(5).equal(cache.moments(5))
+        batches = LatentBatches(cache, ClassSampler(cache.labels, cache.classes), 4)
+        (batch,) = DataLoader(batches, None, sampler=[2], num_workers=1)
+        assert torch.equal(batch.pixels, batches[2].pixels)
+
+    def test_statistics(self, files, tmp_path):
+        vae = make_vae("v1")
+        write(files, tmp_path / "cache", vae)
+        cached = summarize_latents(LatentCache(tmp_path / "cache").iterate_means(100))
+        assert cached.num_items == 11 and cached.num_latents == 11 * 4
+        order = iter(range(11))
+        squares = PictureBatches(files, lambda rng: (next(order), False), 16, 11)
+        fresh = compute_latent_statistics(vae, squares.iterate(1))
+        assert cached.channel_mean == pytest.approx(fresh.channel_mean, rel=1e-3)
+        assert cached.channel_std == pytest.approx(fresh.channel_std, rel=1e-3)
+
+
+def test_example(folder, tmp_path, monkeypatch, capsys):
+    import runpy
+    import sys
+
+    from tests.conftest import ASSETS
+
+    make_vae("v1").save_pretrained(tmp_path / "vae")
+    options = {"vae_name_or_path": tmp_path / "vae", "train_data_dir": folder, "output_dir": tmp_path / "cache"}
+    command = [str(part) for name, value in options.items() for part in (f"--{name}", value)]
+    monkeypatch.setattr(sys, "argv", ["cache_latents.py", *command, "--resolution", "24", "--shard_size", "5"])
+    runpy.run_path(str(ASSETS.parent / "cache_latents.py"), run_name="__main__")
+    assert "11 latents of 3 classes" in capsys.readouterr().out
+    index = json.loads((tmp_path / "cache" / "index.json").read_text())
+    assert index["vae"] == "vae" and index["resolution"] == 24 and str(tmp_path) not in json.dumps(index)
+    assert LatentCache(tmp_path / "cache").moments(0).shape == (2, 4, 3, 3)

@@ -1,0 +1,338 @@
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image
+
+from tests.conftest import ASSETS, TINY
+from tests.training.conftest import read_log, write_video
+from tests.training.dit import CLASSES, make_dit_arguments, next_batches, run
+from vitok_hf import AutoencoderViTok, ViTokDiTPipeline, denormalize_latents
+from vitok_hf.evaluation.reconstruction import to_float
+from vitok_hf.training import transformer
+from vitok_hf.training.latent_cache import write_latents
+from vitok_hf.training.latent_data import LabelledFiles
+from vitok_hf.training.media import load_image, resize_and_crop
+from vitok_hf.training.transformer import DiTTrainer
+
+
+KINDS = ["epsilon", "v_prediction", "flow_prediction"]
+
+
+@pytest.fixture
+def arguments(tmp_path):
+    return partial(make_dit_arguments, tmp_path)
+
+
+class TestRun:
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_prediction_types(self, arguments, kind):
+        """Losses of a zero model, pipelines with the right scheduler, that give pictures, and the final one."""
+        args = arguments(TINY | {"variational": False}, prediction_type=kind)
+        trainer = run(args)
+        losses = read_log(args.output_dir)
+        expected = 2.0 if kind == "flow_prediction" else 1.0  # the variance of normalised latents is 1, as the noise's
+        assert sorted(losses) == [1, 2, 3, 4] and losses[1] == pytest.approx(expected, rel=0.3)
+        folder = Path(args.output_dir)
+        averages = dict(
+            zip((name for name, _ in trainer.transformer.named_parameters()), trainer.average.shadow_params)
+        )
+        for path, weights in (
+            (folder / "checkpoint-4" / "pipeline", dict(trainer.transformer.named_parameters())),
+            (folder / "checkpoint-4" / "pipeline_ema", averages),
+            (folder / "pipeline", averages),
+        ):
+            pipe = ViTokDiTPipeline.from_pretrained(path)
+            for name, weight in pipe.transformer.named_parameters():
+                assert torch.equal(weight, weights[name])
+            assert pipe.config.id2label == dict(enumerate(CLASSES))
+            assert pipe.scheduler.config.get("prediction_type", "flow_prediction") == kind
+            assert not pipe.scheduler.config.get("clip_sample")
+            assert pipe.transformer.config.num_classes == 3 and pipe.transformer.config.sample_size == 2
+        pipe.set_progress_bar_config(disable=True)
+        (image,) = pipe("dog", num_inference_steps=2).images
+        assert image.size == (16, 16) and np.asarray(image).std() > 0
+
+    def test_grid_and_held_out_losses(self, arguments):
+        args = arguments(num_timestep_buckets=4)
+        run(args)
+        grids = {path.name: path for path in (Path(args.output_dir) / "samples").iterdir()}
+        assert list(grids) == ["samples_ema_0000004.png"]
+        assert Image.open(grids["samples_ema_0000004.png"]).size == (2 * 16, 3 * 16)
+        for label in ("", "_ema"):
+            parts = [f"held_out{label}_loss_{low}-{low + 250}" for low in range(0, 1000, 250)]
+            values = [read_log(args.output_dir, part)[4] for part in parts]
+            assert len(set(values)) == 4
+            assert read_log(args.output_dir, f"held_out{label}_loss")[4] == pytest.approx(sum(values) / 4)
+
+    def test_held_out_losses_are_of_the_weights_and_repeat(self, arguments):
+        trainer = DiTTrainer(arguments(train_batch_size=3))
+        first, pictures = trainer.evaluate()
+        state = torch.get_rng_state()
+        again, same = trainer.evaluate()
+        assert first == again and np.array_equal(pictures["samples_ema"], same["samples_ema"])
+        assert torch.equal(state, torch.get_rng_state()) and trainer.transformer.training
+        with torch.no_grad():
+            trainer.transformer.proj_out.bias.fill_(1.0)
+        changed, pictures = trainer.evaluate()
+        assert changed["held_out_ema_loss"] == first["held_out_loss"]
+        assert changed["held_out_loss"] == pytest.approx(first["held_out_loss"] + 1.0, rel=0.2)
+        assert np.array_equal(pictures["samples_ema"], same["samples_ema"])
+
+    def test_without_average(self, arguments):
+        args = arguments(use_ema=False, max_train_steps=2, validation_steps=2)
+        trainer = run(args)
+        assert not (Path(args.output_dir) / "checkpoint-2" / "pipeline_ema").exists()
+        assert (Path(args.output_dir) / "samples" / "samples_0000002.png").exists()
+        final = ViTokDiTPipeline.from_pretrained(Path(args.output_dir) / "pipeline").transformer
+        for ours, theirs in zip(final.parameters(), trainer.transformer.parameters()):
+            assert torch.equal(ours, theirs)
+
+    def test_videos(self, arguments, tmp_path):
+        for split in ("clips", "held_out_clips"):
+            (tmp_path / split).mkdir()
+            write_video(tmp_path / split / "ramp" / "a.mp4")
+        args = arguments(
+            TINY | {"temporal_patch_size": 2, "sample_frames": 4},
+            train_data_dir=[str(tmp_path / "clips")],
+            validation_data_dir=[str(tmp_path / "held_out_clips")],
+            fps=12.5,
+            max_train_steps=2,
+            train_batch_size=2,
+        )
+        trainer = run(args)
+        assert trainer.transformer.config.sample_frames == 2
+        assert trainer.latents_of(*next_batches(trainer)).shape == (2, 4, 2, 2, 2)
+        (grid,) = (Path(args.output_dir) / "samples").iterdir()
+        assert Image.open(grid).size == (4 * 16, 2 * 16)
+        pipe = ViTokDiTPipeline.from_pretrained(Path(args.output_dir) / "pipeline")
+        assert pipe("ramp", num_inference_steps=1, output_type="np").frames.shape == (1, 4, 16, 16, 3)
+
+
+class TestResume:
+    @pytest.mark.parametrize("cached", [False, True])
+    def test_continues_with_the_same_losses(self, arguments, tmp_path, cached):
+        if cached:
+            args = arguments()
+            files = LabelledFiles(args.train_data_dir)
+            write_latents(AutoencoderViTok.from_pretrained(args.vae_name_or_path), "x", files, tmp_path / "cache", 16)
+            arguments = partial(arguments, latents_dir=str(tmp_path / "cache"))
+        whole = run(arguments(output_dir=str(tmp_path / "whole")))
+        parts = DiTTrainer(arguments(output_dir=str(tmp_path / "parts")))
+        for batch in next_batches(parts, 2):
+            parts.training_step([batch])
+            parts.step += 1
+            parts.average.update()
+        parts.save()
+        resumed = run(arguments(output_dir=str(tmp_path / "parts"), resume_from_checkpoint="latest"))
+        for key in ("loss", "grad_norm", "held_out_ema_loss"):
+            expected, values = read_log(tmp_path / "whole", key), read_log(tmp_path / "parts", key)
+            assert sorted(values) == [step for step in sorted(expected) if step > 2]
+            assert all(values[step] == pytest.approx(expected[step], rel=1e-6) for step in values)
+        for ours, theirs in zip(resumed.average.shadow_params, whole.average.shadow_params):
+            torch.testing.assert_close(ours, theirs)
+
+    def test_statistics_are_those_of_the_checkpoint(self, arguments):
+        first = run(arguments(max_train_steps=2))
+        resumed = DiTTrainer(arguments(resume_from_checkpoint="latest", num_statistics_images=1))
+        assert resumed.vae.config.latents_mean == first.vae.config.latents_mean
+
+
+class TestLatents:
+    def test_normalised(self, arguments):
+        trainer = DiTTrainer(arguments(num_statistics_images=64, train_batch_size=64))
+        latents = trainer.latents_of(*next_batches(trainer))
+        assert latents.shape == (64, 4, 2, 2)
+        posterior = trainer.vae.encode(to_float(trainer.loader.dataset[0].pixels)).latent_dist
+        config = trainer.vae.config
+        means = torch.tensor(config.latents_mean).view(1, 4, 1, 1)
+        stds = torch.tensor(config.latents_std).view(1, 4, 1, 1)
+        modes = (posterior.mode() - means) / stds
+        torch.testing.assert_close(modes.mean(dim=(0, 2, 3)), torch.zeros(4), rtol=0, atol=1e-3)
+        torch.testing.assert_close(modes.std(dim=(0, 2, 3)), torch.ones(4), rtol=0, atol=1e-2)
+        errors = (latents - modes) * stds / posterior.std
+        assert errors.std().item() == pytest.approx(1.0, rel=0.1)
+
+    def test_own_statistics_are_kept(self, arguments):
+        for own in ({"latents_mean": [1.0] * 4, "latents_std": [2.0] * 4}, {"scaling_factor": 0.5}):
+            config = DiTTrainer(arguments(TINY | own)).vae.config
+            assert {name: config[name] for name in own} == own
+            assert (config.latents_mean is None) == ("latents_mean" not in own)
+
+    def test_cache_equals_fresh(self, arguments, tmp_path):
+        """Losses of whole runs, with the same statistics."""
+        own = {"latents_mean": [0.1] * 4, "latents_std": [0.5] * 4}
+        fresh = run(arguments(TINY | own, output_dir=str(tmp_path / "fresh"), no_flip_classes=["flag"]))
+        files = LabelledFiles(fresh.args.train_data_dir)
+        write_latents(fresh.vae, "vae", files, tmp_path / "cache", 16, dtype=torch.float32)
+        overrides = {"latents_dir": str(tmp_path / "cache"), "resolution": None, "no_flip_classes": ["flag"]}
+        cached = run(arguments(output_dir=str(tmp_path / "cached"), **overrides))
+        for key in ("loss", "held_out_loss"):
+            expected = read_log(tmp_path / "fresh", key)
+            assert read_log(tmp_path / "cached", key) == pytest.approx(expected, rel=1e-4)
+        assert cached.resolution == 16 and cached.count_pixels(*next_batches(cached)) == 8 * 16 * 16
+
+    def test_cache_has_statistics(self, arguments, tmp_path):
+        fresh = DiTTrainer(arguments(num_statistics_images=512, random_flip=False))
+        write_latents(fresh.vae, "vae", LabelledFiles(fresh.args.train_data_dir), tmp_path / "cache", 16)
+        cached = DiTTrainer(arguments(latents_dir=str(tmp_path / "cache")))
+        assert cached.vae.config.latents_std == pytest.approx(fresh.vae.config.latents_std, rel=0.1)
+
+    def test_caches_that_do_not_fit(self, arguments, tmp_path):
+        args = arguments()
+        vae = AutoencoderViTok.from_pretrained(args.vae_name_or_path)
+        write_latents(vae, "vae", LabelledFiles(args.train_data_dir), tmp_path / "cache", 16)
+        arguments = partial(arguments, latents_dir=str(tmp_path / "cache"))
+        with pytest.raises(ValueError, match="`resolution` is 32, but the cached latents have 16"):
+            DiTTrainer(arguments(resolution=32))
+        (tmp_path / "classes.txt").write_text("dog\ncat\nflag\n")
+        with pytest.raises(ValueError, match="leave out `class_file`"):
+            DiTTrainer(arguments(class_file=str(tmp_path / "classes.txt")))
+        with pytest.raises(ValueError, match='are of "vae", which is not the autoencoder "vitok-tiny-f8x8"'):
+            DiTTrainer(arguments("vitok-tiny-f8x8"))
+
+
+class TestStep:
+    def test_labels_are_dropped(self, arguments, monkeypatch):
+        seen = []
+        monkeypatch.setattr(
+            transformer, "drop_labels", lambda labels, *args: seen.append((labels, *args)) or labels * 0 + 3
+        )
+        trainer = DiTTrainer(arguments(class_dropout=0.25))
+        embedding = trainer.transformer.class_embedder.weight
+        with torch.no_grad():
+            for parameter in trainer.transformer.parameters():
+                parameter.normal_(std=0.1)
+        trainer.models["transformer"].optimizer.step = lambda: None
+        trainer.models["transformer"].optimizer.zero_grad = lambda: None
+        (batch,) = next_batches(trainer)
+        trainer.training_step([batch])
+        ((labels, *rest),) = seen
+        assert torch.equal(labels, batch.labels) and rest == [3, 0.25]
+        assert (embedding.grad.abs().sum(dim=1) > 0).tolist() == [False, False, False, True]
+
+    def test_min_snr_and_timesteps_are_passed_on(self, arguments, monkeypatch):
+        calls = {}
+        loss, draw = transformer.diffusion_losses, transformer.sample_timesteps
+        monkeypatch.setattr(transformer, "diffusion_losses", lambda *x: calls.update(loss=x[-1]) or loss(*x))
+        monkeypatch.setattr(transformer, "sample_timesteps", lambda *x, **y: calls.update(draw=x[2:]) or draw(*x, **y))
+        trainer = DiTTrainer(arguments(snr_gamma=5.0, weighting_scheme="none", logit_mean=0.5, logit_std=2.0))
+        trainer.training_step(next_batches(trainer))
+        assert calls == {"loss": 5.0, "draw": ("none", 0.5, 2.0)}
+
+    def test_accumulation_equals_a_larger_batch(self, arguments, monkeypatch):
+        """With the noise and timesteps of the whole batch, in parts."""
+        noise, timesteps = torch.randn(8, 4, 2, 2), torch.arange(8) * 100
+        gradients = []
+        for parts in (1, 2):
+            trainer = DiTTrainer(
+                arguments(TINY | {"variational": False}, gradient_accumulation_steps=parts, class_dropout=0.0)
+            )
+            noises, times = list(noise.chunk(parts)), list(timesteps.chunk(parts))
+            monkeypatch.setattr(torch, "randn", lambda shape, device, noises=noises: noises.pop(0))
+            monkeypatch.setattr(transformer, "sample_timesteps", lambda *_, times=times, **__: times.pop(0))
+            trainer.models["transformer"].optimizer.step = lambda: None
+            trainer.models["transformer"].optimizer.zero_grad = lambda: None
+            (batch,) = next_batches(trainer)
+            pieces = zip(batch.pixels.chunk(parts), batch.labels.chunk(parts))
+            logs = trainer.training_step([batch._replace(pixels=x, labels=y) for x, y in pieces])
+            assert [("grad_norm" in log) for log in logs] == [False] * (parts - 1) + [True]
+            gradients.append([parameter.grad for parameter in trainer.transformer.parameters()])
+            monkeypatch.undo()
+        for one, other in zip(*gradients):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+    def test_frozen_autoencoder(self, arguments):
+        trainer = run(arguments(max_train_steps=1))
+        assert not any(parameter.requires_grad for parameter in trainer.vae.parameters())
+        pretrained = AutoencoderViTok.from_pretrained(trainer.args.vae_name_or_path)
+        for ours, theirs in zip(trainer.vae.parameters(), pretrained.parameters()):
+            assert torch.equal(ours, theirs)
+
+    def test_gradient_checkpointing_and_precision(self, arguments):
+        trainer = DiTTrainer(arguments(gradient_checkpointing=True, mixed_precision="bf16"))
+        assert trainer.transformer.gradient_checkpointing
+        (logs,) = trainer.training_step(next_batches(trainer))
+        assert logs["loss"].dtype == torch.float32 and logs["grad_norm"] > 0
+
+
+class TestPublishing:
+    def test_model_card(self, arguments, tmp_path):
+        args = arguments(class_dropout=0.2, max_train_steps=1)
+        run(args)
+        folder = Path(args.output_dir) / "pipeline"
+        card = (folder / "README.md").read_text()
+        assert "- diffusion\n" in card and "# run" in card and "- `class_dropout`: 0.2" in card
+        assert "| held_out_ema_loss |" in card and "| held_out_loss |" not in card
+        assert (
+            not any(str(tmp_path) in path.read_text() for path in folder.rglob("*.json")) and str(tmp_path) not in card
+        )
+        code = card.split("```python\n")[1].split("```")[0].replace('"run"', repr(str(folder)))
+        scope = {}
+        exec(code.replace("num_inference_steps=50", "num_inference_steps=1").replace(".show()", ""), scope)
+        assert isinstance(scope["pipe"], ViTokDiTPipeline) and scope["output"].images[0].size == (16, 16)
+
+    def test_push_to_hub(self, arguments, hub):
+        run(arguments(push_to_hub=True, hub_model_id="someone/mine", hub_token="hf_x", max_train_steps=1))
+        _, files = hub.snapshot("someone/mine")
+        assert {"README.md", "model_index.json", "transformer/config.json", "vae/config.json"} <= set(files)
+
+
+def test_example(arguments, tmp_path, monkeypatch):
+    import runpy
+    import sys
+
+    settings = vars(arguments(max_train_steps=1))
+    command = []
+    for name, value in settings.items():
+        if value not in (None, []):
+            command += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    monkeypatch.setattr(sys, "argv", ["train_dit.py", *command])
+    runpy.run_path(str(ASSETS.parent / "train_dit.py"), run_name="__main__")
+    assert isinstance(DiffusionPipeline.from_pretrained(tmp_path / "run" / "pipeline"), ViTokDiTPipeline)
+
+
+@pytest.mark.slow
+def test_overfits_eight_pictures(arguments, tmp_path):
+    """Crops of photographs, each a class of its own: samples are the pictures, as far as the autoencoder has them."""
+    source = load_image(ASSETS / "astronaut.png")
+    pictures = [source[row : row + 128, column : column + 128] for row in (0, 192) for column in (0, 128, 256, 384)]
+    for index, picture in enumerate(pictures):
+        folder = tmp_path / "crops" / str(index)
+        folder.mkdir(parents=True)
+        Image.fromarray(resize_and_crop(picture, 32)).save(folder / "picture.png")
+    args = arguments(
+        "vitok-tiny-f8x8",
+        {"hidden_size": 128, "num_layers": 4, "num_attention_heads": 4},
+        train_data_dir=[str(tmp_path / "crops")],
+        validation_data_dir=[],
+        resolution=32,
+        random_flip=False,
+        prediction_type="flow_prediction",
+        train_batch_size=32,
+        learning_rate=2e-3,
+        lr_scheduler="cosine",
+        ema_decay=0.99,
+        max_train_steps=700,
+        logging_steps=100,
+        checkpointing_steps=10**6,
+        validation_steps=10**6,
+    )
+    trainer = run(args)
+    pipe = ViTokDiTPipeline.from_pretrained(tmp_path / "run" / f"checkpoint-{trainer.step}" / "pipeline_ema")
+    pipe.set_progress_bar_config(disable=True)
+    labels = [str(index) for index in range(8)]
+    generator = torch.Generator().manual_seed(0)
+    latents = pipe(
+        labels, guidance_scale=1.0, num_inference_steps=50, generator=generator, output_type="latent"
+    ).images
+    files = LabelledFiles(args.train_data_dir)
+    pixels = to_float(torch.stack([torch.from_numpy(load_image(item.source).copy()) for item in files.items]))
+    expected = trainer.vae.encode(pixels.permute(0, 3, 1, 2)).latent_dist.mode()
+    errors = (denormalize_latents(latents, trainer.vae) - expected).square().mean(dim=(1, 2, 3))
+    shares = errors / expected.var()
+    print("share of the variance that is wrong, per picture:", [f"{share:.4f}" for share in shares.tolist()])
+    assert shares.max() < 0.02

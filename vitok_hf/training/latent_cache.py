@@ -1,0 +1,244 @@
+"""Latents on disk: means and standard deviations of the posteriors of pictures and their mirror images.
+
+`index.json` names the autoencoder, the classes and the shards with their checksums. A shard is a safetensors file with
+`mean` and `std`, (N, 2, c, [t,] h, w), of the picture and its mirror image, and `labels`, (N,). It is written under a
+temporary name, and listed when it is complete, so that an interrupted run goes on after the last one.
+"""
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
+
+from ..evaluation.reconstruction import to_float
+from ..models import AutoencoderViTok
+from .cropping import Batch
+from .latent_data import ClassSampler, LabelledFiles, load_square, to_pixels
+
+
+logger = logging.getLogger(__name__)
+
+STATISTICS = ("latents_mean", "latents_std", "scaling_factor", "shift_factor")  # do not change what `encode` gives
+
+
+def fingerprint(vae: AutoencoderViTok) -> str:
+    """Of the config and the encoder's weights in half precision: another one gives other latents."""
+    config = {name: value for name, value in vae.config.items() if not name.startswith("_") and name not in STATISTICS}
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+    for name, weight in sorted(vae.encoder.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(weight.detach().half().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def checksum(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def write_json(path: Path, content: dict) -> None:
+    temporary = path.with_name(path.name + ".incomplete")
+    temporary.write_text(json.dumps(content, indent=1))
+    os.replace(temporary, path)
+
+
+def check_shard(folder: Path, shard: dict) -> None:
+    """Raises `ValueError` if a shard is not as it was written."""
+    path = folder / shard["file"]
+    if not path.is_file() or checksum(path) != shard["sha256"]:
+        state = "has changed since it was written" if path.is_file() else "is missing"
+        raise ValueError(f'"{path}" {state}: delete it and run cache_latents.py again, which restores it.')
+
+
+class _Squares(Dataset):
+    """Item `i` is (clip, label, ""), or, if it cannot be read, (`None`, label, "name: reason")."""
+
+    def __init__(self, files: LabelledFiles, indices: range, resolution: int, num_frames: int, fps: float | None):
+        self.files, self.indices, self.shape = files, indices, (resolution, num_frames, fps)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, item: int) -> tuple[np.ndarray | None, int, str]:
+        index = self.indices[item]
+        label = int(self.files.labels[index])
+        try:
+            return load_square(self.files[index], *self.shape, np.random.default_rng((0, index))), label, ""
+        except ValueError as error:
+            return None, label, str(error)
+
+
+@torch.no_grad()
+def encode_shard(vae: AutoencoderViTok, squares: _Squares, batch_size: int, dtype: torch.dtype, num_workers: int):
+    """The tensors of a shard, or `None` if nothing can be read, and what could not be read."""
+    means, stds, labels, skipped = [], [], [], []
+    for batch in DataLoader(squares, batch_size, num_workers=num_workers, collate_fn=list):
+        skipped += [reason for clip, _, reason in batch if clip is None]
+        batch = [(clip, label) for clip, label, _ in batch if clip is not None]
+        if not batch:
+            continue
+        pixels = to_float(to_pixels([clip for clip, _ in batch]).to(vae.device))
+        both = torch.stack([pixels, pixels.flip(-1)], dim=1).flatten(0, 1)  # (2 B, 3, [T,] H, W)
+        posterior = vae.encode(both).latent_dist
+        means.append(posterior.mean.unflatten(0, (-1, 2)).to("cpu", dtype))  # (B, 2, c, [t,] h, w)
+        stds.append(posterior.std.unflatten(0, (-1, 2)).to("cpu", dtype))
+        labels += [label for _, label in batch]
+    if not labels:
+        return None, skipped
+    tensors = {"mean": torch.cat(means), "std": torch.cat(stds), "labels": torch.tensor(labels)}
+    return tensors, skipped
+
+
+def write_latents(
+    vae: AutoencoderViTok,
+    name: str,
+    files: LabelledFiles,
+    folder: str | Path,
+    resolution: int,
+    fps: float | None = None,
+    batch_size: int = 16,
+    shard_size: int = 4096,
+    dtype: torch.dtype = torch.float16,
+    num_workers: int = 0,
+) -> dict:
+    """Writes the latents of all files, or those that an interrupted run left; returns the index.
+
+    Args:
+        vae: The autoencoder, in float32.
+        name: Its name, for the index.
+        files: Pictures; or videos for a video model, of each a clip from a second that depends on its number.
+        folder: Of the cache.
+        resolution: Side of the central squares in pixels.
+        fps: Frames a second of clips; `None`: every frame.
+        batch_size: Files that are encoded at once, both flips.
+        shard_size: Files of a shard.
+        dtype: Of the cache.
+        num_workers: Processes that read files.
+
+    Raises:
+        ValueError: If the folder has a cache of other settings, or a finished shard has changed.
+    """
+    folder, num_frames = Path(folder), vae.config.sample_frames
+    folder.mkdir(parents=True, exist_ok=True)
+    names = "\n".join(f"{label} {Path(item.name).name}" for item, label in zip(files.items, files.labels))
+    settings = {
+        "vae": name,
+        "vae_sha256": fingerprint(vae),
+        "classes": files.classes,
+        "resolution": resolution,
+        "num_frames": num_frames,
+        "fps": fps,
+        "dtype": str(dtype).removeprefix("torch."),
+        "shard_size": shard_size,
+        "files_sha256": hashlib.sha256(names.encode()).hexdigest(),
+    }
+    index = settings | {"num_shards": -(-len(files) // shard_size), "shards": {}}
+    path = folder / "index.json"
+    if path.is_file():
+        index = json.loads(path.read_text())
+        if different := [setting for setting, value in settings.items() if index.get(setting) != value]:
+            raise ValueError(
+                f'"{folder}" has a cache with another {", ".join(different)}: name another folder, or delete it.'
+            )
+    for number in tqdm(range(index["num_shards"]), desc="shards"):
+        shard = index["shards"].get(str(number))
+        if shard is not None and (shard["file"] is None or (folder / shard["file"]).exists()):
+            if shard["file"] is not None:
+                check_shard(folder, shard)
+            continue
+        part = range(number * shard_size, min(len(files), (number + 1) * shard_size))
+        squares = _Squares(files, part, resolution, num_frames, fps)
+        tensors, skipped = encode_shard(vae, squares, batch_size, dtype, num_workers)
+        for reason in skipped:
+            logger.warning("Skipped what cannot be read: %s", reason)
+        shard = {"file": None, "num_items": 0, "sha256": None, "skipped": len(skipped)}
+        if tensors is not None:
+            file = folder / f"latents-{number:05d}.safetensors"
+            temporary = file.with_name(file.name + ".incomplete")
+            save_file(tensors, temporary)
+            shard |= {"file": file.name, "num_items": len(tensors["labels"]), "sha256": checksum(temporary)}
+            os.replace(temporary, file)
+        index["shards"][str(number)] = shard
+        write_json(path, index)
+    return index
+
+
+class LatentCache:
+    """What `write_latents` wrote, read from memory-mapped files.
+
+    Raises:
+        ValueError: If the cache is not complete, or a shard has changed.
+    """
+
+    def __init__(self, folder: str | Path, verify: bool = True):
+        self.folder = Path(folder)
+        if not (self.folder / "index.json").is_file():
+            raise ValueError(f'"{folder}" has no index.json: write the cache with cache_latents.py.')
+        self.index = json.loads((self.folder / "index.json").read_text())
+        found, expected = len(self.index["shards"]), self.index["num_shards"]
+        if found < expected:
+            raise ValueError(
+                f'"{folder}" has {found} of {expected} shards: run cache_latents.py again, which goes on.'
+            )
+        shards = [self.index["shards"][str(number)] for number in range(expected)]
+        self.shards = [shard for shard in shards if shard["file"] is not None]
+        if not self.shards:
+            raise ValueError(f'"{folder}" holds no latents: none of the files could be read.')
+        for shard in self.shards if verify else ():
+            check_shard(self.folder, shard)
+        self.ends = np.cumsum([shard["num_items"] for shard in self.shards])
+        self.handles = {}
+        self.labels = np.concatenate([self._open(number).get_tensor("labels") for number in range(len(self.shards))])
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"handles": {}}  # workers open the files themselves
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    @property
+    def classes(self) -> list[str]:
+        return self.index["classes"]
+
+    def _open(self, number: int):
+        if number not in self.handles:
+            self.handles[number] = safe_open(self.folder / self.shards[number]["file"], framework="pt")
+        return self.handles[number]
+
+    def moments(self, index: int, mirrored: bool = False) -> torch.Tensor:
+        """(2, c, [t,] h, w) float32: mean and standard deviation."""
+        number = int(np.searchsorted(self.ends, index, side="right"))
+        shard, row = self._open(number), index - int(self.ends[number] - self.shards[number]["num_items"])
+        flip = int(mirrored)
+        parts = [shard.get_slice(name)[row : row + 1, flip : flip + 1] for name in ("mean", "std")]
+        return torch.stack([part[0, 0] for part in parts]).float()
+
+    def iterate_means(self, num_items: int) -> Iterator[torch.Tensor]:
+        """Means of evenly spaced items, (1, c, [t,] h, w) each, for measurements."""
+        for index in np.linspace(0, len(self) - 1, min(num_items, len(self))).round().astype(int):
+            yield self.moments(int(index))[:1]
+
+
+class LatentBatches(Dataset):
+    """Map-style dataset whose item `i` is a `Batch` of cached latents, drawn as `PictureBatches` draw pictures."""
+
+    def __init__(self, cache: LatentCache, sampler: ClassSampler, batch_size: int, seed: int = 0):
+        self.cache, self.sampler, self.batch_size, self.seed = cache, sampler, batch_size, seed
+
+    def __getitem__(self, index: int) -> Batch:
+        rng = np.random.default_rng((self.seed, index))
+        places = [self.sampler(rng) for _ in range(self.batch_size)]
+        moments = torch.stack([self.cache.moments(*place) for place in places])  # (B, 2, c, [t,] h, w)
+        return Batch(moments, [], labels=torch.tensor([self.cache.labels[place] for place, _ in places]))

@@ -1,0 +1,153 @@
+"""Training batches for diffusion models: pictures by class, and the latents of pictures from a cache.
+
+A batch is a pure function of (seed, index), and from a cache shows the same pictures, mirrored alike, as without.
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from .cropping import Batch, draw_readable
+from .media import VIDEO_SUFFIXES, Item, list_files, load_item, resize_and_crop, suffixes_for
+
+
+def read_classes(path: str | Path) -> list[str]:
+    """The classes in a file, one a line.
+
+    Raises:
+        ValueError: If there is none, or one twice.
+    """
+    classes = [line.strip() for line in Path(path).read_text().splitlines() if line.strip()]
+    if not classes or len(set(classes)) < len(classes):
+        raise ValueError(f'"{path}" must have one class a line and each once, but has {classes}.')
+    return classes
+
+
+class LabelledFiles(Sequence):
+    """The pictures and videos in folders and their subfolders; the class is the folder that holds the file.
+
+    Args:
+        folders: Where they are.
+        classes: In the order of their ids; default: those that there are, sorted.
+        num_frames: Frames of a clip; for more than 1, only videos count.
+
+    Raises:
+        ValueError: If there is no file, or one outside of the classes.
+    """
+
+    def __init__(self, folders: list[str], classes: list[str] | None = None, num_frames: int = 1):
+        files = [file for folder in folders for file in list_files(folder, suffixes_for(num_frames))]
+        self.items = [Item(str(file), file, file.suffix.lower() in VIDEO_SUFFIXES) for file in files]
+        names = [file.resolve().parent.name for file in files]
+        self.classes = sorted(set(names)) if classes is None else list(classes)
+        ids = {name: index for index, name in enumerate(self.classes)}
+        for file, name in zip(files, names):
+            if name not in ids:
+                raise ValueError(
+                    f'"{file}" is in folder "{name}", which is no class: add it to the list of classes, or move the '
+                    f"file. The classes are {', '.join(self.classes)}."
+                )
+        self.labels = np.array([ids[name] for name in names])
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> Item:
+        return self.items[index]
+
+
+class ClassSampler:
+    """Draws items, and whether to mirror them.
+
+    Args:
+        labels: (N,) class of each item.
+        classes: Names of the classes.
+        flip: Mirror half of them.
+        no_flip_classes: Names of classes that are never mirrored.
+        class_balanced: Draw a class first, each as often, and then one of its items.
+
+    Raises:
+        ValueError: If `no_flip_classes` has unknown names.
+    """
+
+    def __init__(
+        self,
+        labels: np.ndarray,
+        classes: list[str],
+        flip: bool = True,
+        no_flip_classes: Sequence[str] = (),
+        class_balanced: bool = False,
+    ):
+        if unknown := sorted(set(no_flip_classes) - set(classes)):
+            raise ValueError(f"`no_flip_classes` has {unknown}, but the classes are {', '.join(classes)}.")
+        self.labels = labels
+        self.flips = np.array([flip and name not in no_flip_classes for name in classes])
+        self.members = [np.flatnonzero(labels == label) for label in np.unique(labels)] if class_balanced else None
+
+    def __call__(self, rng: np.random.Generator) -> tuple[int, bool]:
+        if self.members is None:
+            index = rng.integers(len(self.labels))
+        else:
+            index = rng.choice(self.members[rng.integers(len(self.members))])
+        mirrored = rng.random() < 0.5  # drawn in any case: the numbers that follow do not depend on the class
+        return int(index), bool(mirrored and self.flips[self.labels[index]])
+
+
+def load_square(
+    item: Item, resolution: int, num_frames: int, fps: float | None, rng: np.random.Generator
+) -> np.ndarray:
+    """The central square of a picture or clip, (T, resolution, resolution, 3) uint8. Raises as `load_item`."""
+    return np.stack([resize_and_crop(frame, resolution) for frame in load_item(item, num_frames, fps, rng)])
+
+
+def to_pixels(clips: Sequence[np.ndarray]) -> torch.Tensor:
+    """Clips (T, H, W, 3) -> (B, 3, H, W) if T is 1, else (B, 3, T, H, W)."""
+    pixels = torch.from_numpy(np.stack(clips)).permute(0, 4, 1, 2, 3).contiguous()  # (B, 3, T, H, W)
+    return pixels.squeeze(2) if pixels.shape[2] == 1 else pixels
+
+
+class PictureBatches(Dataset):
+    """Map-style dataset whose item `i` is a `Batch` of central squares and their classes.
+
+    What cannot be read is skipped, and another picture drawn in its place.
+
+    Args:
+        files: The pictures or videos.
+        sampler: Draws them; by default uniformly, half of them mirrored.
+        resolution: Side of the squares in pixels.
+        batch_size: Squares of a batch.
+        num_frames, fps: Of clips, which begin at random; `fps` `None`: every frame.
+        seed: Of everything random.
+    """
+
+    def __init__(
+        self,
+        files: LabelledFiles,
+        sampler: ClassSampler,
+        resolution: int,
+        batch_size: int,
+        num_frames: int = 1,
+        fps: float | None = None,
+        seed: int = 0,
+    ):
+        self.files, self.sampler, self.batch_size, self.seed = files, sampler, batch_size, seed
+        self.shape = (resolution, num_frames, fps)
+
+    def __getitem__(self, index: int) -> Batch:
+        rng, skipped = np.random.default_rng((self.seed, index)), []
+
+        def load(choice: tuple[int, bool]) -> tuple[np.ndarray, int]:
+            place, mirrored = choice
+            clip = load_square(self.files[place], *self.shape, rng)
+            return clip[:, :, ::-1] if mirrored else clip, self.files.labels[place]
+
+        drawn = [draw_readable(lambda: self.sampler(rng), load, skipped) for _ in range(self.batch_size)]
+        clips, labels = zip(*drawn)
+        return Batch(to_pixels(clips), skipped, labels=torch.tensor(labels))
+
+    def iterate(self, num_batches: int) -> Iterator[torch.Tensor]:
+        """The pixels of the first batches, for measurements."""
+        return (self[index].pixels for index in range(num_batches))

@@ -1,0 +1,288 @@
+"""Training of the diffusion transformer."""
+
+import json
+import logging
+from pathlib import Path
+
+import numpy as np
+import torch
+from einops import rearrange
+
+from ..evaluation.reconstruction import to_float
+from ..latents import compute_latent_statistics, normalize_latents, summarize_latents
+from ..models import AutoencoderViTok, ViTokDiTModel
+from ..pipelines import ViTokDiTPipeline
+from ..pipelines.model_card import usage
+from .arguments import DiTArguments
+from .checkpointing import atomic_folder, find_checkpoint
+from .cropping import Batch
+from .data import BatchLoader
+from .diffusion import bucket_timesteps, diffusion_losses, drop_labels, make_scheduler, sample_timesteps
+from .ema import WeightAverage
+from .latent_cache import STATISTICS, LatentBatches, LatentCache, fingerprint
+from .latent_data import ClassSampler, LabelledFiles, PictureBatches, load_square, read_classes, to_pixels
+from .loop import TrainedModel, Trainer
+from .publishing import changed_settings, last_folder, push, write_model_card
+
+
+logger = logging.getLogger(__name__)
+
+MAX_FRAMES_SHOWN = 8  # of a sampled video
+
+
+def load_autoencoder(args: DiTArguments) -> AutoencoderViTok:
+    """Frozen, in float32. Its name in the config has no folder above the last."""
+    vae = AutoencoderViTok.from_pretrained(args.vae_name_or_path, variant=args.vae_variant, torch_dtype=torch.float32)
+    vae.register_to_config(_name_or_path=last_folder(args.vae_name_or_path))
+    return vae.eval().requires_grad_(False)
+
+
+def has_statistics(vae: AutoencoderViTok) -> bool:
+    config = vae.config
+    return config.latents_mean is not None or (config.scaling_factor, config.shift_factor) != (1.0, 0.0)
+
+
+def make_transformer(args: DiTArguments, vae: AutoencoderViTok, resolution: int, num_classes: int) -> ViTokDiTModel:
+    """With random weights. Raises `ValueError` if the model's config contradicts the data."""
+    fixed = {
+        "sample_size": resolution // vae.spatial_compression_ratio,
+        "sample_frames": vae.config.sample_frames // vae.temporal_compression_ratio,
+        "in_channels": vae.config.latent_channels,
+        "num_classes": num_classes,
+    }
+    if args.variant is not None:
+        return ViTokDiTModel.from_variant(args.variant, **fixed)
+    config = json.loads(Path(args.model_config).read_text())
+    config = {name: value for name, value in config.items() if not name.startswith("_")}
+    for name, value in (fixed | {"out_channels": fixed["in_channels"]}).items():
+        if config.get(name) not in (None, value):
+            raise ValueError(
+                f"`model_config` has {name} {config[name]}, but the autoencoder and the data have {value}: leave it "
+                "out."
+            )
+    return ViTokDiTModel(**config | fixed)
+
+
+class DiTTrainer(Trainer):
+    """A `ViTokDiTModel` on the latents of a frozen ViTok, as in the paper (section 4.4), or with flow matching.
+
+    The latents are encoded on the fly or come from a cache. Checkpoints hold `pipeline/` and, with EMA,
+    `pipeline_ema/`, folders for `ViTokDiTPipeline.from_pretrained`; the result, averaged if there is an average, is in
+    `output_dir`/pipeline.
+    """
+
+    def __init__(self, args: DiTArguments):
+        super().__init__(args)
+        self.vae = load_autoencoder(args).to(self.accelerator.device)
+        self.scheduler = make_scheduler(args.prediction_type)
+        self.cache = None
+        if args.latents_dir is not None:
+            self.cache = LatentCache(args.latents_dir, verify=self.accelerator.is_local_main_process)
+        self.resolution = self._choose_resolution()
+        dataset, self.classes = self._make_dataset()
+        self._normalise(dataset)
+        model = make_transformer(args, self.vae, self.resolution, len(self.classes))
+        if args.gradient_checkpointing:
+            model.enable_gradient_checkpointing()
+        if args.compile:
+            model.compile_repeated_blocks(fullgraph=True, dynamic=True)
+        trained = TrainedModel(model, self.accelerator, args, args.learning_rate, args.lr_warmup_steps)
+        self.models = {"transformer": trained}
+        if args.use_ema:
+            self.average = WeightAverage(trained.model, args.ema_decay)
+        trained.model.train()
+        processes = self.accelerator.process_index, self.accelerator.num_processes
+        self.loader = BatchLoader(dataset, args.dataloader_num_workers, *processes)
+        self.held_out = {Path(path).name: self._load_held_out(path) for path in args.validation_data_dir}
+        self.metrics = {}
+        self.start()
+
+    @property
+    def transformer(self) -> ViTokDiTModel:
+        return self.models["transformer"].unwrapped
+
+    def _choose_resolution(self) -> int:
+        resolution, p = self.args.resolution, self.vae.spatial_compression_ratio
+        if self.cache is not None:
+            cached = self.cache.index["resolution"]
+            if resolution not in (None, cached):
+                raise ValueError(f"`resolution` is {resolution}, but the cached latents have {cached}: leave it out.")
+            if self.cache.index["vae_sha256"] != fingerprint(self.vae):
+                raise ValueError(
+                    f'The latents in "{self.args.latents_dir}" are of "{self.cache.index["vae"]}", which is not the '
+                    f'autoencoder "{self.args.vae_name_or_path}": name that one, or write them anew.'
+                )
+            resolution = cached
+        resolution = resolution or self.vae.config.sample_size
+        if resolution % p:
+            raise ValueError(f"`resolution` {resolution} must be a multiple of the autoencoder's patch_size {p}.")
+        return resolution
+
+    def _make_dataset(self) -> tuple[PictureBatches | LatentBatches, list[str]]:
+        args, num_frames = self.args, self.vae.config.sample_frames
+        classes = None if args.class_file is None else read_classes(args.class_file)
+        if self.cache is None:
+            data = LabelledFiles(args.train_data_dir, classes, num_frames)
+        else:
+            data = self.cache
+            if classes not in (None, data.classes):
+                raise ValueError(f'The classes of "{args.latents_dir}" are {data.classes}: leave out `class_file`.')
+        sampler = ClassSampler(data.labels, data.classes, args.random_flip, args.no_flip_classes, args.class_balanced)
+        if self.cache is None:
+            shape = self.resolution, args.train_batch_size, num_frames, args.fps
+            return PictureBatches(data, sampler, *shape, args.seed), data.classes
+        return LatentBatches(data, sampler, args.train_batch_size, args.seed), data.classes
+
+    def _normalise(self, dataset: PictureBatches | LatentBatches) -> None:
+        """Sees to it that the autoencoder's config has the statistics of the latents: when resumed, those it had."""
+        args = self.args
+        if args.resume_from_checkpoint:
+            checkpoint = find_checkpoint(self.output_dir, args.resume_from_checkpoint)
+            config = json.loads((checkpoint / "pipeline" / "vae" / "config.json").read_text())
+            self.vae.register_to_config(**{name: config[name] for name in STATISTICS})
+        elif not has_statistics(self.vae):
+            if self.cache is None:
+                batches = dataset.iterate(-(-args.num_statistics_images // args.train_batch_size))
+                statistics = compute_latent_statistics(self.vae, batches)
+            else:
+                statistics = summarize_latents(self.cache.iterate_means(args.num_statistics_images))
+            self.vae.register_to_config(**statistics.to_config())
+            logger.warning("Latent statistics of %d pictures: %s", statistics.num_items, statistics.to_config())
+
+    @torch.no_grad()
+    def _load_held_out(self, path: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Normalised latents, modes of the posteriors, and classes of pictures evenly spaced in their sorted list.
+
+        Held-out data are fixed: a file that cannot be read raises a ValueError that names it.
+        """
+        args, num_frames, latents = self.args, self.vae.config.sample_frames, []
+        files = LabelledFiles([path], self.classes, num_frames)
+        chosen = np.linspace(0, len(files) - 1, min(args.num_validation_images, len(files))).round().astype(int)
+        for index in chosen:
+            rng = np.random.default_rng(int(index))
+            pixels = to_pixels([load_square(files[index], self.resolution, num_frames, args.fps, rng)])
+            latents.append(self.vae.encode(to_float(pixels.to(self.vae.device))).latent_dist.mode())
+        return normalize_latents(torch.cat(latents), self.vae), torch.from_numpy(files.labels[chosen])
+
+    @torch.no_grad()
+    def latents_of(self, batch: Batch) -> torch.Tensor:
+        """Normalised samples of the posteriors, (B, c, [t,] h, w) float32."""
+        pixels = batch.pixels.to(self.accelerator.device, non_blocking=True)
+        if self.cache is not None:
+            mean, std = pixels.unbind(dim=1)
+            latents = mean + std * torch.randn(mean.shape, device=mean.device)
+        else:
+            with self.accelerator.autocast():
+                latents = self.vae.encode(to_float(pixels)).latent_dist.sample().float()
+        return normalize_latents(latents, self.vae)
+
+    def count_pixels(self, batch: Batch) -> int:
+        return len(batch.pixels) * self.resolution**2 * self.vae.config.sample_frames
+
+    def training_step(self, batches: list[Batch]) -> list[dict[str, torch.Tensor]]:
+        args, device, logs, trained = self.args, self.accelerator.device, [], self.models["transformer"]
+        for batch in batches:
+            latents, labels = self.latents_of(batch), batch.labels.to(device)
+            labels = drop_labels(labels, len(self.classes), args.class_dropout)
+            timesteps = sample_timesteps(
+                self.scheduler, len(labels), args.weighting_scheme, args.logit_mean, args.logit_std, device=device
+            )
+            noise = torch.randn(latents.shape, device=device)  # not `randn_like`, which depends on the strides
+            with trained.accumulate():
+                losses = diffusion_losses(
+                    trained.model, self.scheduler, latents, labels, noise, timesteps, args.snr_gamma
+                )
+                loss = losses.mean()
+                self.accelerator.backward(loss)
+                logs.append({"loss": loss.detach()} | trained.update(self.step))
+        return logs
+
+    @torch.no_grad()
+    def evaluate(self) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+        """Held-out losses of the weights and of their average, and samples of the average, if there is one."""
+        metrics, pictures = {}, {}
+        self.models["transformer"].model.eval()
+        averages = self.averages()
+        for label, weights in averages.items():
+            with weights:
+                for name in self.held_out:
+                    metrics |= self._held_out_losses(name, label)
+                if label == list(averages)[-1]:
+                    pictures[f"samples{label}"] = self._sample()
+        self.models["transformer"].model.train()
+        self.metrics = metrics
+        return metrics, pictures
+
+    def _held_out_losses(self, name: str, label: str) -> dict[str, float]:
+        """Unweighted, for each part of the schedule and their mean, with the same noise every time."""
+        generator, device = torch.Generator().manual_seed(self.args.seed), self.accelerator.device
+        latents, class_labels = self.held_out[name]
+        means = {}
+        for bucket, timesteps in bucket_timesteps(
+            self.scheduler, self.args.num_timestep_buckets, len(latents), generator
+        ).items():
+            noise = torch.randn(latents.shape, generator=generator)
+            tensors = (latents, class_labels, noise, timesteps)
+            parts = zip(*(tensor.to(device).split(self.args.train_batch_size) for tensor in tensors))
+            losses = [diffusion_losses(self.transformer, self.scheduler, *part) for part in parts]
+            means[f"{name}{label}_loss_{bucket}"] = torch.cat(losses).mean().item()
+        return {f"{name}{label}_loss": sum(means.values()) / len(means)} | means
+
+    def _sample(self) -> np.ndarray:
+        """(H, W, 3) uint8: a row for each class, or, of a video model, for each sample with its frames."""
+        args, scheduler = self.args, make_scheduler(self.args.prediction_type)
+        pipe = ViTokDiTPipeline(self.transformer, self.vae, scheduler, dict(enumerate(self.classes)))
+        pipe.set_progress_bar_config(disable=True)
+        count = min(args.num_sample_classes, len(self.classes))
+        classes = np.linspace(0, len(self.classes) - 1, count).round().astype(int).tolist()
+        seeds = range(args.seed, args.seed + count * args.num_samples_per_class)
+        (samples,) = pipe(
+            classes,
+            guidance_scale=args.guidance_scale,
+            num_inference_steps=args.num_inference_steps,
+            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+            num_images_per_label=args.num_samples_per_class,
+            output_type="np",
+            return_dict=False,
+        )  # (B, H, W, 3) or (B, T, H, W, 3)
+        if pipe.is_video:
+            shown = np.linspace(0, samples.shape[1] - 1, min(samples.shape[1], MAX_FRAMES_SHOWN)).round().astype(int)
+            grid = rearrange(samples[:, shown], "b t h w c -> (b h) (t w) c")
+        else:
+            grid = rearrange(samples, "(k n) h w c -> (k h) (n w) c", k=count)
+        return (grid * 255).round().astype(np.uint8)
+
+    def _save_pipeline(self, folder: Path, average: bool) -> None:
+        """All processes must call it; the main process writes."""
+        state_dict = self.gather_weights("transformer", average)
+        if self.accelerator.is_main_process:
+            with torch.device("meta"):
+                twin = ViTokDiTModel.from_config(self.transformer.config)
+            twin.load_state_dict(state_dict, assign=True)
+            scheduler = make_scheduler(self.args.prediction_type)
+            ViTokDiTPipeline(twin, self.vae, scheduler, dict(enumerate(self.classes))).save_pretrained(folder)
+
+    def save_models(self, folder: Path) -> None:
+        self._save_pipeline(folder / "pipeline", average=False)
+        if self.average is not None:
+            self._save_pipeline(folder / "pipeline_ema", average=True)
+
+    def finish(self) -> None:
+        """Writes the final pipeline and its card, and uploads them if asked to."""
+        args = self.args
+        name = args.hub_model_id or self.output_dir.resolve().name
+        with atomic_folder(self.output_dir / "pipeline", self.accelerator) as folder:
+            self._save_pipeline(folder, average=self.average is not None)
+            if self.accelerator.is_main_process:
+                write_model_card(
+                    folder,
+                    name,
+                    "diffusion",
+                    "A class-conditional diffusion transformer on the latents of a ViTok",
+                    args.vae_name_or_path,
+                    usage(name, self.classes[:1], self.vae.config.sample_frames > 1),
+                    {metric: value for metric, value in self.metrics.items() if "_ema_" in metric or not args.use_ema},
+                    changed_settings(args),
+                )
+        if args.push_to_hub and self.accelerator.is_main_process:
+            logger.warning("Uploaded to %s.", push(self.output_dir / "pipeline", name, args.hub_token))
