@@ -1,0 +1,94 @@
+from pathlib import Path
+
+import torch
+
+from tests.conftest import ASSETS
+from tests.training.conftest import read_log, run
+from vitok_hf import AutoencoderViTok
+from vitok_hf.training.autoencoder import AutoencoderTrainer
+
+
+class TestEvaluation:
+    def test_held_out_pictures(self, arguments):
+        args = arguments(
+            validation_data_dir=[str(ASSETS)],
+            validation_resolution=32,
+            num_validation_images=3,
+            validation_steps=3,
+            use_ema=True,
+            ema_decay=0.5,
+        )
+        trainer = run(args)
+        assert trainer.validation_images["assets"].shape == (3, 3, 32, 32)
+        for key in ("assets_psnr", "assets_ssim", "assets_ema_psnr"):
+            assert sorted(read_log(args.output_dir, key)) == [3, 6]
+        assert read_log(args.output_dir, "assets_psnr") != read_log(args.output_dir, "assets_ema_psnr")
+        for name in ("assets", "assets_ema"):
+            assert (Path(args.output_dir) / "samples" / f"{name}_0000006.png").exists()
+        assert trainer.vae.training
+
+    def test_the_average_is_better_than_the_weights_at_its_own_picture(self, arguments):
+        """The metrics with the suffix are those of the averaged weights."""
+        args = arguments(validation_data_dir=[str(ASSETS)], validation_resolution=32, use_ema=True)
+        trainer = AutoencoderTrainer(args)
+        plain, _ = trainer.evaluate()
+        assert plain["assets_psnr"] == plain["assets_ema_psnr"]
+        with torch.no_grad():
+            trainer.vae.decoder.proj_out.bias.fill_(5.0)
+        ruined, _ = trainer.evaluate()
+        assert ruined["assets_ema_psnr"] == plain["assets_psnr"] > ruined["assets_psnr"]
+
+    def test_no_empty_lines_without_pictures(self, arguments):
+        args = arguments(validation_steps=1)
+        run(args)
+        lines = (Path(args.output_dir) / "metrics.jsonl").read_text().splitlines()
+        assert len(lines) == 6 and all("loss" in line for line in lines)
+
+
+class TestPublishing:
+    def test_model_card(self, stage2, tmp_path):
+        args = stage2(
+            validation_data_dir=[str(ASSETS)], validation_resolution=16, validation_steps=6, num_validation_images=2
+        )
+        run(args)
+        folder = Path(args.output_dir) / "vae"
+        card = (folder / "README.md").read_text()
+        assert card.startswith("---\nlibrary_name: vitok_hf\n")
+        assert "| assets_psnr |" in card and "- `gan_weight`: 0.1" in card and "# run" in card
+        assert "- `train_data_dir`: ['assets']" in card and "- `pretrained_model_name_or_path`: pretrained" in card
+        assert str(tmp_path) not in card and str(ASSETS.parent) not in card
+        assert str(tmp_path) not in (folder / "config.json").read_text()
+        usage = card.split("```python\n")[1].split("```")[0].replace('"run"', repr(str(folder)))
+        scope = {}
+        exec(usage, scope)
+        assert isinstance(scope["vae"], AutoencoderViTok)
+
+    def test_push_to_hub(self, arguments, hub):
+        run(arguments(push_to_hub=True, hub_model_id="someone/mine", hub_token="hf_x", max_train_steps=1))
+        _, files = hub.snapshot("someone/mine")
+        assert {"README.md", "config.json", "diffusion_pytorch_model.safetensors"} <= set(files)
+
+
+class TestTrackers:
+    def test_tensorboard(self, stage2):
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+        args = stage2(
+            report_to="tensorboard",
+            logging_dir="tracked",
+            tracker_project_name="mine",
+            adaptive_gan_weight=10.0,
+            validation_data_dir=[str(ASSETS)],
+            validation_resolution=16,
+            validation_steps=6,
+            hub_token="hf_secret",
+        )
+        run(args)
+        folder = Path(args.output_dir) / "tracked" / "mine"
+        events = EventAccumulator(str(folder)).Reload()
+        expected = ("loss", "logits_real", "logits_fake", "gan_weight", "grad_norm", "discriminator_grad_norm")
+        for name in (*expected, "items_per_second", "assets_psnr", "learning_rate", "discriminator_learning_rate"):
+            assert events.Scalars(name)[-1].step == 6
+        (image,) = events.Images("assets")
+        assert (image.width, image.height) == (32, 4 * 16)
+        assert not any(b"hf_secret" in file.read_bytes() for file in folder.rglob("*") if file.is_file())

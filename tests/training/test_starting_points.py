@@ -1,0 +1,109 @@
+import contextlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.conftest import TINY, make_vae
+from tests.training.conftest import read_log, run
+from vitok_hf import AutoencoderViTok
+from vitok_hf.training import autoencoder
+from vitok_hf.training.autoencoder import AutoencoderTrainer
+
+
+class TestStartingPoints:
+    def test_sources_of_the_model(self, arguments, tmp_path):
+        make_vae("v1").half().save_pretrained(tmp_path / "model")
+        loaded = autoencoder.load_model(arguments(pretrained_model_name_or_path=str(tmp_path / "model")))
+        for ours, theirs in zip(loaded.parameters(), make_vae("v1").parameters()):
+            assert ours.dtype == torch.float32 and torch.equal(ours, theirs.half().float())
+        assert autoencoder.load_model(arguments(latent_channels=6)).config.latent_channels == 6
+        variant = arguments(variant="w32_d1_h2-w32_d2_h2/1x8x4")
+        assert autoencoder.load_model(variant).config.decoder_num_layers == 2
+        with pytest.raises(TypeError, match="patchsize"):
+            autoencoder.load_model(arguments(TINY | {"patchsize": 4}))
+
+    def test_author_layout(self, arguments, tmp_path):
+        from tests.conftest import GOLDEN
+
+        folder = tmp_path / "w64_d2_h4-w96_d3_h4" / "ViTok-v2"
+        folder.mkdir(parents=True)
+        for name in ("encoder", "decoder"):
+            (folder / f"{name}.safetensors").write_bytes((GOLDEN / f"{name}.safetensors").read_bytes())
+        with pytest.raises(ValueError, match="variant"):
+            autoencoder.load_model(arguments(pretrained_model_name_or_path=str(folder)))
+        args = arguments(pretrained_model_name_or_path=str(folder), variant="w64_d2_h4-w96_d3_h4/1x8x16")
+        assert autoencoder.load_model(args).config.latent_norm
+
+    def test_decoder_only(self, arguments, stage2):
+        before = AutoencoderTrainer(stage2(stage=1, freeze_encoder=True)).vae.state_dict()
+        before = {name: value.clone() for name, value in before.items()}
+        trainer = run(stage2(stage=1, freeze_encoder=True, use_ema=True))
+        for name, value in trainer.vae.state_dict().items():
+            assert torch.equal(value, before[name]) == name.startswith("encoder.")
+        assert not trainer.vae.encoder.training and trainer.vae.decoder.training
+        assert len(trainer.average.shadow_params) == len(list(trainer.vae.decoder.parameters()))
+        assert "kl" not in read_log(trainer.args.output_dir, "loss")
+
+    @pytest.mark.parametrize("stage", [1, 2])
+    def test_lora(self, stage2, tmp_path, stage):
+        args = stage2(stage=stage, lora_rank=2, lora_alpha=4.0, learning_rate=1e-2, use_ema=stage == 2)
+        trainer = run(args)
+        base = AutoencoderViTok.from_pretrained(tmp_path / "pretrained")
+        trained = {name for name, x in trainer.vae.named_parameters() if x.requires_grad}
+        assert trained and all("lora" in name for name in trained)
+        assert any(name.startswith("encoder") for name in trained) == (stage == 1)
+        x = torch.rand(1, 3, 16, 24) * 2 - 1
+        before = base(x).sample
+        base.load_lora_adapter(Path(args.output_dir) / "vae", prefix=None, use_safetensors=True)
+        after = base(x).sample
+        assert (after - before).abs().max() > 1e-4
+        with trainer.average.applied() if stage == 2 else contextlib.nullcontext():
+            torch.testing.assert_close(trainer.vae.eval()(x).sample, after)
+        assert sum(f.stat().st_size for f in (Path(args.output_dir) / "vae").glob("*.safetensors")) < 60_000
+
+    def test_statistics_of_the_latents(self, stage2):
+        """They stay with the encoder that they were measured on."""
+        config = TINY | {"latents_mean": [0.5] * 4, "latents_std": [2.0] * 4}
+        for freeze in (True, False):
+            args = stage2(config, freeze_encoder=freeze, max_train_steps=1)
+            run(args)
+            vae = AutoencoderViTok.from_pretrained(Path(args.output_dir) / "vae")
+            assert vae.config.latents_std == ([2.0] * 4 if freeze else None)
+
+    def test_lora_resumes(self, stage2):
+        run(stage2(lora_rank=2, max_train_steps=3))
+        resumed = AutoencoderTrainer(stage2(lora_rank=2, resume_from_checkpoint="latest"))
+        assert resumed.step == 3
+        names = [name for name, x in resumed.vae.named_parameters() if "lora_B" in name and x.abs().sum() > 0]
+        assert names
+        resumed.train()
+
+
+class TestArguments:
+    @pytest.mark.parametrize(
+        "overrides, message",
+        [
+            ({"stage": 3}, "`stage` must be 1 or 2, but is 3"),
+            ({"stage": 2}, "`freeze_encoder` True needs `pretrained_model_name_or_path`"),
+            ({"lora_rank": 4}, "`lora_rank` 4 needs `pretrained_model_name_or_path`"),
+            ({"model_config": None}, "Name the model by `variant`"),
+            ({"variant": "S-B/16", "model_config": "x"}, 'but variant is "S-B/16", model_config "x"'),
+            ({"train_data_dir": []}, "Set exactly one of train_data_dir, dataset_name, train_shards"),
+            ({"train_shards": ["x.tar"]}, "Set exactly one of train_data_dir, dataset_name, train_shards"),
+            ({"max_train_steps": 0}, "`max_train_steps` must be at least 1, but is 0"),
+            ({"checkpoints_total_limit": 0}, "`checkpoints_total_limit` must be at least 1, but is 0"),
+            ({"gan_loss": "wgan"}, '`gan_loss` must be "hinge" or "non_saturating", but is "wgan"'),
+            ({"ema_decay": 1.0}, "`ema_decay` must be at least 0 and less than 1, but is 1.0"),
+            ({"report_to": "paper"}, '`report_to` is "paper", but of the trackers'),
+            ({"lr_scheduler": "sine"}, "`lr_scheduler` must be one of linear, cosine"),
+            ({"pretrained_model_name_or_path": "x", "latent_channels": 4}, "cannot be changed in a pretrained model"),
+        ],
+    )
+    def test_errors(self, arguments, overrides, message):
+        with pytest.raises(ValueError, match=message):
+            AutoencoderTrainer(arguments(**overrides))
+
+    def test_settings_are_json(self, arguments):
+        json.dumps(vars(arguments()))
