@@ -213,7 +213,8 @@ class TestSaving:
         pipe.save_pretrained(tmp_path)
         run = subprocess.run([sys.executable, "-c", FRESH_PROCESS, str(tmp_path)], capture_output=True, text=True)
         assert run.stdout.splitlines() == [f"True {pipe.labels} {ID2LABEL}"], run.stderr
-        assert torch.equal(torch.load(tmp_path / "output.pt"), sample(pipe, ("dog", 2)))
+        output = torch.load(tmp_path / "output.pt")
+        torch.testing.assert_close(output, sample(pipe, ("dog", 2)), rtol=1e-4, atol=1e-3)  # latents of up to 50
 
     def test_from_a_folder(self, pipe, tmp_path):
         pipe.save_pretrained(tmp_path)
@@ -226,7 +227,7 @@ class TestSaving:
             loaded = cls.from_pretrained(source)
             assert type(loaded) is ViTokDiTPipeline and type(loaded.scheduler) is type(pipe.scheduler)
             assert loaded.config.id2label == ID2LABEL and loaded.labels == pipe.labels
-            assert torch.equal(sample(loaded, ("dog", 2)), expected)
+            torch.testing.assert_close(sample(loaded, ("dog", 2)), expected, rtol=1e-4, atol=1e-3)
 
     def test_from_the_hub(self, pipe, hub):
         pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=2.0)
