@@ -56,7 +56,7 @@ class TestDiffusersFeatures:
         assert sum("lora_A" in name for name, _ in model.named_parameters()) == 2 * 4
         model.save_lora_adapter(tmp_path)
         model.disable_adapters()
-        assert torch.equal(run(model, x), expected)
+        torch.testing.assert_close(run(model, x), expected)
         other = make_model(kind)
         other.load_lora_adapter(tmp_path, prefix=None, use_safetensors=True)
         assert_close(run(other, x), adapted, atol=1e-6)
@@ -112,13 +112,13 @@ class TestDiffusersFeatures:
 
         monkeypatch.setattr(ModuleGroup, "onload_", record)
         model.enable_group_offload(CPU, offload_type=level, num_blocks_per_group=1)
-        assert torch.equal(run(model, x), expected)
+        torch.testing.assert_close(run(model, x), expected)
         assert loaded == set(map(id, model.parameters()))
 
     def test_copies(self, model, x):
         other, expected = copy.deepcopy(model), run(model, x)
         model.proj_out.weight.zero_()
-        assert torch.equal(run(other, x), expected)
+        torch.testing.assert_close(run(other, x), expected)
 
 
 class TestCaches:

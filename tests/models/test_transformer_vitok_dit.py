@@ -138,7 +138,7 @@ class TestInputs:
 
     def test_a_picture_is_a_video_of_one_frame(self):
         model, x = make_model("video"), make_latents("image")
-        assert torch.equal(run(model, x), run(model, x.unsqueeze(2)).squeeze(2))
+        torch.testing.assert_close(run(model, x), run(model, x.unsqueeze(2)).squeeze(2))
 
     def test_positions_matter(self, model, x):
         """Without positions, turning the latents would turn the output."""
@@ -156,17 +156,17 @@ class TestInputs:
         assert changed[0] > 1e-3 and changed[1] == 0
 
     def test_no_label_is_the_null_class(self, model, x):
-        assert torch.equal(model(x, 1).sample, run(model, x, 1, torch.tensor([5, 5])))
+        torch.testing.assert_close(model(x, 1).sample, run(model, x, 1, torch.tensor([5, 5])))
 
     def test_unconditional_model(self, x, kind):
         model = make_model(kind, num_classes=0)
-        assert torch.equal(model(x, 1).sample, run(model, x, 1, torch.zeros(2, dtype=torch.int64)))
+        torch.testing.assert_close(model(x, 1).sample, run(model, x, 1, torch.zeros(2, dtype=torch.int64)))
         with pytest.raises(ValueError, match="0 for no class, but are"):
             run(model, x, 1, torch.tensor([0, 1]))
 
     def test_tuple(self, model, x):
         (sample,) = model(x, TIMESTEP, LABELS, return_dict=False)
-        assert torch.equal(sample, run(model, x))
+        torch.testing.assert_close(sample, run(model, x))
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     def test_precision(self, model, x, dtype):
@@ -237,7 +237,7 @@ class TestSaving:
         model.save_pretrained(tmp_path)
         loaded = ViTokDiTModel.from_pretrained(tmp_path)
         assert arguments(loaded) == arguments(model)
-        assert torch.equal(run(loaded, x), run(model, x))
+        torch.testing.assert_close(run(loaded, x), run(model, x))
 
     @pytest.mark.parametrize("problem", ["missing", "unexpected"])
     def test_loading_is_strict(self, problem, tmp_path):
