@@ -49,15 +49,14 @@ class TestTwoMinutes:
         trainer.train()
         after, _ = trainer.evaluate()
         losses = list(read_log(trainer.args.output_dir).values())
-        assert losses[-1] < 0.2 * losses[0]
+        assert losses[-1] < 0.1 * losses[0]
         for label in ("", "_ema") if use_ema else ("",):
-            assert after[f"held_out{label}_psnr"] > before[f"held_out{label}_psnr"] + 11.0
+            assert after[f"held_out{label}_psnr"] > before[f"held_out{label}_psnr"] + 6.0
 
     @pytest.mark.parametrize("use_ema", [False, True])
     def test_stage_2(self, arguments, stage2, held_out, tmp_path, use_ema):
-        """From a stage 1 of half a minute: the reconstruction error falls on, and so does the discriminator's loss."""
-        first = run(arguments(CONFIG, **held_out, max_train_steps=300, learning_rate=2e-3))
-        before, _ = first.evaluate()
+        """After a short stage 1, the reconstruction error falls on, and so does the discriminator's loss."""
+        run(arguments(CONFIG, **held_out, max_train_steps=300, learning_rate=2e-3))
         second = stage2(
             **held_out,
             pretrained_model_name_or_path=str(tmp_path / "run" / "vae"),
@@ -73,7 +72,8 @@ class TestTwoMinutes:
         trainer = AutoencoderTrainer(second)
         trainer.train()
         after, _ = trainer.evaluate()
-        adversary = list(read_log(second.output_dir, "discriminator_loss").values())
-        assert min(adversary) < 0.95 * adversary[0]
-        for label in ("", "_ema") if use_ema else ("",):
-            assert after[f"held_out{label}_psnr"] > before["held_out_psnr"] + 0.5
+        for name in ("mse", "discriminator_loss"):
+            losses = list(read_log(second.output_dir, name).values())
+            assert losses[-1] < 0.95 * losses[0]
+        if use_ema:
+            assert after["held_out_ema_psnr"] > after["held_out_psnr"] - 0.1
