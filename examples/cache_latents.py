@@ -24,6 +24,7 @@ def main():
     parser.add_argument("--vae_variant", help="of the author's ViTok-v2 weights under another name")
     parser.add_argument("--train_data_dir", nargs="+", required=True, help="folders of pictures, or of videos")
     parser.add_argument("--class_file", help="classes in the order of their ids, one a line; default: sorted")
+    parser.add_argument("--max_files_per_class", type=int, help="of larger classes, a fixed random choice of so many")
     parser.add_argument("--resolution", type=int, help="side of the central squares; default: the model's sample_size")
     parser.add_argument("--fps", type=float, help="frames a second of the clips of a video model; default: all")
     parser.add_argument("--batch_size", type=int, default=16)
@@ -36,7 +37,7 @@ def main():
     vae = AutoencoderViTok.from_pretrained(args.vae_name_or_path, variant=args.vae_variant, torch_dtype=torch.float32)
     vae.to(PartialState().default_device).eval()
     classes = None if args.class_file is None else read_classes(args.class_file)
-    files = LabelledFiles(args.train_data_dir, classes, vae.config.sample_frames)
+    files = LabelledFiles(args.train_data_dir, classes, vae.config.sample_frames, args.max_files_per_class)
     index = write_latents(
         vae,
         Path(args.vae_name_or_path).name,

@@ -24,9 +24,9 @@ from vitok_hf.training.media import IMAGE_SUFFIXES, list_files, load_image, resi
 class FolderClasses(Dataset):
     """Item i: a random crop of at least half a picture's side, and its class; classes are balanced."""
 
-    def __init__(self, folder: Path, size: int, length: int):
+    def __init__(self, folders: list[Path], size: int, length: int):
         self.size, self.length, self.classes = size, length, {}
-        for file in list_files(folder, IMAGE_SUFFIXES):
+        for file in [file for folder in folders for file in list_files(folder, IMAGE_SUFFIXES)]:
             self.classes.setdefault(file.parent.name, []).append(file)
         self.names = sorted(self.classes)
         self.pictures: dict[Path, np.ndarray] = {}  # decoded ones, no larger than needed
@@ -53,8 +53,8 @@ class FolderClasses(Dataset):
         return torch.from_numpy(crop.copy()).permute(2, 0, 1), label
 
 
-def test_pictures(folder: Path, names: list[str], size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    files = [file for file in list_files(folder, IMAGE_SUFFIXES) if file.parent.name in names]
+def test_pictures(folders: list[Path], names: list[str], size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    files = [file for folder in folders for file in list_files(folder, IMAGE_SUFFIXES) if file.parent.name in names]
     for start in range(0, len(files), 128):
         batch = files[start : start + 128]
         pictures = np.stack([resize_and_crop(load_image(file), size) for file in batch])
@@ -64,8 +64,8 @@ def test_pictures(folder: Path, names: list[str], size: int) -> Iterator[tuple[t
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--train_data_dir", type=Path, required=True)
-    parser.add_argument("--test_data_dir", type=Path, required=True)
+    parser.add_argument("--train_data_dir", type=Path, nargs="+", required=True)
+    parser.add_argument("--test_data_dir", type=Path, nargs="+", required=True)
     parser.add_argument("--size", type=int, default=64, help="side of the pictures in pixels")
     parser.add_argument("--max_train_steps", type=int, default=600)
     parser.add_argument("--train_batch_size", type=int, default=64)

@@ -13,8 +13,10 @@ import torch
 from PIL import Image
 
 from tests.conftest import ASSETS, TINY, make_input, make_vae
+from tests.dit import make_pipeline
 from tests.training.conftest import write_video
 from vitok_hf import AutoencoderViTok
+from vitok_hf.evaluation.features import Classifier
 
 
 EXAMPLES = ASSETS.parent
@@ -36,6 +38,17 @@ def run_example(monkeypatch, capsys, tmp_path):
 def model(tmp_path):
     make_vae("v1").save_pretrained(tmp_path / "model")
     return tmp_path / "model"
+
+
+def write_colours(folder):
+    """Reddish and bluish noise, in folders red and blue of train (8 pictures each) and test (4)."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 8), ("test", 4)):
+        for name, colour in (("red", (200, 30, 30)), ("blue", (30, 30, 200))):
+            (folder / split / name).mkdir(parents=True)
+            for index in range(count):
+                picture = np.clip(rng.normal(colour, 20, (48, 40, 3)), 0, 255).astype(np.uint8)
+                Image.fromarray(picture).save(folder / split / name / f"{index}.png")
 
 
 class TestReconstruct:
@@ -95,14 +108,7 @@ class TestTraining:
         assert hours[1] > hours[0] > 0
 
     def test_classifier_and_sharpness(self, run_example, model, tmp_path):
-        rng = np.random.default_rng(0)
-        for split, count in (("train", 8), ("test", 4)):
-            for name, colour in (("red", (200, 30, 30)), ("blue", (30, 30, 200))):
-                folder = tmp_path / split / name
-                folder.mkdir(parents=True)
-                for index in range(count):
-                    picture = np.clip(rng.normal(colour, 20, (48, 40, 3)), 0, 255).astype(np.uint8)
-                    Image.fromarray(picture).save(folder / f"{index}.png")
+        write_colours(tmp_path)
         out = run_example(
             *("train_classifier.py", "--train_data_dir", "train", "--test_data_dir", "test", "--size", 32),
             *("--max_train_steps", 8, "--train_batch_size", 16, "--dataloader_num_workers", 0),
@@ -120,6 +126,51 @@ class TestTraining:
         assert [row[2] for row in rows] == ["model", "other"]
         assert float(rows[0][5]) > 10 * float(rows[1][5]) > 0 and float(rows[0][6]) > 0
         assert Image.open(tmp_path / "sharpness" / "red.png").size == (3 * 16 * 4, 4 * 16 * 4)
+
+
+class TestGenerate:
+    @pytest.fixture
+    def pipeline(self, tmp_path):
+        make_pipeline(id2label={0: "blue", 1: "red"}, num_classes=2).save_pretrained(tmp_path / "pipeline")
+        return tmp_path / "pipeline"
+
+    def test_grid(self, run_example, pipeline, tmp_path):
+        arguments = ("--num_images_per_label", 3, "--num_inference_steps", 2)
+        out = run_example("generate.py", "--model", pipeline, *arguments)
+        assert "Rows: blue, red" in out and "6 pictures in " in out
+        grid = np.asarray(Image.open(tmp_path / "samples.png"))
+        assert grid.shape == (2 * 32, 3 * 32, 3)
+        # a sample depends on its own seed alone
+        run_example("generate.py", "--model", pipeline, *arguments, "--class_labels", "red", "--seed", 3)
+        alone = np.asarray(Image.open(tmp_path / "samples.png")).astype(int)
+        assert np.abs(alone - grid[32:]).max() <= 1
+
+    def test_evaluation(self, run_example, pipeline, tmp_path):
+        write_colours(tmp_path)
+        torch.manual_seed(0)
+        Classifier(["blue", "green", "red"]).save(tmp_path / "classifier.safetensors")
+        out = run_example(
+            *("evaluate_generation.py", "--model", pipeline, "--classifier", "classifier.safetensors"),
+            *("--train_data_dir", "train/red", "train/blue", "--test_data_dir", "test/red", "test/blue"),
+            *("--max_test_files", 3, "--num_inference_steps", 2, "--classifier_size", 32),
+        )
+        rows = [[cell.strip() for cell in line.split("|")] for line in out.splitlines() if line.startswith("| ")]
+        sets = {row[1]: row for row in rows if len(row) == 7}  # the first table
+        assert [sets[name][2] for name in ("samples", "reconstructions", "training pictures")] == ["6"] * 3
+        assert float(sets["held-out pictures"][5]) == pytest.approx(0.0, abs=1e-2)
+        assert float(sets["samples"][5]) > float(sets["training pictures"][5]) > 0
+        names = ("samples", "held-out pictures")
+        distances = {row[1]: [float(cell) for cell in row[2:5]] for row in rows if len(row) == 6 and row[1] in names}
+        assert distances["samples"] == sorted(distances["samples"])
+        assert min(distances["samples"]) > max(distances["held-out pictures"])  # noise of an untrained model
+        picture = Image.open(tmp_path / "evaluation" / "neighbours_samples.png")
+        assert picture.size == (2 * 3 * 32, 2 * 32)
+
+
+def test_benchmark_dit(run_example):
+    out = run_example("benchmark_dit.py", "--variants", "S", "--sample_size", 4, "--rounds", 2, "--no_compile")
+    assert "DiT-S: batch 2, 16 tokens" in out
+    assert "x floor" in out.split("ViTokDiT ")[1] and "1.00 x as fast" in out.split("DiTTransformer2DModel ")[1]
 
 
 class TestExportOnnx:

@@ -66,6 +66,16 @@ class TestFiles:
         with pytest.raises(ValueError, match="one class a line and each once"):
             read_classes(tmp_path / "classes.txt")
 
+    def test_large_classes_are_limited(self, files, folder):
+        limited = LabelledFiles([str(folder)], max_files_per_class=3)
+        assert np.bincount(limited.labels).tolist() == [3, 3, 2]
+        names = [item.name for item in limited.items]
+        assert names == [item.name for item in files.items if item.name in names]  # in the same order
+        again = LabelledFiles([str(folder / "dog"), str(folder / "cat")], max_files_per_class=3)
+        assert {item.name for item in again.items} == {name for name in names if "flag" not in name}
+        with pytest.raises(ValueError, match="`max_files_per_class` must be positive, but is 0"):
+            LabelledFiles([str(folder)], max_files_per_class=0)
+
 
 class TestSampler:
     def draw(self, files, **options):

@@ -1,5 +1,6 @@
 """The weights that are installed with the package, one `from_pretrained` folder each."""
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -17,8 +18,17 @@ def list_bundled() -> list[str]:
 
 
 def resolve_bundled(name_or_path):
-    """The folder of a bundled checkpoint, or the argument itself if it names none."""
-    return Path(__file__).parent / name_or_path if name_or_path in list_bundled() else name_or_path
+    """The folder of a bundled checkpoint, or the argument itself if it names none.
+
+    A bundled pipeline shares the weights of a bundled autoencoder, which the config in its folder `vae` names.
+    """
+    root = Path(__file__).parent
+    if name_or_path in list_bundled():
+        return root / name_or_path
+    config = Path(name_or_path, "config.json")
+    if config.parent.name == "vae" and config.parent.parent.parent == root:
+        return root / json.loads(config.read_text())["_name_or_path"]
+    return name_or_path
 
 
 def load_strictly(from_pretrained: Callable, name_or_path: str | os.PathLike, **kwargs: Any) -> Any:

@@ -64,7 +64,7 @@ class ViTokDiTPipeline(DiffusionPipeline):
         transformer: ViTokDiTModel,
         vae: AutoencoderViTok,
         scheduler: SchedulerMixin,
-        id2label: dict[int, str] | None = None,
+        id2label: dict[int, str] | dict[str, str] | None = None,
     ):
         super().__init__()
         config, channels = transformer.config, vae.config.latent_channels

@@ -3,6 +3,7 @@
 A batch is a pure function of (seed, index), and from a cache shows the same pictures, mirrored alike, as without.
 """
 
+import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -26,6 +27,26 @@ def read_classes(path: str | Path) -> list[str]:
     return classes
 
 
+def class_of(file: Path) -> str:
+    """The name of the folder that holds the file, wherever links lead."""
+    return file.resolve().parent.name
+
+
+def limit_each_class(files: list[Path], limit: int) -> list[Path]:
+    """At most `limit` files of each class: a random choice, but always the same.
+
+    Raises:
+        ValueError: If `limit` is not positive.
+    """
+    if limit < 1:
+        raise ValueError(f"`max_files_per_class` must be positive, but is {limit}.")
+    members = {}
+    for file in files:
+        members.setdefault(class_of(file), []).append(file)
+    chosen = {file for group in members.values() for file in random.Random(0).sample(group, min(limit, len(group)))}
+    return [file for file in files if file in chosen]
+
+
 class LabelledFiles(Sequence):
     """The pictures and videos in folders and their subfolders; the class is the folder that holds the file.
 
@@ -33,15 +54,24 @@ class LabelledFiles(Sequence):
         folders: Where they are.
         classes: In the order of their ids; default: those that there are, sorted.
         num_frames: Frames of a clip; for more than 1, only videos count.
+        max_files_per_class: Of a class that has more, only so many: a random choice, but always the same.
 
     Raises:
         ValueError: If there is no file, or one outside of the classes.
     """
 
-    def __init__(self, folders: list[str], classes: list[str] | None = None, num_frames: int = 1):
+    def __init__(
+        self,
+        folders: list[str | Path],
+        classes: list[str] | None = None,
+        num_frames: int = 1,
+        max_files_per_class: int | None = None,
+    ):
         files = [file for folder in folders for file in list_files(folder, suffixes_for(num_frames))]
+        if max_files_per_class is not None:
+            files = limit_each_class(files, max_files_per_class)
         self.items = [Item(str(file), file, file.suffix.lower() in VIDEO_SUFFIXES) for file in files]
-        names = [file.resolve().parent.name for file in files]
+        names = [class_of(file) for file in files]
         self.classes = sorted(set(names)) if classes is None else list(classes)
         ids = {name: index for index, name in enumerate(self.classes)}
         for file, name in zip(files, names):

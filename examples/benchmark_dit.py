@@ -1,0 +1,90 @@
+"""Times a denoising step: `ViTokDiTModel`, eager and compiled, next to two yardsticks in the same process.
+
+The floor is the model's own matrix products and attention calls, replayed with the same operands and nothing in
+between. The peer is diffusers' `DiTTransformer2DModel` of the same width, depth, heads and number of tokens.
+
+    python examples/benchmark_dit.py --variants B XL --batch_size 2
+
+Batch size 2 is one guided sample. Weights are random: they cost the same.
+"""
+
+import argparse
+import statistics
+from functools import partial
+
+import torch
+from accelerate import PartialState
+from benchmark import RecordProducts, timed
+from diffusers import DiTTransformer2DModel
+
+from vitok_hf import ViTokDiTModel
+
+
+def randomize(model: torch.nn.Module) -> torch.nn.Module:
+    """Weights that are zero, as those of adaLN-Zero, get random values: a processor may be quicker with zeros."""
+    for parameter in model.parameters():
+        if not parameter.count_nonzero():
+            torch.nn.init.normal_(parameter, std=0.02)
+    return model.eval()
+
+
+def make_peer(model: ViTokDiTModel) -> DiTTransformer2DModel:
+    config = model.config
+    return DiTTransformer2DModel(
+        num_attention_heads=config.num_attention_heads,
+        attention_head_dim=config.hidden_size // config.num_attention_heads,
+        in_channels=config.in_channels,
+        num_layers=config.num_layers,
+        sample_size=config.sample_size,
+        patch_size=config.patch_size,
+        num_embeds_ada_norm=config.num_classes,
+    )
+
+
+@torch.inference_mode()
+def benchmark(variant: str, args: argparse.Namespace) -> None:
+    device, dtype = PartialState().default_device, getattr(torch, args.dtype)
+    model = randomize(ViTokDiTModel.from_variant(variant, sample_size=args.sample_size)).to(device, dtype)
+    peer = randomize(make_peer(model)).to(device, dtype)
+    x = torch.randn(args.batch_size, model.config.in_channels, *[args.sample_size] * 2, device=device, dtype=dtype)
+    timestep = torch.full((args.batch_size,), 500, device=device)
+    class_labels = torch.arange(args.batch_size, device=device) % model.config.num_classes
+    inputs = {"hidden_states": x, "timestep": timestep, "class_labels": class_labels}
+    with RecordProducts() as products:
+        model(**inputs)
+    runs = {"floor": products.replay}
+    runs |= {"ViTokDiT": partial(model, **inputs), "DiTTransformer2DModel": partial(peer, **inputs)}
+    if not args.no_compile:
+        for name, network in (("ViTokDiT", model), ("DiTTransformer2DModel", peer)):
+            runs[f"{name}, compiled"] = partial(torch.compile(network), **inputs)
+    for function in runs.values():
+        for _ in range(3):
+            function()
+    timings = {name: [] for name in runs}
+    for _ in range(args.rounds):  # in turns, so that a disturbance meets them all
+        for name, function in runs.items():
+            timings[name].append(timed(function))
+    medians = {name: statistics.median(values) for name, values in timings.items()}
+
+    tokens = args.sample_size**2
+    print(f"DiT-{variant}: batch {args.batch_size}, {tokens} tokens, {args.dtype} on {device}")
+    for name, seconds in medians.items():
+        ratio, speed = seconds / medians["floor"], medians["DiTTransformer2DModel"] / seconds
+        print(f"  {name:31} {1e3 * seconds:8.1f} ms  {ratio:5.2f} x floor  {speed:5.2f} x as fast as the peer")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--variants", nargs="+", default=["B", "XL"], help="of S, B, L and XL")
+    parser.add_argument("--sample_size", type=int, default=16, help="side of the latents; a token each")
+    parser.add_argument("--batch_size", type=int, default=2, help="2 is one guided sample")
+    parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--rounds", type=int, default=15, help="the median of so many timings counts")
+    parser.add_argument("--no_compile", action="store_true", help="leave out torch.compile")
+    args = parser.parse_args()
+    for variant in args.variants:
+        benchmark(variant, args)
+
+
+if __name__ == "__main__":
+    main()
