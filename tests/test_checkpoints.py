@@ -2,17 +2,19 @@ import json
 
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 
 import vitok_hf
 from tests.conftest import ASSETS
-from vitok_hf import AutoencoderViTok, checkpoints
+from vitok_hf import AutoencoderViTok, ViTokDiTPipeline, checkpoints
+from vitok_hf.evaluation.generation import generate_samples
 from vitok_hf.evaluation.metrics import high_frequency_energy
 from vitok_hf.evaluation.reconstruction import evaluate_reconstruction, patch_border_ratio, reconstruct_in_tiles
 from vitok_hf.training.media import list_files, load_evaluation_images, load_image
 
 
 def test_list():
-    assert {"vitok-tiny-f8x8", "vitok-tiny-f8x8-gan"} <= set(vitok_hf.list_bundled())
+    assert {"vitok-tiny-f8x8", "vitok-tiny-f8x8-gan", "vitok-dit-emoji"} <= set(vitok_hf.list_bundled())
 
 
 def test_other_names_are_left_to_diffusers(tmp_path):
@@ -97,3 +99,41 @@ class TestTinyGan:
         (first, blurred), (second, sharp) = (evaluate_reconstruction(model, images) for model in (vae, stage2))
         assert 1.3 * high_frequency_energy(blurred) < high_frequency_energy(sharp) < energy
         assert second["psnr"] > first["psnr"] - 1.0
+
+
+class TestGenerator:
+    """The bundled `vitok-dit-emoji`."""
+
+    @pytest.fixture(scope="class")
+    def pipe(self):
+        pipe = ViTokDiTPipeline.from_pretrained("vitok-dit-emoji")
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    def test_files(self):
+        folder = checkpoints.resolve_bundled("vitok-dit-emoji")
+        assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) < 40 * 2**20
+        # its own statistics would be ignored: the weights and the config are those of the autoencoder
+        config = json.loads((folder / "vae" / "config.json").read_text())
+        assert config == json.loads((checkpoints.resolve_bundled(config["_name_or_path"]) / "config.json").read_text())
+
+    def test_shares_the_autoencoder(self, pipe, vae):
+        assert set(pipe.labels) == {"face", "hand", "person", "animal", "food", "transport", "place", "flag"}
+        assert pipe.vae.config.latents_mean == vae.config.latents_mean
+        for ours, theirs in zip(pipe.vae.parameters(), vae.parameters(), strict=True):
+            assert torch.equal(ours, theirs)
+
+    def test_saves_all_of_it(self, pipe, tmp_path):
+        pipe.save_pretrained(tmp_path)
+        again = DiffusionPipeline.from_pretrained(tmp_path)
+        options = {"class_labels": "flag", "num_inference_steps": 2, "output_type": "np", "return_dict": False}
+        images = [p(generator=torch.Generator().manual_seed(0), **options)[0] for p in (pipe, again)]
+        assert (images[0] == images[1]).all()
+
+    def test_knows_its_classes(self, pipe):
+        """Flags fill the picture, or nearly, and are of few colours; hands are on white, and of the colour of skin."""
+        images = generate_samples(pipe, ["flag"] * 4 + ["hand"] * 4, num_inference_steps=20).float()
+        corners = images[:, :, [0, 0, -1, -1], [0, -1, 0, -1]]  # (8, 3, 4)
+        assert (corners[4:] > 240).float().mean() > 0.9
+        centres = images[4:, :, 40:88, 40:88].mean(dim=(0, 2, 3))
+        assert centres[0] > centres[2] + 20  # more red than blue

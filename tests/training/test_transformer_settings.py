@@ -1,5 +1,6 @@
 import json
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -7,7 +8,8 @@ import pytest
 from tests.conftest import ASSETS, GOLDEN
 from tests.training.conftest import read_log, write_noise
 from tests.training.dit import MODEL, make_dit_arguments, run
-from vitok_hf import AutoencoderViTok, ViTokDiTPipeline
+from vitok_hf import AutoencoderViTok, ViTokDiTModel, ViTokDiTPipeline
+from vitok_hf.checkpoints import resolve_bundled
 from vitok_hf.training import transformer
 from vitok_hf.training.arguments import DiTArguments, parse_arguments
 from vitok_hf.training.latent_cache import write_latents
@@ -139,6 +141,14 @@ class TestArguments:
         args = parse_arguments(DiTArguments, argv=argv)
         assert args.variant == ("XL" if "xl" in name else "L") and args.train_batch_size * 8 == 256
         assert args.lr_scheduler == "constant" and args.learning_rate == 1e-4 and args.class_dropout == 0.1
+
+    def test_config_of_the_bundled_generator(self):
+        path = ASSETS.parent / "configs" / "dit-emoji.yaml"
+        argv = ["--config", str(path), "--vae_name_or_path", "x", "--latents_dir", "y"]
+        args = parse_arguments(DiTArguments, argv=argv)
+        config = json.loads((ASSETS.parent / "configs" / Path(args.model_config).name).read_text())
+        bundled = ViTokDiTModel.load_config(resolve_bundled("vitok-dit-emoji"), subfolder="transformer")
+        assert config.items() <= bundled.items()
 
     def test_settings_are_json(self, arguments):
         json.dumps(vars(arguments()))
