@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from vitok_hf import AutoencoderViTok
-from vitok_hf.evaluation.reconstruction import fold_frames
+from vitok_hf.evaluation.pixels import fold_frames
 from vitok_hf.training.discriminator import Discriminator
 
 

@@ -9,41 +9,20 @@ the last rows and columns, and cropped back.
 
 import argparse
 import time
-from fractions import Fraction
 from itertools import islice
 from pathlib import Path
 
 import av
-import numpy as np
 import torch
 from accelerate import PartialState
 from PIL import Image
 
 from vitok_hf import AutoencoderViTok
 from vitok_hf.evaluation.metrics import psnr, ssim
-from vitok_hf.evaluation.reconstruction import fold_frames, reconstruct, save_comparison, side_by_side
+from vitok_hf.evaluation.pixels import fold_frames
+from vitok_hf.evaluation.reconstruction import reconstruct, save_comparison, side_by_side
+from vitok_hf.evaluation.visuals import VideoWriter
 from vitok_hf.training.media import VIDEO_SUFFIXES, list_files, load_image
-
-
-class VideoWriter:
-    """Writes (T, H, W, 3) uint8 frames to an mp4 file; h264 wants even sides, so odd ones get a row or column more."""
-
-    def __init__(self, path: Path, rate: Fraction):
-        self.container = av.open(str(path), "w")
-        self.stream = self.container.add_stream("libx264", rate=rate, options={"crf": "14"})
-        self.stream.pix_fmt = "yuv420p"
-
-    def write(self, frames: torch.Tensor) -> None:
-        odd = [(0, 0), *((0, side % 2) for side in frames.shape[1:3]), (0, 0)]
-        pictures = np.pad(frames.numpy(), odd, mode="edge")
-        if not self.stream.codec_context.is_open:
-            self.stream.height, self.stream.width = pictures.shape[1:3]
-        for picture in pictures:
-            self.container.mux(self.stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
-
-    def close(self) -> None:
-        self.container.mux(self.stream.encode())
-        self.container.close()
 
 
 def timed_reconstruction(vae: AutoencoderViTok, images: torch.Tensor) -> tuple[torch.Tensor, float]:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from diffusers import ModelMixin
 
-from .evaluation.reconstruction import to_float
+from .evaluation.pixels import to_float
 
 
 def _statistics(vae: ModelMixin, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, float]:
@@ -96,6 +96,14 @@ def summarize_latents(batches: Iterable[torch.Tensor]) -> LatentStatistics:
     )
 
 
+def encode_mode(vae: ModelMixin, pixels: torch.Tensor) -> torch.Tensor:
+    """The latents of any diffusers autoencoder: the mode of its `latent_dist`, or its `latent` or `latents`."""
+    output = vae.encode(pixels)
+    if hasattr(output, "latent_dist"):
+        return output.latent_dist.mode()
+    return output.latent if hasattr(output, "latent") else output.latents
+
+
 @torch.no_grad()
 def compute_latent_statistics(vae: ModelMixin, batches: Iterable[torch.Tensor]) -> LatentStatistics:
     """Statistics of the latents, the modes of the posteriors, of any diffusers autoencoder.
@@ -111,9 +119,6 @@ def compute_latent_statistics(vae: ModelMixin, batches: Iterable[torch.Tensor]) 
     """
 
     def encode(batch: torch.Tensor) -> torch.Tensor:
-        output = vae.encode(to_float(batch.to(vae.device)).to(vae.dtype))
-        if hasattr(output, "latent_dist"):
-            return output.latent_dist.mode()
-        return output.latent if hasattr(output, "latent") else output.latents
+        return encode_mode(vae, to_float(batch.to(vae.device)).to(vae.dtype))
 
     return summarize_latents(map(encode, batches))

@@ -1,9 +1,11 @@
+import numpy as np
 import pytest
 import torch
+from scipy.ndimage import correlate1d
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from tests.conftest import ASSETS
-from vitok_hf.evaluation.metrics import high_frequency_energy, psnr, ssim
+from vitok_hf.evaluation.metrics import high_frequency_energy, ms_ssim, psnr, ssim
 from vitok_hf.training.media import load_evaluation_images
 
 
@@ -31,6 +33,45 @@ def test_ssim_agrees_with_scikit_image(pairs):
     torch.testing.assert_close(
         ssim(pairs[1], pairs[0]), torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-4
     )
+
+
+def plain_ms_ssim(x: np.ndarray, y: np.ndarray) -> float:
+    """Wang, Simoncelli and Bovik (2003) on two float64 pictures (C, H, W) of even sides, windows inside."""
+    window = np.exp(-((np.arange(11) - 5) ** 2) / (2 * 1.5**2))
+    window /= window.sum()
+
+    def blur(image):
+        blurred = correlate1d(correlate1d(image, window, axis=1), window, axis=2)
+        return blurred[:, 5:-5, 5:-5]
+
+    product = np.ones(len(x))
+    for scale, exponent in enumerate((0.0448, 0.2856, 0.3001, 0.2363, 0.1333)):
+        mean_x, mean_y = blur(x), blur(y)
+        variances = blur(x * x) - mean_x**2 + blur(y * y) - mean_y**2
+        term = (2 * (blur(x * y) - mean_x * mean_y) + 58.5225) / (variances + 58.5225)  # (0.03 * 255)^2
+        if scale == 4:
+            term = term * (2 * mean_x * mean_y + 6.5025) / (mean_x**2 + mean_y**2 + 6.5025)
+        product *= np.maximum(term.mean(axis=(1, 2)), 0) ** exponent
+        x, y = (z.reshape(len(z), z.shape[1] // 2, 2, z.shape[2] // 2, 2).mean(axis=(2, 4)) for z in (x, y))
+    return product.mean()
+
+
+def test_ms_ssim_agrees_with_the_definition():
+    images = load_evaluation_images(ASSETS, 192, 2)
+    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0)) * 30
+    noisy = (images + noise).clamp(0, 255).round().to(torch.uint8)
+    expected = [plain_ms_ssim(x.double().numpy(), y.double().numpy()) for x, y in zip(noisy, images)]
+    torch.testing.assert_close(ms_ssim(noisy, images), torch.tensor(expected), rtol=0, atol=1e-5)
+    assert expected[0] < 0.97 and torch.equal(ms_ssim(images, images), torch.ones(2, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("metric, name, least", [(ssim, "SSIM", 11), (ms_ssim, "MS-SSIM", 161)])
+def test_small_pictures_are_refused(metric, name, least):
+    images = torch.zeros(1, 3, 200, least - 1, dtype=torch.uint8)
+    with pytest.raises(
+        ValueError, match=f"^{name} needs {least} pixels a side, but the pictures are 200 x {least - 1}"
+    ):
+        metric(images, images)
 
 
 def test_high_frequency_energy(pairs):

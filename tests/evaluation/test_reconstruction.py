@@ -4,15 +4,8 @@ from PIL import Image
 
 from tests.conftest import ASSETS, make_vae
 from vitok_hf.evaluation.pca import PatchPCA
-from vitok_hf.evaluation.reconstruction import (
-    pad_to_multiples,
-    patch_border_ratio,
-    reconstruct,
-    reconstruct_in_tiles,
-    save_comparison,
-    to_float,
-    to_uint8,
-)
+from vitok_hf.evaluation.pixels import pad_to_size, to_float, to_uint8
+from vitok_hf.evaluation.reconstruction import patch_border_ratio, reconstruct, reconstruct_in_tiles, save_comparison
 from vitok_hf.training.media import load_evaluation_images
 
 
@@ -31,10 +24,10 @@ class TestReconstruct:
     @pytest.mark.parametrize("architecture, shape", [("v1", (2, 3, 13, 21)), ("video", (1, 3, 3, 13, 21))])
     def test_sizes_that_do_not_fit_are_padded_and_restored(self, architecture, shape):
         vae = make_vae(architecture)
+        q = vae.temporal_compression_ratio
         images = torch.randint(0, 256, shape, dtype=torch.uint8)
         video = images if images.ndim == 5 else images[:, :, None]
-        padded = pad_to_multiples(to_float(video), (vae.temporal_compression_ratio, 8, 8))
-        assert padded.shape[-2:] == (16, 24)
+        padded = pad_to_size(to_float(video), (-(-video.shape[2] // q) * q, 16, 24))
         assert torch.equal(padded[..., 13:, :], padded[..., 12:13, :].expand(*padded.shape[:-2], 3, 24))
         with torch.no_grad():
             expected = to_uint8(vae(padded).sample)[:, :, : video.shape[2], :13, :21]

@@ -6,7 +6,7 @@ import torch
 from tests.conftest import ASSETS, make_input, make_vae
 from vitok_hf import AutoencoderViTok
 from vitok_hf.evaluation.memory import peak_memory, reset_peak_memory
-from vitok_hf.evaluation.reconstruction import to_float
+from vitok_hf.evaluation.pixels import to_float
 from vitok_hf.models.memory import Tiling, apply_tiled, overlap_add, windows
 from vitok_hf.training.media import load_image
 

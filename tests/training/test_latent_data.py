@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from tests.conftest import make_vae
 from tests.training.conftest import write_noise, write_video
 from vitok_hf import compute_latent_statistics
-from vitok_hf.evaluation.reconstruction import to_float
+from vitok_hf.evaluation.pixels import to_float
 from vitok_hf.latents import summarize_latents
 from vitok_hf.training import latent_cache
 from vitok_hf.training.data import BatchLoader

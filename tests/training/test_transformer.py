@@ -11,7 +11,7 @@ from tests.conftest import ASSETS, TINY
 from tests.training.conftest import read_log, write_video
 from tests.training.dit import CLASSES, make_dit_arguments, next_batches, run
 from vitok_hf import AutoencoderViTok, ViTokDiTPipeline, denormalize_latents
-from vitok_hf.evaluation.reconstruction import to_float
+from vitok_hf.evaluation.pixels import to_float
 from vitok_hf.training import transformer
 from vitok_hf.training.latent_cache import write_latents
 from vitok_hf.training.latent_data import LabelledFiles

@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_model, save_model
 from torch import nn
-from torchmetrics.image.fid import FrechetInceptionDistance
 from torchvision.models import resnet18
 
-from .reconstruction import to_float
+from .distributions import SetMetrics
+from .pixels import to_float
 
 
 class Classifier(nn.Module):
@@ -54,15 +54,6 @@ class Classifier(nn.Module):
         return classifier.eval()
 
 
-class _Features(nn.Module):
-    def __init__(self, classifier: Classifier):
-        super().__init__()
-        self.classifier, self.num_features = classifier, classifier.num_features
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return self.classifier.features(images)
-
-
 @torch.no_grad()
 def frechet_distance(
     images: torch.Tensor, references: torch.Tensor, classifier: Classifier, batch_size: int = 64
@@ -71,8 +62,8 @@ def frechet_distance(
 
     Like any Frechet distance of few pictures it is biased upwards: compare sets of equal sizes only.
     """
-    metric = FrechetInceptionDistance(feature=_Features(classifier), normalize=False)
+    metrics = SetMetrics(classifier.features)
     for real, pictures in ((True, references), (False, images)):
         for batch in pictures.split(batch_size):
-            metric.update(batch, real=real)
-    return metric.compute().item()
+            metrics.update(batch, real)
+    return metrics.compute()[0]["frechet_distance"]

@@ -7,14 +7,20 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 
+def without_storage(model: ModelMixin) -> ModelMixin:
+    """A copy of the architecture on the device "meta": shapes and no numbers."""
+    with torch.device("meta"):
+        return type(model).from_config(model.config).to("meta")  # some buffers come from elsewhere
+
+
 def count_macs(model: ModelMixin, shape: Sequence[int]) -> int:
     """Multiply-accumulates of `model`'s forward on an input of `shape`: matrix products, convolutions and attention.
 
     Counted on a copy without storage, so that any size can be counted anywhere. The paper's "GFLOPs" are this number
     divided by 1e9.
     """
+    twin = without_storage(model)
     with torch.device("meta"):
-        twin = type(model).from_config(model.config)
         # the fused kernels of some devices have no formula; as two matrix products, attention counts the same
         with (
             FlopCounterMode(display=False) as counter,

@@ -1,6 +1,17 @@
+import pytorch_msssim
 import torch
 from torch.nn import functional as F
 from torchmetrics.functional.image import structural_similarity_index_measure
+
+
+SSIM_MIN_SIZE = 11  # pixels a side: the window
+MS_SSIM_MIN_SIZE = 161  # the same on the coarsest of five scales
+
+
+def check_size(metric: str, least: int, images: torch.Tensor) -> None:
+    if min(images.shape[-2:]) < least:
+        height, width = images.shape[-2:]
+        raise ValueError(f"{metric} needs {least} pixels a side, but the pictures are {height} x {width}.")
 
 
 def psnr(images: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
@@ -13,12 +24,30 @@ def ssim(images: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
     """Structural similarity (Wang et al., 2004) of uint8 pictures (B, C, H, W), one value a picture: (B,), float64.
 
     Gaussian window of 11 pixels, at all its positions inside the picture, as in the reference implementation.
+
+    Raises:
+        ValueError: If a side has less than 11 pixels.
     """
+    check_size("SSIM", SSIM_MIN_SIZE, images)
     values = []
     for pair in zip(images.float().split(1), references.float().split(1)):  # one at a time: bounded memory
         _, similarity = structural_similarity_index_measure(*pair, data_range=255.0, return_full_image=True)
         values.append(similarity[..., 5:-5, 5:-5].double().mean())  # the library pads by half a window
     return torch.stack(values)
+
+
+def ms_ssim(images: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
+    """Multi-scale structural similarity (Wang et al., 2003) of uint8 pictures (B, C, H, W): (B,), float64.
+
+    Five scales with the exponents of the paper, windows inside the picture on each, a mean over the channels, as in
+    TensorFlow. From `pytorch_msssim`: torchmetrics pads the coarsest scale, where that is half of the windows.
+
+    Raises:
+        ValueError: If a side has less than 161 pixels.
+    """
+    check_size("MS-SSIM", MS_SSIM_MIN_SIZE, images)
+    pairs = zip(images.double().split(1), references.double().split(1))  # one at a time: bounded memory
+    return torch.cat([pytorch_msssim.ms_ssim(*pair, data_range=255.0, size_average=False) for pair in pairs])
 
 
 def high_frequency_energy(images: torch.Tensor) -> float:

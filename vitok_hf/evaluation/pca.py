@@ -1,7 +1,7 @@
 import torch
 
 from ..models.layers import patchify, unpatchify
-from .reconstruction import to_float, to_uint8
+from .pixels import to_float, to_uint8
 
 
 class PatchPCA:

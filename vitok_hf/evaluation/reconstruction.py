@@ -6,25 +6,10 @@ from accelerate import PartialState
 from accelerate.utils import gather
 from einops import rearrange
 from PIL import Image
-from torch.nn import functional as F
 
+from .autoencoders import fit_shape, run_autoencoder
 from .metrics import psnr, ssim
-
-
-def to_float(pixels: torch.Tensor) -> torch.Tensor:
-    """uint8 -> float32 in [-1, 1]."""
-    return pixels.float() / 127.5 - 1.0
-
-
-def to_uint8(sample: torch.Tensor) -> torch.Tensor:
-    """[-1, 1] -> uint8, clipped and rounded."""
-    return ((sample.float() + 1.0) * 127.5).clamp(0.0, 255.0).round().to(torch.uint8)
-
-
-def pad_to_multiples(pixels: torch.Tensor, multiples: tuple[int, int, int]) -> torch.Tensor:
-    """Repeats the last frame, row and column of (B, C, T, H, W) until (T, H, W) are multiples of `multiples`."""
-    padding = [-side % multiple for side, multiple in zip(pixels.shape[2:], multiples)]
-    return F.pad(pixels, (0, padding[2], 0, padding[1], 0, padding[0]), mode="replicate")
+from .pixels import fold_frames, pad_to_size, to_float, to_uint8, unfold_frames
 
 
 @torch.no_grad()
@@ -32,24 +17,30 @@ def reconstruct(vae, images: torch.Tensor) -> torch.Tensor:
     """Reconstructions of uint8 pictures or clips from the mode of the posterior.
 
     Args:
-        vae: `AutoencoderViTok`.
-        images: (B, 3, H, W) or (B, 3, T, H, W) of any size. Sizes that do not fit the patches are padded by repeating
+        vae: Any autoencoder of diffusers. Those of single pictures see the frames of a clip one by one.
+        images: (B, 3, H, W) or (B, 3, T, H, W) of any size. Sizes that do not fit the model are padded by repeating
             the last row, column or frame, and cropped back.
 
     Returns:
         uint8 of the shape of `images`, on its device.
+
+    Raises:
+        ValueError: If the model gives another size than it took.
     """
     video = images if images.ndim == 5 else images.unsqueeze(2)
-    p = vae.spatial_compression_ratio
-    pixels = pad_to_multiples(to_float(video.to(vae.device)), (vae.temporal_compression_ratio, p, p)).to(vae.dtype)
     frames, height, width = video.shape[2:]
-    sample = to_uint8(vae(pixels).sample)[:, :, :frames, :height, :width].to(images.device)
-    return sample.view(images.shape) if images.ndim == 4 else sample
-
-
-def fold_frames(images: torch.Tensor) -> torch.Tensor:
-    """(B, C, T, H, W) -> (B * T, C, H, W); pictures stay as they are."""
-    return images.transpose(1, 2).flatten(0, 1) if images.ndim == 5 else images
+    fitted = fit_shape(vae, tuple(images.shape))
+    padded_frames = fitted[2] if len(fitted) == 5 else frames
+    pixels = pad_to_size(to_float(video.to(vae.device)), (padded_frames, *fitted[-2:])).to(vae.dtype)
+    sample = run_autoencoder(vae, pixels if len(fitted) == 5 else fold_frames(pixels))
+    if sample.shape != fitted:
+        raise ValueError(
+            f"{type(vae).__name__} gives {tuple(sample.shape)} for {fitted}: it has one size of its own; bring the "
+            f"pictures to {sample.shape[-2]} x {sample.shape[-1]}."
+        )
+    sample = to_uint8(sample if len(fitted) == 5 else unfold_frames(sample, frames))
+    sample = sample[:, :, :frames, :height, :width].to(images.device)
+    return sample.reshape(images.shape)
 
 
 @torch.no_grad()

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..evaluation.reconstruction import comparison, evaluate_reconstruction, fold_frames, to_float
+from ..evaluation.pixels import fold_frames, to_float
+from ..evaluation.reconstruction import comparison, evaluate_reconstruction
 from ..models import AutoencoderViTok
 from .adversary import Adversary
 from .arguments import AutoencoderArguments

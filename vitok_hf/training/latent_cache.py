@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from ..evaluation.reconstruction import to_float
+from ..evaluation.pixels import to_float
 from ..models import AutoencoderViTok
 from .cropping import Batch
 from .latent_data import ClassSampler, LabelledFiles, load_square, to_pixels

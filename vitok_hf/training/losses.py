@@ -5,6 +5,8 @@ from torch import nn
 from torch.nn import functional as F
 from torchmetrics.functional.image import structural_similarity_index_measure
 
+from ..evaluation import networks
+
 
 logger = logging.getLogger(__name__)
 
@@ -12,9 +14,7 @@ logger = logging.getLogger(__name__)
 def load_lpips() -> nn.Module | None:
     """The frozen LPIPS network of the package `lpips` (VGG), or `None`, with a message, if it cannot be had."""
     try:
-        import lpips
-
-        network = lpips.LPIPS(net="vgg", verbose=False)
+        return networks.load_lpips(trunk="vgg").module.network
     except (ImportError, OSError) as error:  # not installed, or the weights of VGG are neither cached nor downloadable
         logger.warning(
             "The LPIPS loss is OFF (its weight is set to 0): %s. Install `lpips`, and download the VGG-16 weights of "
@@ -22,7 +22,6 @@ def load_lpips() -> nn.Module | None:
             error,
         )
         return None
-    return network.eval().requires_grad_(False)
 
 
 def load_dino(name_or_path: str) -> nn.Module:

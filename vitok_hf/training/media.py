@@ -159,6 +159,11 @@ def resize_and_crop(image: np.ndarray, size: int) -> np.ndarray:
     return resize(image, (size, size), box)
 
 
+def evenly_spaced(count: int, limit: int | None) -> list[int]:
+    """At most `limit` indices below `count`, the first and the last among them."""
+    return np.linspace(0, count - 1, min(limit or count, count)).round().astype(int).tolist()
+
+
 def load_evaluation_images(
     path: str | Path, size: int, limit: int, num_frames: int = 1, fps: float | None = None
 ) -> torch.Tensor:
@@ -168,7 +173,7 @@ def load_evaluation_images(
     a file that cannot be read raises a ValueError that names it.
     """
     files = list_files(path, IMAGE_SUFFIXES if num_frames == 1 else VIDEO_SUFFIXES)
-    files = [files[index] for index in np.linspace(0, len(files) - 1, min(limit, len(files))).round().astype(int)]
+    files = [files[index] for index in evenly_spaced(len(files), limit)]
     clips = [load_image(file)[None] if num_frames == 1 else load_clip(file, 0.0, num_frames, fps) for file in files]
     clips = np.stack([np.stack([resize_and_crop(frame, size) for frame in clip]) for clip in clips])
     clips = torch.from_numpy(clips).permute(0, 4, 1, 2, 3).contiguous()  # (N, 3, T, size, size)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from einops import rearrange
 
-from ..evaluation.reconstruction import to_float
+from ..evaluation.pixels import to_float
 from ..latents import compute_latent_statistics, normalize_latents, summarize_latents
 from ..models import AutoencoderViTok, ViTokDiTModel
 from ..pipelines import ViTokDiTPipeline

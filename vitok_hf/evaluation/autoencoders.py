@@ -1,0 +1,125 @@
+"""Any autoencoder of diffusers: loading it, its latents, and what it costs."""
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import AutoencoderRAE, ModelMixin
+from torch import nn
+
+from ..checkpoints import load_strictly, resolve_bundled
+from ..checkpoints.vitok_v2 import is_vitok_v2
+from ..latents import encode_mode
+from ..models import AutoencoderViTok
+from .macs import count_macs, without_storage
+
+
+def load_autoencoder(name_or_path: str | os.PathLike, subfolder: str | None = None, **kwargs: Any) -> ModelMixin:
+    """The autoencoder of a folder or Hub id, of the diffusers class that its config names, or a ViTok of any source.
+
+    Args:
+        name_or_path: What `AutoencoderViTok.from_pretrained` takes, or a folder or Hub id of diffusers' layout.
+        subfolder: Folder inside it, as "vae" for a pipeline.
+        kwargs: Other arguments of `from_pretrained`, as `torch_dtype`.
+
+    Raises:
+        ValueError: If the config names no autoencoder of diffusers, or the weights do not fit it.
+        OSError: If nothing can be found or fetched under this name.
+    """
+    source = resolve_bundled(name_or_path)
+    place = {} if subfolder is None else {"subfolder": subfolder}
+    if is_vitok_v2(source, **place):
+        return AutoencoderViTok.from_pretrained(name_or_path, **place, **kwargs)
+    class_name = AutoencoderViTok.load_config(source, **place).get("_class_name")
+    if class_name == AutoencoderViTok.__name__:
+        return AutoencoderViTok.from_pretrained(name_or_path, **place, **kwargs)
+    cls = getattr(diffusers, class_name or "", None)
+    if not (hasattr(cls, "encode") and hasattr(cls, "decode")):
+        raise ValueError(
+            f'"{name_or_path}" holds a model of class {class_name}, which has no `encode` and `decode` in diffusers '
+            f'{diffusers.__version__}: name an autoencoder, in a pipeline by `subfolder="vae"`.'
+        )
+    return load_strictly(cls.from_pretrained, name_or_path, **place, **kwargs)
+
+
+def takes_videos(vae: ModelMixin) -> bool:
+    """Whether the model itself takes (B, C, T, H, W)."""
+    return isinstance(vae, AutoencoderViTok) or any(isinstance(module, nn.Conv3d) for module in vae.modules())
+
+
+def spatial_ratio(vae: ModelMixin) -> int:
+    """Pixels a side of a latent; 1 if the class does not tell."""
+    if ratio := vars(vae).get("spatial_compression_ratio") or vae.config.get("spatial_compression_ratio"):
+        return ratio
+    if isinstance(vae, AutoencoderViTok):
+        return vae.spatial_compression_ratio
+    return 2 ** (len(vae.config.get("block_out_channels", [0])) - 1)
+
+
+def padded_frames(vae: ModelMixin, frames: int) -> int:
+    """The smallest number of frames from `frames` on that fits the model.
+
+    A ViTok takes multiples of q; in the video models of diffusers, the first latent frame holds one frame alone.
+    """
+    if isinstance(vae, AutoencoderViTok):
+        return frames + -frames % vae.temporal_compression_ratio
+    names = ("temporal_compression_ratio", "scale_factor_temporal")
+    ratios = [vars(vae).get(name) or vae.config.get(name) for name in names]
+    ratio = next((ratio for ratio in ratios if ratio), 1)
+    return frames + (1 - frames) % ratio
+
+
+def fit_shape(vae: ModelMixin, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """(B, C, [T,] H, W) -> the shape that the model takes for it: padded, with T only where the model has it.
+
+    Models of single pictures see the T frames of a clip as T items of a batch.
+    """
+    batch, channels, *frames, height, width = shape
+    ratio = spatial_ratio(vae)
+    size = (height + -height % ratio, width + -width % ratio)
+    frames = frames[0] if frames else 1
+    if takes_videos(vae):
+        return (batch, channels, padded_frames(vae, frames), *size)
+    return (batch * frames, channels, *size)
+
+
+def run_autoencoder(vae: ModelMixin, pixels: torch.Tensor) -> torch.Tensor:
+    """Decoded modes of the posteriors of pixels in [-1, 1], a shape of `fit_shape`; the same shape and range."""
+    if isinstance(vae, AutoencoderViTok):
+        return vae(pixels).sample  # the forward of a prepared model, as in training
+    if isinstance(vae, AutoencoderRAE):  # takes and gives [0, 1]
+        return vae.decode(encode_mode(vae, (pixels + 1.0) / 2.0)).sample * 2.0 - 1.0
+    return vae.decode(encode_mode(vae, pixels)).sample
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one picture or clip costs.
+
+    Args:
+        parameters: Of the whole model.
+        macs: Multiply-accumulates of encoding and decoding.
+        num_latents: Numbers in the code: E of the paper.
+        compression: Values of the picture or clip over `num_latents`.
+    """
+
+    parameters: int
+    macs: int
+    num_latents: int
+    compression: float
+
+
+def count_cost(vae: ModelMixin, shape: tuple[int, ...]) -> Cost:
+    """`Cost` of one picture or clip of `shape`, (C, [T,] H, W), without computing it."""
+    fitted = fit_shape(vae, (1, *shape))
+    twin = without_storage(vae)
+    with torch.no_grad(), torch.device("meta"):
+        num_latents = encode_mode(twin, torch.empty(fitted)).numel()
+    return Cost(
+        parameters=sum(parameter.numel() for parameter in vae.parameters()),
+        macs=count_macs(vae, fitted),
+        num_latents=num_latents,
+        compression=torch.Size(shape).numel() / num_latents,
+    )

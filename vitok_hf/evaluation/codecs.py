@@ -1,0 +1,62 @@
+"""JPEG and WebP with as many bytes a picture as an autoencoder's latents."""
+
+from io import BytesIO
+
+import numpy as np
+import torch
+from PIL import Image
+
+
+class ImageCodec:
+    """A picture codec of Pillow at the highest quality that keeps each picture within a number of bytes.
+
+    The whole file counts, headers included. Where even the lowest quality takes more, that is used, and counted in
+    `num_above_budget`: the row then has an advantage.
+
+    Args:
+        file_format: "JPEG" (quality 1 to 95, optimised Huffman tables) or "WEBP" (1 to 100).
+        max_bytes: Bytes a picture may take.
+
+    Attributes:
+        num_items, num_bytes, num_above_budget: Counted over all pictures so far.
+    """
+
+    QUALITIES = {"JPEG": 95, "WEBP": 100}
+
+    def __init__(self, file_format: str, max_bytes: int):
+        if file_format not in self.QUALITIES:
+            raise ValueError(f'There is no codec "{file_format}": choose from {", ".join(self.QUALITIES)}.')
+        if max_bytes < 1:
+            raise ValueError(f"`max_bytes` is {max_bytes}, but must be positive.")
+        self.file_format, self.max_bytes = file_format, max_bytes
+        self.num_items = self.num_bytes = self.num_above_budget = 0
+
+    def _encode(self, picture: Image.Image, quality: int) -> bytes:
+        file = BytesIO()
+        picture.save(file, self.file_format, quality=quality, optimize=True)
+        return file.getvalue()
+
+    def compress(self, image: torch.Tensor) -> bytes:
+        """The file for one picture, (3, H, W) uint8. Sizes are taken to grow with the quality: bisection."""
+        picture = Image.fromarray(image.permute(1, 2, 0).contiguous().cpu().numpy())
+        low, high = 1, self.QUALITIES[self.file_format]
+        best = self._encode(picture, low)
+        while low < high:
+            middle = (low + high + 1) // 2
+            data = self._encode(picture, middle)
+            if len(data) <= self.max_bytes:
+                low, best = middle, data
+            else:
+                high = middle - 1
+        self.num_items += 1
+        self.num_bytes += len(best)
+        self.num_above_budget += len(best) > self.max_bytes
+        return best
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        """uint8 pictures (B, 3, H, W) -> what the files hold, the same shape."""
+        decoded = []
+        for image in images:
+            with Image.open(BytesIO(self.compress(image))) as picture:
+                decoded.append(torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1))
+        return torch.stack(decoded).to(images.device)

@@ -1,0 +1,152 @@
+"""What was measured: stored with its protocol, compared under one protocol only, and written as tables."""
+
+import csv
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from scipy.stats import bootstrap
+
+from .protocol import Protocol
+
+
+@dataclass
+class Result:
+    """What was measured of one model, on which data, and how.
+
+    Args:
+        name: Of the model or codec.
+        data: Of the data.
+        num_items: Pictures or clips.
+        data_sha256: Of the reference pixels, in order.
+        metrics: Metric -> value: PSNR in dB.
+        intervals: Metric -> bounds of the 95 % confidence interval of a mean over pictures.
+        unavailable: Metric or cost -> reason why it has no value.
+        costs: Name -> value, with the unit in the name.
+        protocol: How.
+    """
+
+    name: str
+    data: str
+    num_items: int
+    data_sha256: str
+    metrics: dict[str, float]
+    protocol: Protocol
+    intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
+    unavailable: dict[str, str] = field(default_factory=dict)
+    costs: dict[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def from_dict(cls, values: dict) -> "Result":
+        intervals = {name: tuple(bounds) for name, bounds in values["intervals"].items()}
+        return cls(**values | {"protocol": Protocol(**values["protocol"]), "intervals": intervals})
+
+
+def save_results(path: str | Path, results: Sequence[Result]) -> None:
+    """Writes results with their protocols as JSON."""
+    Path(path).write_text(json.dumps([asdict(result) for result in results], indent=2) + "\n")
+
+
+def load_results(path: str | Path) -> list[Result]:
+    """Reads what `save_results` wrote."""
+    return [Result.from_dict(values) for values in json.loads(Path(path).read_text())]
+
+
+def check_comparable(results: Sequence[Result]) -> None:
+    """Raises `ValueError`, naming what differs, unless all results have one protocol and the same pictures."""
+    for index, first in enumerate(results):
+        for other in results[index + 1 :]:
+            reasons = [
+                f"protocol.{name} ({_entry(first.protocol, name)} and {_entry(other.protocol, name)})"
+                for name in first.protocol.differences(other.protocol)
+            ]
+            for name in ("num_items", "data_sha256"):
+                if getattr(first, name) != getattr(other, name):
+                    reasons.append(f"{name} ({getattr(first, name)} and {getattr(other, name)})")
+            if reasons:
+                raise ValueError(
+                    f'"{first.name}" and "{other.name}" cannot be compared, they differ in {"; ".join(reasons)}: '
+                    "measure both in one way."
+                )
+
+
+def _entry(protocol: Protocol, name: str):
+    name, _, network = name.partition(".")
+    value = getattr(protocol, name)
+    return value[network] if network else value
+
+
+def bootstrap_interval(values: torch.Tensor, seed: int = 0, num_resamples: int = 1000) -> tuple[float, float]:
+    """Bounds of the 95 % confidence interval of the mean of (N,), by the percentile bootstrap.
+
+    Says how far the mean may be off for other pictures of the same kind; not how far a trained model is from one with
+    another seed.
+
+    Raises:
+        ValueError: If there are fewer than two values, or some are not finite.
+    """
+    if len(values) < 2 or not values.isfinite().all():
+        raise ValueError(f"A confidence interval needs two or more values, all finite, but got {values}.")
+    interval = bootstrap(
+        (values.double().cpu().numpy(),),
+        np.mean,
+        n_resamples=num_resamples,
+        batch=max(1, 2**24 // len(values)),
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    ).confidence_interval
+    return float(interval.low), float(interval.high)
+
+
+DIGITS = {"psnr": 2, "lpips": 4, "megabytes": 0, "bytes_8bit": 0, "num_latents": 0, "bytes": 0, "parameters_M": 1}
+
+
+def _columns(results: Sequence[Result], part: str) -> list[str]:
+    return list(dict.fromkeys(name for result in results for name in getattr(result, part)))
+
+
+def _number(name: str, value: float | None) -> str:
+    return "" if value is None else f"{value:.{DIGITS.get(name, 3)}f}"
+
+
+def markdown_table(results: Sequence[Result]) -> str:
+    """One row a result: metrics with their confidence intervals, and costs; below it, why cells are empty.
+
+    Raises:
+        ValueError: If the results cannot be compared, see `check_comparable`.
+    """
+    check_comparable(results)
+    metrics, costs = _columns(results, "metrics"), _columns(results, "costs")
+    lines = [f"| {' | '.join(['', *metrics, *costs])} |", "|---" * (1 + len(metrics) + len(costs)) + "|"]
+    for result in results:
+        cells = [result.name]
+        for name in metrics:
+            low, high = result.intervals.get(name, (None, None))
+            interval = "" if low is None else f" [{_number(name, low)}, {_number(name, high)}]"
+            cells.append(_number(name, result.metrics.get(name)) + interval)
+        cells += [_number(name, result.costs.get(name)) for name in costs]
+        lines.append(f"| {' | '.join(cells)} |")
+    reasons = dict.fromkeys(f"{name}: {text}" for result in results for name, text in result.unavailable.items())
+    return "\n".join([*lines, "", *(f"No {reason}." for reason in reasons)]).rstrip() + "\n"
+
+
+def write_csv(path: str | Path, results: Sequence[Result]) -> None:
+    """The same as CSV, the bounds of the intervals in columns of their own.
+
+    Raises:
+        ValueError: If the results cannot be compared, see `check_comparable`.
+    """
+    check_comparable(results)
+    metrics, costs = _columns(results, "metrics"), _columns(results, "costs")
+    with open(path, "w", newline="") as file:
+        writer = csv.writer(file)
+        bounds = [f"{name}_{bound}" for name in _columns(results, "intervals") for bound in ("low", "high")]
+        writer.writerow(["name", "data", "num_items", *metrics, *bounds, *costs])
+        for result in results:
+            row = [result.name, result.data, result.num_items, *(result.metrics.get(name) for name in metrics)]
+            for name in _columns(results, "intervals"):
+                row += result.intervals.get(name, (None, None))
+            writer.writerow(row + [result.costs.get(name) for name in costs])
