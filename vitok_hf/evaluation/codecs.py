@@ -1,10 +1,17 @@
-"""JPEG and WebP with as many bytes a picture as an autoencoder's latents."""
+"""JPEG and WebP with as many bytes a picture as an autoencoder's latents, and an autoencoder as such a codec."""
 
+from functools import partial
 from io import BytesIO
 
 import numpy as np
 import torch
+from diffusers import ModelMixin
 from PIL import Image
+
+from .autoencoders import count_cost
+from .distributions import gather_rows
+from .evaluator import Codec
+from .reconstruction import reconstruct
 
 
 class ImageCodec:
@@ -60,3 +67,26 @@ class ImageCodec:
             with Image.open(BytesIO(self.compress(image))) as picture:
                 decoded.append(torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1))
         return torch.stack(decoded).to(images.device)
+
+    def costs(self) -> dict[str, float]:
+        """Mean bytes a picture, and pictures above the budget, over all processes, which must all call it."""
+        counts = torch.tensor([[self.num_items, self.num_bytes, self.num_above_budget]])
+        num_items, num_bytes, above = gather_rows(counts).sum(dim=0).tolist()
+        return {"bytes": num_bytes / num_items} | ({"above_budget": float(above)} if above else {})
+
+
+def autoencoder_codec(vae: ModelMixin, shape: tuple[int, ...]) -> tuple[Codec, dict[str, float]]:
+    """Codec and costs for `ReconstructionEvaluator.evaluate`, for pictures or clips of `shape`, (C, [T,] H, W).
+
+    The costs: parameters in millions, multiply-accumulates in units of 1e9, the number of latents (E of the paper),
+    how many values of the picture there are for each, and the bytes of the latents at 16 bits.
+    """
+    cost = count_cost(vae, shape)
+    costs = {
+        "parameters_M": cost.parameters / 1e6,
+        "GMACs": cost.macs / 1e9,
+        "E": cost.num_latents,
+        "compression": cost.compression,
+        "bytes": 2 * cost.num_latents,
+    }
+    return partial(reconstruct, vae), costs

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from ..training.media import Item, evenly_spaced, load_clip, load_image, resize_and_crop
+from ..training.media import Item, evenly_spaced, load_clip, load_image, probe_video, resize_and_crop
 from .protocol import Protocol
 
 
@@ -40,6 +40,11 @@ class EvaluationData:
             frames = [resize_and_crop(frame, protocol.resolution) for frame in frames]
         clip = torch.stack([torch.tensor(frame) for frame in frames]).permute(3, 0, 1, 2)  # (3, T, H, W)
         return clip if protocol.num_frames > 1 else clip[:, 0]
+
+    def frame_rate(self, index: int) -> float:
+        """Frames a second of a clip."""
+        item = self.items[self.indices[index]]
+        return self.protocol.fps or probe_video(item.source, item.name)[1]
 
     def batches(self, indices: Sequence[int], batch_size: int) -> Iterator[torch.Tensor]:
         """(B, 3, [T,] H, W), in the order of `indices`; neighbours of different sizes go apart."""

@@ -81,8 +81,8 @@ class ReconstructionEvaluator:
         Args:
             name: Of the row.
             codec: Maps uint8 (B, 3, [T,] H, W) to its reconstruction, uint8 of the same shape.
-            costs: Numbers to store with the result; measured and added are seconds a picture in `codec`, without
-                the first batch if there are more, and by how much it raises the peak of memory.
+            costs: Numbers to store with the result; measured and added are "seconds" a picture in `codec`, without the
+                first batch if there are more, and "memory_MB", by how much it raises the peak of memory.
 
         Returns:
             The result, and metric -> its value for each picture (N,), float64, in the order of `data`.

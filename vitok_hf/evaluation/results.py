@@ -101,7 +101,16 @@ def bootstrap_interval(values: torch.Tensor, seed: int = 0, num_resamples: int =
     return float(interval.low), float(interval.high)
 
 
-DIGITS = {"psnr": 2, "lpips": 4, "megabytes": 0, "bytes_8bit": 0, "num_latents": 0, "bytes": 0, "parameters_M": 1}
+DIGITS = {
+    "psnr": 2,
+    "parameters_M": 1,
+    "GMACs": 1,
+    "E": 0,
+    "compression": 1,
+    "bytes": 0,
+    "above_budget": 0,
+    "memory_MB": 0,
+}
 
 
 def _columns(results: Sequence[Result], part: str) -> list[str]:

@@ -9,6 +9,9 @@ import torch
 from einops import rearrange
 from PIL import Image
 
+from ..training.media import evenly_spaced
+from .data import EvaluationData
+from .evaluator import Codec
 from .pixels import fold_frames
 
 
@@ -34,6 +37,33 @@ def save_error_maps(path: str | Path, images: list[torch.Tensor], reconstruction
     rows = [np.pad(row, ((0, 0), (0, width - row.shape[1]), (0, 0)), constant_values=255) for row in rows]
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(np.concatenate(rows)).save(path)
+
+
+def save_examples(folder: str | Path, data: EvaluationData, codec: Codec, psnr: torch.Tensor, count: int = 8) -> None:
+    """Saves `count` evenly spaced pictures and the worst ten by PSNR: original, reconstruction, error map.
+
+    Pictures go to "examples.png" and "worst.png", the worst on top; clips to "examples_00.mp4", "worst_00.mp4", ...
+
+    Args:
+        folder: Is made if needed.
+        data, codec: As `ReconstructionEvaluator` takes them.
+        psnr: PSNR of each picture or clip, (N,).
+        count: Examples besides the worst.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    groups = {"examples": evenly_spaced(len(data), count), "worst": psnr.argsort()[:10].tolist()}
+    for group, indices in groups.items():
+        images = [data[index][None] for index in indices]
+        reconstructions = [codec(image) for image in images]
+        if images[0].ndim == 4:
+            save_error_maps(folder / f"{group}.png", images, reconstructions)
+            continue
+        for rank, (index, *pair) in enumerate(zip(indices, images, reconstructions)):
+            rate = Fraction(data.frame_rate(index)).limit_denominator(1001)
+            writer = VideoWriter(folder / f"{group}_{rank:02}.mp4", rate)
+            writer.write(with_error_maps(*pair))
+            writer.close()
 
 
 class VideoWriter:

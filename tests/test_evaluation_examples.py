@@ -1,0 +1,92 @@
+"""Runs the scripts that measure, as a user would."""
+
+import csv
+import json
+
+import av
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderTiny
+from PIL import Image
+
+from tests.conftest import ASSETS, make_vae
+from tests.test_examples import run_example as run_example
+from tests.training.conftest import write_video
+
+
+@pytest.fixture
+def models(tmp_path):
+    make_vae("v1").save_pretrained(tmp_path / "model")
+    torch.manual_seed(0)
+    channels = {"encoder_block_out_channels": (8,) * 4, "decoder_block_out_channels": (8,) * 4}
+    blocks = {"num_encoder_blocks": (1,) * 4, "num_decoder_blocks": (1,) * 4}
+    AutoencoderTiny(**channels, **blocks).save_pretrained(tmp_path / "tiny" / "vae")
+    return tmp_path
+
+
+class TestEvaluateReconstruction:
+    def test_pictures_and_baselines(self, run_example, models):
+        out = run_example(
+            *("evaluate_reconstruction.py", "--models", "model", "--data_dir", ASSETS, "--resolution", 176),
+            *("--baselines", "pca", "jpeg", "webp", "--pca_data_dir", ASSETS, "--networks", "--batch_size", 2),
+        )
+        folder = models / "evaluation" / "assets"
+        rows = {row["name"]: row for row in csv.DictReader(open(folder / "table.csv", newline=""))}
+        numbers = 4 * 22 * 22
+        assert list(rows) == [
+            *("model", "PCA, 4 of 8 x 8 pixels", f"JPEG, {numbers} x 16 bits", f"JPEG, {numbers} x 8 bits"),
+            *(f"WEBP, {numbers} x 16 bits", f"WEBP, {numbers} x 8 bits"),
+        ]
+        psnr = {name: float(row["psnr"]) for name, row in rows.items()}
+        assert psnr["PCA, 4 of 8 x 8 pixels"] > psnr["model"] + 5  # whose weights are random
+        assert psnr[f"WEBP, {numbers} x 16 bits"] > psnr[f"WEBP, {numbers} x 8 bits"] > 20
+        assert 0.8 * numbers < float(rows[f"JPEG, {numbers} x 8 bits"]["bytes"]) <= numbers
+        assert float(rows["model"]["E"]) == numbers and float(rows["model"]["ms_ssim"]) < 1
+        assert "| model | " in out and "No rFID: left out." in out
+        assert out.strip().endswith((folder / "table.md").read_text().strip())
+        (result, *_) = json.loads((folder / "results.json").read_text())
+        assert result["protocol"]["resolution"] == 176 and len(result["data_sha256"]) == 64
+        with Image.open(folder / "model" / "worst.png") as picture:
+            worst = np.array(picture)
+        assert worst.shape == (4 * 176, 3 * 176, 3) and (folder / "model" / "examples.png").is_file()
+        difference = np.abs(worst[:, :176].astype(float) - worst[:, 176:352]).mean(axis=2)
+        np.testing.assert_allclose(worst[:, 352:, 0], np.minimum(4 * difference, 255), atol=0.51)
+        errors = np.square(worst[:, :176].astype(float) - worst[:, 176:352]).reshape(4, -1).mean(axis=1)
+        assert list(errors) == sorted(errors, reverse=True)
+
+    def test_other_autoencoders_and_stored_results(self, run_example, models):
+        small = ("--networks", "--resolution", 32, "--limit", 2, "--num_examples", 1)
+        run_example("evaluate_reconstruction.py", "--models", "model", "--data_dir", ASSETS, *small)
+        stored = (models / "evaluation" / "assets" / "results.json").rename(models / "stored.json")
+        options = ("evaluate_reconstruction.py", "--models", "tiny", "--subfolder", "vae", "--data_dir", ASSETS)
+        out = run_example(*options, *small, "--add_results", stored)
+        assert "| tiny | " in out and "| model | " in out
+        with pytest.raises(ValueError, match=r"protocol\.resolution \(16 and 32\)"):
+            run_example(*options, *small, "--resolution", 16, "--add_results", stored)
+
+    def test_videos(self, run_example, models):
+        write_video(models / "ramp.mp4")
+        make_vae("video", sample_size=16).save_pretrained(models / "video")
+        out = run_example(
+            *("evaluate_reconstruction.py", "--models", "video", "model", "--data_dir", "ramp.mp4"),
+            *("--num_frames", 6, "--resolution", 32, "--networks", "i3d", "--num_examples", 1),
+        )
+        assert "ramp.mp4, 1 clips" in out and "No rFVD: no weights: no library downloads I3D" in out
+        for name in ("video", "model"):
+            with av.open(str(models / "evaluation" / "ramp.mp4" / name / "worst_00.mp4")) as container:
+                frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+            assert len(frames) == 6 and frames[0].shape == (32, 96, 3)
+
+    @pytest.mark.parametrize(
+        "options, message",
+        [
+            ((), "either --data_dir or --dataset_name"),
+            (("--data_dir", "x", "--baselines", "pca"), "needs --pca_data_dir"),
+            (("--data_dir", "x", "--baselines", "jpeg", "--num_frames", 4), "pictures of one --resolution"),
+        ],
+    )
+    def test_wrong_arguments(self, run_example, options, message, capsys):
+        with pytest.raises(SystemExit):
+            run_example("evaluate_reconstruction.py", "--models", "model", *options)
+        assert message in capsys.readouterr().err
