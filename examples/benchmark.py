@@ -13,11 +13,11 @@ from collections.abc import Callable
 
 import torch
 from accelerate import PartialState
-from diffusers import AutoencoderKL
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vitok_hf import AutoencoderViTok, list_bundled
 from vitok_hf.evaluation.macs import count_macs
+from vitok_hf.evaluation.peers import make_peer
 
 
 class RecordProducts(TorchDispatchMode):
@@ -50,17 +50,6 @@ def timed(function: Callable[[], object]) -> float:
     function()
     synchronize()
     return time.perf_counter() - began
-
-
-def stable_diffusion_vae() -> AutoencoderKL:
-    return AutoencoderKL(
-        block_out_channels=(128, 256, 512, 512),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        layers_per_block=2,
-        latent_channels=4,
-        sample_size=512,
-    )
 
 
 def make_model(args: argparse.Namespace, device: torch.device) -> AutoencoderViTok:
@@ -125,7 +114,7 @@ def benchmark(args: argparse.Namespace) -> None:
         ratio = seconds / medians["floor"]
         print(f"{name:18} {1e3 * seconds:8.1f} ms  {ratio:5.2f} x floor  {2e-12 * macs / seconds:5.2f} TFLOP/s")
     if args.peer_rounds and not args.train:
-        peer, image = stable_diffusion_vae().to(device, dtype).eval(), x if x.ndim == 4 else x[:, :, 0]
+        peer, image = make_peer("SD-VAE").to(device, dtype).eval(), x if x.ndim == 4 else x[:, :, 0]
         peer(image[:1])
         seconds = statistics.median(timed(lambda: peer(image)) for _ in range(args.peer_rounds))
         seconds *= frames[0] if frames else 1

@@ -13,10 +13,10 @@ import time
 
 import torch
 from accelerate import PartialState
-from benchmark import stable_diffusion_vae
 
 from vitok_hf import AutoencoderViTok
 from vitok_hf.evaluation.memory import peak_memory, reset_peak_memory
+from vitok_hf.evaluation.peers import make_peer
 
 
 MODES = ("full attention", "sliding window", "tiled AutoencoderKL")
@@ -24,7 +24,7 @@ MODES = ("full attention", "sliding window", "tiled AutoencoderKL")
 
 def make_model(mode: str, variant: str, radius: int) -> torch.nn.Module:
     if mode == "tiled AutoencoderKL":
-        vae = stable_diffusion_vae()
+        vae = make_peer("SD-VAE")
         vae.enable_tiling()
     else:
         vae = AutoencoderViTok.from_variant(variant)

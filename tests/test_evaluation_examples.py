@@ -7,12 +7,14 @@ import av
 import numpy as np
 import pytest
 import torch
+from datasets import config as datasets_config
 from diffusers import AutoencoderTiny
 from PIL import Image
 
 from tests.conftest import ASSETS, make_vae
 from tests.test_examples import run_example as run_example
 from tests.training.conftest import write_video
+from vitok_hf.evaluation.peers import PEERS, make_peer
 
 
 @pytest.fixture
@@ -78,6 +80,26 @@ class TestEvaluateReconstruction:
                 frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
             assert len(frames) == 6 and frames[0].shape == (32, 96, 3)
 
+    def test_dataset_of_the_hub(self, run_example, models, monkeypatch):
+        """In the form of a local folder, which `datasets` loads alike."""
+        monkeypatch.setattr(datasets_config, "HF_DATASETS_CACHE", models / "cache")
+        (models / "photos").mkdir()
+        for name in ("coffee.png", "astronaut.png"):
+            (models / "photos" / name).symlink_to(ASSETS / name)
+        out = run_example(
+            *(
+                "evaluate_reconstruction.py",
+                "--models",
+                "model",
+                "--dataset_name",
+                "photos",
+                "--dataset_split",
+                "train",
+            ),
+            *("--resolution", 32, "--networks", "--num_examples", 1),
+        )
+        assert "photos train, 2 pictures" in out
+
     @pytest.mark.parametrize(
         "options, message",
         [
@@ -90,3 +112,35 @@ class TestEvaluateReconstruction:
         with pytest.raises(SystemExit):
             run_example("evaluate_reconstruction.py", "--models", "model", *options)
         assert message in capsys.readouterr().err
+
+
+class TestPaperTables:
+    def test_ours_agree_with_the_paper(self, run_example, monkeypatch):
+        for name in set(PEERS) - {"Wan 2.1"}:
+            monkeypatch.delitem(PEERS, name)
+        out = run_example("paper_tables.py")
+        rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in out.splitlines() if line[:1] == "|"]
+        assert [row[4:] for row in rows if row[0] == "S"] == [["43.1", "43.3", "11.6", "11.6"]]
+        models = [row for row in rows if row[0].startswith("S-")]
+        for _, parameters, paper_parameters, gmacs, paper_gmacs, _ in models:
+            assert float(gmacs) == pytest.approx(float(paper_gmacs), rel=0.03)
+            assert not paper_parameters or float(parameters) == pytest.approx(float(paper_parameters), rel=0.015)
+        assert len(models) == 6 and sum(row[0] == "Wan 2.1" for row in rows) == 3
+
+    def test_timing(self, run_example, monkeypatch):
+        monkeypatch.syspath_prepend(str(ASSETS.parent))
+        import paper_tables
+
+        monkeypatch.setattr(paper_tables, "make_model", lambda name: make_vae("v1"))
+        assert 0 < paper_tables.seconds("S-B/16", (3, 16, 16), torch.bfloat16, rounds=1) < 5
+
+
+def test_peers_have_the_sizes_of_the_published_ones():
+    """Millions of parameters, by which another configuration is told."""
+    sizes = {"SD-VAE": 83.7, "SDXL-VAE": 83.7, "DC-AE f32c32": 323, "Cosmos CV8x8x8": 105, "Wan 2.1": 127}
+    for name, expected in sizes.items():
+        with torch.device("meta"):
+            peer = make_peer(name)
+        assert sum(parameter.numel() for parameter in peer.parameters()) / 1e6 == pytest.approx(expected, rel=0.01)
+    with pytest.raises(ValueError, match='no peer "VAE": choose from SD-VAE'):
+        make_peer("VAE")

@@ -20,17 +20,9 @@ class TestPaper:
 
     @pytest.mark.parametrize("size, parameters, gmacs", [("S", 43.3, 11.6), ("B", 85.8, 23.1), ("L", 383.7, 101.8)])
     def test_towers(self, size, parameters, gmacs):
-        vae = on_meta(f"S-{size}/16")
-        tower = vae.encoder if size == "S" else vae.decoder
-        assert millions(tower) == pytest.approx(parameters, rel=0.015)
-        whole, without = (
-            count_macs(on_meta(f"S-{size}/16", **kwargs), (1, 3, 256, 256)) / 1e9
-            for kwargs in ({}, {("encoder" if size == "S" else "decoder") + "_num_layers": 1})
-        )
-        layers = vae.config.encoder_num_layers if size == "S" else vae.config.decoder_num_layers
-        blocks = (whole - without) * layers / (layers - 1)
-        projections = 256 * 768 * vae.config.decoder_hidden_size / 1e9 + 256 * 32 * 768 / 1e9
-        assert blocks + projections == pytest.approx(gmacs, rel=0.015)
+        vae = on_meta(f"{size}-B/16")
+        assert millions(vae.encoder) == pytest.approx(parameters, rel=0.015)
+        assert count_macs(vae, (1, 3, 256, 256), "encoder") / 1e9 == pytest.approx(gmacs, rel=0.015)
 
     @pytest.mark.parametrize(
         "variant, shape, parameters, gmacs, tolerance",

@@ -13,11 +13,11 @@ def without_storage(model: ModelMixin) -> ModelMixin:
         return type(model).from_config(model.config).to("meta")  # some buffers come from elsewhere
 
 
-def count_macs(model: ModelMixin, shape: Sequence[int]) -> int:
+def count_macs(model: ModelMixin, shape: Sequence[int], part: str | None = None) -> int:
     """Multiply-accumulates of `model`'s forward on an input of `shape`: matrix products, convolutions and attention.
 
     Counted on a copy without storage, so that any size can be counted anywhere. The paper's "GFLOPs" are this number
-    divided by 1e9.
+    divided by 1e9. With `part`, "encoder" or "decoder", only those of the submodule of this name.
     """
     twin = without_storage(model)
     with torch.device("meta"):
@@ -29,4 +29,6 @@ def count_macs(model: ModelMixin, shape: Sequence[int]) -> int:
             torch.no_grad(),
         ):
             twin(torch.empty(tuple(shape)))
+    if part is not None:
+        return sum(counter.get_flop_counts()[f"{type(twin).__name__}.{part}"].values()) // 2
     return counter.get_total_flops() // 2
