@@ -116,7 +116,8 @@ def main():
     state = PartialState()
     protocol = Protocol(args.resolution or None, args.num_frames, args.fps)
     paths = {"inception": args.inception_weights, "dino": args.dino, "i3d": args.i3d_weights}
-    networks, unavailable = load_networks(args.networks, paths | {"lpips": args.lpips_weights}, state.device)
+    with state.main_process_first():  # which downloads for all
+        networks, unavailable = load_networks(args.networks, paths | {"lpips": args.lpips_weights}, state.device)
     unavailable |= {name: "left out" for name in LOADERS if name not in args.networks and name != "i3d"}
     for data_name, data in data_sets(args, protocol):
         evaluator = ReconstructionEvaluator(data, data_name, networks, unavailable, args.batch_size, state.device)

@@ -103,6 +103,14 @@ class TestReconstructionEvaluator:
         expected = psnr(reconstruction.transpose(0, 1), clip.transpose(0, 1)).mean()
         assert values["psnr"].shape == (1,) and result.metrics["psnr"] == pytest.approx(expected.item())
 
+    def test_memory_that_cannot_be_measured_is_named(self, monkeypatch):
+        def fail(device):
+            raise FileNotFoundError("no such file: /proc/self/clear_refs")
+
+        monkeypatch.setattr("vitok_hf.evaluation.evaluator.reset_peak_memory", fail)
+        result, _ = ReconstructionEvaluator(make_data(2), "assets").evaluate("darker", darken)
+        assert "memory_MB" not in result.costs and "/proc/self" in result.unavailable["memory_MB"]
+
     def test_a_codec_must_keep_the_size(self):
         with pytest.raises(ValueError, match=r"uint8 of \(.*32\) for uint8 pictures of \(.*64\)"):
             ReconstructionEvaluator(make_data(1), "assets").evaluate("crop", lambda x: x[..., :32])

@@ -46,6 +46,7 @@ class TestProtocol:
             ({"value_range": "0 to 1"}, "value_range"),
             ({"rounding": "none"}, "rounding"),
             ({"averaging": "over all pixels"}, "averaging"),
+            ({"statistics": "float32"}, "statistics"),
             ({"networks": {"inception": {"name": "inception-v3-compat", "sha256": "ef"}}}, "networks.inception"),
         ],
     )

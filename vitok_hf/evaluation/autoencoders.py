@@ -51,6 +51,8 @@ def takes_videos(vae: ModelMixin) -> bool:
 
 def spatial_ratio(vae: ModelMixin) -> int:
     """Pixels a side of a latent; 1 if the class does not tell."""
+    if isinstance(vae, AutoencoderRAE):
+        return vae.config.patch_size
     if ratio := vars(vae).get("spatial_compression_ratio") or vae.config.get("spatial_compression_ratio"):
         return ratio
     if isinstance(vae, AutoencoderViTok):

@@ -11,7 +11,6 @@ from safetensors.torch import load_model, save_model
 from torch import nn
 from torchvision.models import resnet18
 
-from .distributions import SetMetrics
 from .pixels import to_float
 
 
@@ -62,6 +61,8 @@ def frechet_distance(
 
     Like any Frechet distance of few pictures it is biased upwards: compare sets of equal sizes only.
     """
+    from .distributions import SetMetrics  # here: training a classifier does without its packages
+
     metrics = SetMetrics(classifier.features)
     for real, pictures in ((True, references), (False, images)):
         for batch in pictures.split(batch_size):

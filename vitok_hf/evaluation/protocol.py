@@ -20,6 +20,7 @@ class Protocol:
         rounding: What happens to a model's output before anything is measured.
         averaging: PSNR, SSIM, MS-SSIM and LPIPS are means of values of single pictures, for clips of the means over
             their frames.
+        statistics: How features become values.
         networks: "inception", "dino", "i3d", "lpips" -> {"name": architecture and preprocessing, "sha256": of the
             weights}, those that were used.
     """
@@ -32,6 +33,7 @@ class Protocol:
     value_range: str = "0 to 255, RGB"
     rounding: str = "clipped and rounded to uint8"
     averaging: str = "mean over frames, then over items"
+    statistics: str = "float64; unbiased covariances; IS of 10 splits, shuffled; precision and recall of 3 neighbours"
     networks: dict[str, dict[str, str]] = field(default_factory=dict)
 
     def __post_init__(self):
