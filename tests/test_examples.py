@@ -17,6 +17,7 @@ from tests.dit import make_pipeline
 from tests.training.conftest import write_video
 from vitok_hf import AutoencoderViTok
 from vitok_hf.evaluation.features import Classifier
+from vitok_hf.evaluation.results import load_results
 
 
 EXAMPLES = ASSETS.parent
@@ -152,11 +153,11 @@ class TestGenerate:
         out = run_example(
             *("evaluate_generation.py", "--model", pipeline, "--classifier", "classifier.safetensors"),
             *("--train_data_dir", "train/red", "train/blue", "--test_data_dir", "test/red", "test/blue"),
-            *("--max_test_files", 3, "--num_inference_steps", 2, "--classifier_size", 32),
+            *("--max_test_files", 3, "--num_inference_steps", 2, "--classifier_size", 32, "--networks"),
         )
         rows = [[cell.strip() for cell in line.split("|")] for line in out.splitlines() if line.startswith("| ")]
         sets = {row[1]: row for row in rows if len(row) == 7}  # the first table
-        assert [sets[name][2] for name in ("samples", "reconstructions", "training pictures")] == ["6"] * 3
+        assert [sets[name][2] for name in ("samples", "training pictures")] == ["6"] * 2
         assert float(sets["held-out pictures"][5]) == pytest.approx(0.0, abs=1e-2)
         assert float(sets["samples"][5]) > float(sets["training pictures"][5]) > 0
         names = ("samples", "held-out pictures")
@@ -164,7 +165,9 @@ class TestGenerate:
         assert distances["samples"] == sorted(distances["samples"])
         assert min(distances["samples"]) > max(distances["held-out pictures"])  # noise of an untrained model
         picture = Image.open(tmp_path / "evaluation" / "neighbours_samples.png")
-        assert picture.size == (2 * 3 * 32, 2 * 32)
+        assert picture.size == (2 * 6 * 32, 2 * 32)
+        (result,) = load_results(tmp_path / "evaluation" / "results.json")
+        assert result.num_items == 6 and result.protocol.resolution == 32
 
 
 def test_benchmark_dit(run_example):
