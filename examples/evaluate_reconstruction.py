@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
+from accelerate import Accelerator
 
 from vitok_hf.evaluation.autoencoders import load_autoencoder, spatial_ratio
 from vitok_hf.evaluation.codecs import ImageCodec, autoencoder_codec
@@ -89,13 +89,15 @@ def fit_pca(args: argparse.Namespace, patch_size: int, num_components: int, prot
     return PatchPCA(patch_size, num_components, data.batches(range(len(data)), args.batch_size))
 
 
-def rows(args: argparse.Namespace, data: EvaluationData) -> Iterator[tuple[str, Codec, dict[str, float]]]:
+def rows(
+    args: argparse.Namespace, data: EvaluationData, device: torch.device
+) -> Iterator[tuple[str, Codec, dict[str, float]]]:
     """Name, codec and known costs: of the models, then of the baselines that have as many numbers or bytes."""
     codes = {}  # latents -> patch size
     for name in args.models:
         options = {"subfolder": args.subfolder, "torch_dtype": getattr(torch, args.dtype)}
         vae = load_autoencoder(name, **options | ({"variant": args.variant} if args.variant else {}))
-        codec, costs = autoencoder_codec(vae.to(PartialState().device), tuple(data[0].shape))
+        codec, costs = autoencoder_codec(vae.to(device), tuple(data[0].shape))
         codes.setdefault(costs["E"], spatial_ratio(vae))
         yield name, codec, costs
     for num_latents, patch_size in codes.items():
@@ -113,26 +115,27 @@ def rows(args: argparse.Namespace, data: EvaluationData) -> Iterator[tuple[str, 
 
 def main():
     args = parse_args()
-    state = PartialState()
+    accelerator = Accelerator()
+    device = accelerator.device
     protocol = Protocol(args.resolution or None, args.num_frames, args.fps)
     paths = {"inception": args.inception_weights, "dino": args.dino, "i3d": args.i3d_weights}
-    with state.main_process_first():  # which downloads for all
-        networks, unavailable = load_networks(args.networks, paths | {"lpips": args.lpips_weights}, state.device)
+    with accelerator.main_process_first():  # which downloads for all
+        networks, unavailable = load_networks(args.networks, paths | {"lpips": args.lpips_weights}, device)
     unavailable |= {name: "left out" for name in LOADERS if name not in args.networks and name != "i3d"}
     for data_name, data in data_sets(args, protocol):
-        evaluator = ReconstructionEvaluator(data, data_name, networks, unavailable, args.batch_size, state.device)
+        evaluator = ReconstructionEvaluator(data, data_name, networks, unavailable, args.batch_size, device)
         folder = args.output_dir / re.sub(r"[^\w.-]+", "_", data_name)
         results: list[Result] = []
-        for name, codec, costs in rows(args, data):
+        for name, codec, costs in rows(args, data, device):
             result, values = evaluator.evaluate(name, codec, costs)
             if isinstance(codec, ImageCodec):
                 result.costs |= codec.costs()
             results.append(result)
-            if state.is_main_process:
+            if accelerator.is_main_process:
                 row_folder = folder / re.sub(r"[^\w.-]+", "_", name).strip("_")
                 save_examples(row_folder, data, codec, values["psnr"], args.num_examples)
                 save_results(folder / "results.json", results)
-        if state.is_main_process:
+        if accelerator.is_main_process:
             results += [result for path in args.add_results for result in load_results(path)]
             table = markdown_table(results)
             (folder / "table.md").write_text(table)

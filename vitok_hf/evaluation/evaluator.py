@@ -105,17 +105,19 @@ class ReconstructionEvaluator:
                     unavailable[metric] = str(error)
                 else:
                     values[metric].append(per_frame.view(len(images), -1).mean(dim=1))
-        # gathered in each process alike, also where a metric is missing for some pictures of another process
+        # each process gathers alike: a metric may be missing for pictures of another one
         values = {
             metric: gather_rows(torch.cat([*parts, torch.empty(0).double()])) for metric, parts in values.items()
         }
         values = {metric: column for metric, column in values.items() if len(column) == len(self.data)}
+        for metric in functions.keys() - values.keys():
+            unavailable.setdefault(metric, "some of the pictures are too small for it")
         metrics = {metric: column.mean().item() for metric, column in values.items()}
         distances, missing = self.sets.compute()
         timed = gather_rows(torch.tensor(timings[1:] or timings, dtype=torch.float64)).sum(dim=0)
         measured = {"seconds": (timed[0] / timed[1]).item()}
         if "memory_MB" not in unavailable:
-            measured["memory_MB"] = risen / 1e6
+            measured["memory_MB"] = gather_rows(torch.tensor([risen])).max().item() / 1e6
         result = Result(
             name=name,
             data=self.data_name,
