@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -5,7 +6,13 @@ from PIL import Image
 from tests.conftest import ASSETS, make_vae
 from vitok_hf.evaluation.pca import PatchPCA
 from vitok_hf.evaluation.pixels import pad_to_size, to_float, to_uint8
-from vitok_hf.evaluation.reconstruction import patch_border_ratio, reconstruct, reconstruct_in_tiles, save_comparison
+from vitok_hf.evaluation.reconstruction import (
+    comparison,
+    patch_border_ratio,
+    reconstruct,
+    reconstruct_in_tiles,
+    save_comparison,
+)
 from vitok_hf.training.media import load_evaluation_images
 
 
@@ -61,6 +68,14 @@ class TestPCA:
         reconstruction = PatchPCA(8, 6, images.split(1)).reconstruct(images)
         error = (to_float(reconstruction) - to_float(images)).square().mean()
         assert error.item() == pytest.approx(discarded.item(), rel=0.01)  # rounding to uint8
+
+
+def test_comparison_of_clips(images):
+    clips = images.unfold(0, 2, 2).permute(0, 1, 4, 2, 3)  # (2, 3, 2, 64, 64)
+    grid = comparison(clips, 255 - clips)
+    assert grid.shape == (4 * 64, 2 * 64, 3)
+    assert np.array_equal(grid[128:192, 64:], images[3].permute(1, 2, 0).numpy())
+    assert np.array_equal(grid[192:], 255 - grid[128:192])
 
 
 def test_comparison(images, tmp_path):

@@ -71,8 +71,13 @@ def side_by_side(images: torch.Tensor, reconstructions: torch.Tensor) -> torch.T
 
 
 def comparison(images: torch.Tensor, reconstructions: torch.Tensor) -> np.ndarray:
-    """Pictures or frames, (B, 3, [T,] H, W) uint8, in a column, each beside its reconstruction: (B * H, 2 W, 3)."""
-    return side_by_side(fold_frames(images), fold_frames(reconstructions)).flatten(0, 1).numpy()
+    """Pictures or clips, (B, 3, [T,] H, W) uint8, in a column with their reconstructions.
+
+    Pictures have them on the right, (B * H, 2 W, 3), clips below, frame by frame, (B * 2 H, T * W, 3).
+    """
+    if images.ndim == 5:
+        return rearrange([images, reconstructions], "two b c t h w -> (b two h) (t w) c").numpy()
+    return side_by_side(images, reconstructions).flatten(0, 1).numpy()
 
 
 def save_comparison(path: str | Path, images: torch.Tensor, reconstructions: torch.Tensor) -> None:
