@@ -1,3 +1,5 @@
+import runpy
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,8 @@ from vitok_hf import AutoencoderViTok
 
 
 GOLDEN = Path(__file__).parent / "golden" / "vitok_v2_tiny"
-ASSETS = Path(__file__).parents[1] / "examples" / "assets"
+EXAMPLES = Path(__file__).parents[1] / "examples"
+ASSETS = EXAMPLES / "assets"
 
 TINY = {
     "latent_channels": 4,
@@ -44,6 +47,20 @@ def fresh_accelerate():
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
+
+
+@pytest.fixture
+def run_example(monkeypatch, capsys, tmp_path):
+    """Runs a script of examples/ in `tmp_path` as a user would; returns what it prints."""
+
+    def run(name: str, *arguments) -> str:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.syspath_prepend(str(EXAMPLES))
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+        return capsys.readouterr().out
+
+    return run
 
 
 @pytest.fixture(params=ARCHITECTURES)

@@ -1,7 +1,6 @@
 """Runs the scripts of examples/ as a user would."""
 
 import json
-import runpy
 import sys
 from pathlib import Path
 
@@ -12,27 +11,12 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.conftest import ASSETS, TINY, make_input, make_vae
+from tests.conftest import ASSETS, EXAMPLES, TINY, make_input, make_vae
 from tests.dit import make_pipeline
 from tests.training.conftest import write_video
 from vitok_hf import AutoencoderViTok
 from vitok_hf.evaluation.features import Classifier
 from vitok_hf.evaluation.results import load_results
-
-
-EXAMPLES = ASSETS.parent
-
-
-@pytest.fixture
-def run_example(monkeypatch, capsys, tmp_path):
-    def run(name: str, *arguments) -> str:
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.syspath_prepend(str(EXAMPLES))
-        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
-        runpy.run_path(str(EXAMPLES / name), run_name="__main__")
-        return capsys.readouterr().out
-
-    return run
 
 
 @pytest.fixture
