@@ -12,7 +12,6 @@ from diffusers import AutoencoderTiny
 from PIL import Image
 
 from tests.conftest import ASSETS, make_vae
-from tests.test_examples import run_example as run_example
 from tests.training.conftest import write_video
 from vitok_hf.evaluation.peers import PEERS, make_peer
 
