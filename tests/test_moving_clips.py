@@ -165,7 +165,7 @@ def test_from_drawings_to_samples(run_example, drawings, tmp_path):
     )
     plot = np.asarray(Image.open(tmp_path / "plots" / "loss.png"))
     assert plot.shape == (400, 800, 3)
-    for colour in ((31, 119, 180), (214, 39, 40), (44, 160, 44)):  # one of each curve
+    for colour in ((31, 119, 180), (255, 127, 14), (44, 160, 44)):  # one of each curve
         assert np.any(np.abs(plot.astype(int) - colour).max(axis=2) < 20)
 
 
