@@ -1,0 +1,242 @@
+"""The paper's scaling study (arXiv 2501.09755, figures 2, 6 and 7, table 2) at small scale, on one's own pictures.
+
+    python examples/scaling_study.py --train_data_dir data/train/film:0.4 data/train/photos:0.3 data/train/emoji:0.3 \
+        --test_data_dir data/test/film data/test/photos data/test/emoji --classifier classifier.safetensors \
+        --max_minutes 60 --output_dir study
+
+Trains small autoencoders of pictures of 64 x 64 with train_vitok.py, each on as many pictures: patch sizes and
+channels that give 2^5 to 2^11 floats a picture (E), then depths of the encoder and of the decoder at E = 512, and one
+of these points in float32 (the others have bfloat16 autocast). A finished run is not repeated: the same command goes
+on where time ran out. `output_dir` has results.csv, plots, and report.md with the coefficients of determination
+(R2) of straight lines, quality against the logarithm of E, or of the parameters of the tower.
+"""
+
+import argparse
+import csv
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from vitok_hf import AutoencoderViTok
+from vitok_hf.evaluation.features import Classifier, frechet_distance
+from vitok_hf.evaluation.reconstruction import evaluate_reconstruction
+from vitok_hf.training.checkpointing import list_checkpoints
+from vitok_hf.training.media import load_evaluation_images
+
+
+SIZE = 64  # pixels a side
+WIDTH, HEADS = 192, 3
+
+
+@dataclass(frozen=True)
+class Point:
+    patch_size: int = 8
+    latent_channels: int = 8
+    encoder_layers: int = 2
+    decoder_layers: int = 4
+    mixed_precision: str = "bf16"
+
+    @property
+    def floats(self) -> int:
+        """E of the paper: numbers in the code of a picture."""
+        return (SIZE // self.patch_size) ** 2 * self.latent_channels
+
+    @property
+    def name(self) -> str:
+        precision = "" if self.mixed_precision == "bf16" else "-fp32"
+        return f"p{self.patch_size}-c{self.latent_channels}-{self.encoder_layers}-{self.decoder_layers}{precision}"
+
+    def model_config(self) -> dict:
+        towers = {}
+        for tower, layers in (("encoder", self.encoder_layers), ("decoder", self.decoder_layers)):
+            sizes = {"hidden_size": WIDTH, "num_layers": layers, "num_attention_heads": HEADS}
+            towers |= {f"{tower}_{name}": value for name, value in sizes.items()}
+        return towers | {"patch_size": self.patch_size, "latent_channels": self.latent_channels, "sample_size": SIZE}
+
+
+CHANNELS = {16: (2, 4, 8, 16, 32, 64), 8: (2, 4, 8, 16, 32), 4: (1, 2, 4, 8)}  # of each patch size
+DEPTHS = (1, 2, 4, 8)
+STUDIES = {
+    "bottleneck": [Point(patch, channels) for patch, several in CHANNELS.items() for channels in several],
+    "encoder": [Point(encoder_layers=layers) for layers in DEPTHS],
+    "decoder": [Point(decoder_layers=layers) for layers in DEPTHS],
+    "precision": [Point(), Point(mixed_precision="no")],
+}
+METRICS = {"psnr": "PSNR, dB", "ssim": "SSIM", "frechet_distance": "Frechet distance"}
+
+
+def train(point: Point, seed: int, folder: Path, args: argparse.Namespace, minutes: float | None) -> bool:
+    """Whether the run is finished: not, if its time was up."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = folder / "model_config.json"
+    config.write_text(json.dumps(point.model_config()))
+    options = {
+        "model_config": config,
+        "mixed_precision": point.mixed_precision,
+        "seed": seed,
+        "resolution": SIZE,
+        "train_batch_size": args.train_batch_size,
+        "max_train_steps": args.max_train_steps,
+        "learning_rate": args.learning_rate,
+        "lr_warmup_steps": args.max_train_steps // 20,
+        "lpips_weight": 0,
+        "cache_gib": args.cache_gib,
+        "checkpointing_steps": max(1, args.max_train_steps // 2),
+        "checkpoints_total_limit": 1,
+        "report_to": "none",
+        "output_dir": folder,
+    }
+    if minutes is not None:
+        options["max_minutes"] = minutes
+    if list_checkpoints(folder):
+        options["resume_from_checkpoint"] = "latest"
+    command = [sys.executable, str(Path(__file__).with_name("train_vitok.py")), "--compile", str(args.compile)]
+    command += [part for name, value in options.items() for part in (f"--{name}", str(value))]
+    subprocess.run([*command, "--train_data_dir", *args.train_data_dir], check=True)
+    return (folder / "vae").exists()
+
+
+def evaluate(folder: Path, args: argparse.Namespace) -> dict[str, float]:
+    """Quality, a mean over the test folders, and parameters of the towers."""
+    device = PartialState().device
+    vae = AutoencoderViTok.from_pretrained(folder / "vae").to(device).eval()
+    classifier = None if args.classifier is None else Classifier.load(args.classifier).to(device)
+    rows = []
+    for path in args.test_data_dir:
+        images = load_evaluation_images(path, SIZE, args.limit)
+        metrics, reconstructions = evaluate_reconstruction(vae, images, batch_size=32)
+        if classifier is not None:
+            pair = reconstructions.to(device), images.to(device)
+            metrics["frechet_distance"] = frechet_distance(*pair, classifier)
+        rows.append(metrics)
+    means = {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
+    for tower in ("encoder", "decoder"):
+        means[f"{tower}_parameters"] = sum(parameter.numel() for parameter in getattr(vae, tower).parameters())
+    return means
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
+
+
+def write_rows(path: Path, rows: list[dict]) -> None:
+    temporary = path.with_name(path.name + ".incomplete")
+    with open(temporary, "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    os.replace(temporary, path)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Trains and measures what is missing; returns how many runs are left. The first seed goes first."""
+    began, table = time.monotonic(), args.output_dir / "results.csv"
+    points = dict.fromkeys(point for study in args.studies for point in STUDIES[study])
+    done = {(row["name"], int(row["seed"])) for row in read_rows(table)}
+    missing = [(point, seed) for seed in range(args.num_seeds) for point in points if (point.name, seed) not in done]
+    for number, (point, seed) in enumerate(missing):
+        minutes = None
+        if args.max_minutes is not None:
+            minutes = args.max_minutes - (time.monotonic() - began) / 60
+            if minutes <= 0:
+                return len(missing) - number
+        folder = args.output_dir / "runs" / f"{point.name}-seed{seed}"
+        if not (folder / "vae").exists() and not train(point, seed, folder, args, minutes):
+            return len(missing) - number
+        row = {"name": point.name, "seed": seed, "floats": point.floats} | asdict(point) | evaluate(folder, args)
+        write_rows(table, [*read_rows(table), row])
+        print(", ".join(f"{name} {value}" for name, value in row.items()), flush=True)
+    return 0
+
+
+def r_squared(x: np.ndarray, y: np.ndarray) -> float:
+    """Coefficient of determination of the straight line through (N,) points."""
+    slope, intercept = np.polyfit(x, y, 1)
+    return 1.0 - np.square(y - slope * x - intercept).sum() / np.square(y - y.mean()).sum()
+
+
+def plot(axes: Axes, x: np.ndarray, y: np.ndarray, groups: np.ndarray, labels: tuple[str, str]) -> float:
+    """Points by group, over a line against the logarithm of x; returns its R2."""
+    for group in np.unique(groups):
+        axes.plot(x[groups == group], y[groups == group], "o", label=group, alpha=0.7)
+    line = np.array([x.min(), x.max()])
+    axes.plot(line, np.polyval(np.polyfit(np.log2(x), y, 1), np.log2(line)), color="grey", linewidth=1)
+    r2 = r_squared(np.log2(x), y)
+    axes.set_xscale("log", base=2)
+    axes.set(xlabel=labels[0], ylabel=labels[1], title=f"R2 = {r2:.2f}")
+    return r2
+
+
+def report(args: argparse.Namespace) -> None:
+    """Plots and report.md of all that there is."""
+    rows = read_rows(args.output_dir / "results.csv")
+    metrics = [name for name in METRICS if name in rows[0]]
+    lines = ["| study | runs | " + " | ".join(f"R2, {METRICS[name]}" for name in metrics) + " |"]
+    lines.append("|---" * (2 + len(metrics)) + "|")
+    for study, column in (
+        ("bottleneck", "floats"),
+        ("encoder", "encoder_parameters"),
+        ("decoder", "decoder_parameters"),
+    ):
+        names = {point.name for point in STUDIES[study]}
+        chosen = [row for row in rows if row["name"] in names]
+        x = np.array([float(row[column]) for row in chosen])
+        if len(np.unique(x)) < 3:
+            continue
+        groups = np.array([f"patch size {row['patch_size']}" for row in chosen])
+        figure = Figure(figsize=(4 * len(metrics), 3.5), dpi=100, layout="constrained")
+        values = []
+        for name, axes in zip(metrics, figure.subplots(1, len(metrics), squeeze=False)[0]):
+            y = np.array([float(row[name]) for row in chosen])
+            values.append(plot(axes, x, y, groups, (column.replace("_", " "), METRICS[name])))
+        axes.legend()
+        figure.savefig(args.output_dir / f"{study}.png")
+        lines.append(f"| {study} | {len(chosen)} | " + " | ".join(f"{value:.3f}" for value in values) + " |")
+    lines += ["", "| run | seeds | E | " + " | ".join(METRICS[name] for name in metrics) + " |"]
+    lines.append("|---" * (3 + len(metrics)) + "|")
+    for name in dict.fromkeys(row["name"] for row in rows):
+        seeds = [row for row in rows if row["name"] == name]
+        cells = []
+        for metric in metrics:
+            values = np.array([float(row[metric]) for row in seeds])
+            cells.append(f"{values.mean():.3f} ({np.ptp(values):.3f})")
+        lines.append(f"| {name} | {len(seeds)} | {seeds[0]['floats']} | {' | '.join(cells)} |")
+    lines += ["", "In brackets: the largest value of a seed minus the smallest.", ""]
+    (args.output_dir / "report.md").write_text("\n".join(lines))
+    print("\n".join(lines))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--train_data_dir", nargs="+", required=True, help="folders with optional weights")
+    parser.add_argument("--test_data_dir", nargs="+", required=True, help="folders; each counts as much as the others")
+    parser.add_argument("--classifier", type=Path, help="output of train_classifier.py, for Frechet distances")
+    parser.add_argument("--studies", nargs="+", choices=STUDIES, default=list(STUDIES))
+    parser.add_argument("--num_seeds", type=int, default=2)
+    parser.add_argument("--max_train_steps", type=int, default=1500)
+    parser.add_argument("--train_batch_size", type=int, default=32)
+    parser.add_argument("--learning_rate", type=float, default=1e-3)
+    parser.add_argument("--cache_gib", type=float, default=4.0)
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--limit", type=int, default=200, help="test pictures a folder")
+    parser.add_argument("--max_minutes", type=float, help="stop after this time; the same command goes on")
+    parser.add_argument("--output_dir", type=Path, default=Path("study"))
+    args = parser.parse_args()
+    torch.set_grad_enabled(False)
+    left = run(args)
+    report(args)
+    print(f"{left} runs are left: run the same command again." if left else "All runs are finished.")
+
+
+if __name__ == "__main__":
+    main()

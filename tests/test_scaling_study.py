@@ -1,0 +1,84 @@
+import csv
+import sys
+from functools import partial
+
+import numpy as np
+import pytest
+
+from examples import scaling_study
+from examples.scaling_study import STUDIES, Point, r_squared
+from tests.training.conftest import write_noise
+from vitok_hf import AutoencoderViTok
+
+
+class TestGrid:
+    def test_floats(self):
+        floats = [point.floats for point in STUDIES["bottleneck"]]
+        assert len(floats) >= 12 and min(floats) == 2**5 and max(floats) == 2**11
+        assert {point.floats for study in ("encoder", "decoder", "precision") for point in STUDIES[study]} == {512}
+
+    def test_models(self):
+        points = {point for study in STUDIES.values() for point in study}
+        assert len({point.name for point in points}) == len(points)
+        for point in points:
+            config = AutoencoderViTok(**point.model_config()).config
+            assert config.latent_channels * (config.sample_size // config.patch_size) ** 2 == point.floats
+            assert config.encoder_num_layers == point.encoder_layers
+            assert config.decoder_num_layers == point.decoder_layers
+
+
+def test_r_squared():
+    x = np.arange(8.0)
+    assert r_squared(x, 3 * x - 2) == pytest.approx(1.0)
+    assert r_squared(x, np.array([1.0, -1, -1, 1, 1, -1, -1, 1])) == pytest.approx(0.0)
+    noisy = x + np.array([1.0, -1, 1, -1, 1, -1, 1, -1])
+    assert r_squared(x, noisy) == pytest.approx(np.corrcoef(x, noisy)[0, 1] ** 2)
+
+
+class TestRuns:
+    """Training is stood in for by random weights, or by the real script on one point (slow)."""
+
+    @pytest.fixture
+    def study(self, tmp_path, monkeypatch, capsys):
+        for split in ("train", "test"):
+            write_noise(tmp_path / split, 3)
+        monkeypatch.setitem(scaling_study.STUDIES, "encoder", [Point(16, 2, layers, 1) for layers in (1, 2, 3)])
+        options = {"train_data_dir": tmp_path / "train", "test_data_dir": tmp_path / "test", "studies": "encoder"}
+        options |= {"num_seeds": 1, "max_train_steps": 2, "train_batch_size": 2, "output_dir": tmp_path / "study"}
+
+        def run(**overrides):
+            command = [part for name, value in (options | overrides).items() for part in (f"--{name}", str(value))]
+            monkeypatch.setattr(sys, "argv", ["scaling_study.py", *command, "--no-compile"])
+            scaling_study.main()
+            with open(tmp_path / "study" / "results.csv", newline="") as file:
+                return capsys.readouterr().out, list(csv.DictReader(file))
+
+        return run
+
+    def test_goes_on_where_it_stopped(self, study, monkeypatch, tmp_path):
+        trained = []
+
+        def train(point, seed, folder, args, minutes, most):
+            if len(trained) == most:
+                return False
+            trained.append((point.encoder_layers, seed))
+            AutoencoderViTok(**point.model_config()).save_pretrained(folder / "vae")
+            return True
+
+        monkeypatch.setattr(scaling_study, "train", partial(train, most=2))
+        out, rows = study()
+        assert "1 runs are left" in out and [row["encoder_layers"] for row in rows] == ["1", "2"]
+        monkeypatch.setattr(scaling_study, "train", partial(train, most=9))
+        out, rows = study(num_seeds=2)
+        assert "All runs are finished." in out and len(rows) == 6
+        assert trained == [(1, 0), (2, 0), (3, 0), (1, 1), (2, 1), (3, 1)]  # none twice
+        parameters = [int(row["encoder_parameters"]) for row in rows[:3]]
+        assert parameters == sorted(parameters) and len({row["decoder_parameters"] for row in rows}) == 1
+        assert "| encoder | 6 | " in (tmp_path / "study" / "report.md").read_text()
+        assert (tmp_path / "study" / "encoder.png").is_file()
+
+    @pytest.mark.slow
+    def test_trains(self, study, monkeypatch):
+        monkeypatch.setitem(scaling_study.STUDIES, "encoder", [Point(16, 2, 1, 1)])
+        out, rows = study()
+        assert "All runs are finished." in out and float(rows[0]["psnr"]) > 3
