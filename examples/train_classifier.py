@@ -18,15 +18,21 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from vitok_hf.evaluation.features import Classifier
+from vitok_hf.training.latent_data import limit_each_class
 from vitok_hf.training.media import IMAGE_SUFFIXES, list_files, load_image, resize, resize_and_crop
+
+
+def list_pictures(folders: list[Path], limit: int | None) -> list[Path]:
+    files = [file for folder in folders for file in list_files(folder, IMAGE_SUFFIXES)]
+    return files if limit is None else limit_each_class(files, limit)
 
 
 class FolderClasses(Dataset):
     """Item i: a random crop of at least half a picture's side, and its class; classes are balanced."""
 
-    def __init__(self, folders: list[Path], size: int, length: int):
+    def __init__(self, files: list[Path], size: int, length: int):
         self.size, self.length, self.classes = size, length, {}
-        for file in [file for folder in folders for file in list_files(folder, IMAGE_SUFFIXES)]:
+        for file in files:
             self.classes.setdefault(file.parent.name, []).append(file)
         self.names = sorted(self.classes)
         self.pictures: dict[Path, np.ndarray] = {}  # decoded ones, no larger than needed
@@ -53,8 +59,8 @@ class FolderClasses(Dataset):
         return torch.from_numpy(crop.copy()).permute(2, 0, 1), label
 
 
-def test_pictures(folders: list[Path], names: list[str], size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    files = [file for folder in folders for file in list_files(folder, IMAGE_SUFFIXES) if file.parent.name in names]
+def test_pictures(files: list[Path], names: list[str], size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    files = [file for file in files if file.parent.name in names]
     for start in range(0, len(files), 128):
         batch = files[start : start + 128]
         pictures = np.stack([resize_and_crop(load_image(file), size) for file in batch])
@@ -66,6 +72,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--train_data_dir", type=Path, nargs="+", required=True)
     parser.add_argument("--test_data_dir", type=Path, nargs="+", required=True)
+    parser.add_argument("--max_train_files", type=int, help="of larger classes, a fixed random choice of so many")
+    parser.add_argument("--max_test_files", type=int)
     parser.add_argument("--size", type=int, default=64, help="side of the pictures in pixels")
     parser.add_argument("--max_train_steps", type=int, default=600)
     parser.add_argument("--train_batch_size", type=int, default=64)
@@ -78,7 +86,11 @@ def main():
 
     accelerator = Accelerator(mixed_precision=args.mixed_precision)
     torch.manual_seed(args.seed)
-    data = FolderClasses(args.train_data_dir, args.size, args.max_train_steps * args.train_batch_size)
+    train, test = (
+        list_pictures(folders, limit)
+        for folders, limit in ((args.train_data_dir, args.max_train_files), (args.test_data_dir, args.max_test_files))
+    )
+    data = FolderClasses(train, args.size, args.max_train_steps * args.train_batch_size)
     classifier = Classifier(data.names)
     optimizer = torch.optim.AdamW(classifier.parameters(), lr=args.learning_rate, weight_decay=0.05)
     loader = DataLoader(data, args.train_batch_size, num_workers=args.dataloader_num_workers)
@@ -97,7 +109,7 @@ def main():
     classifier.eval()
     right = total = 0
     with torch.no_grad():
-        for pictures, labels in test_pictures(args.test_data_dir, data.names, args.size):
+        for pictures, labels in test_pictures(test, data.names, args.size):
             predicted = classifier(pictures.to(accelerator.device)).argmax(dim=1).cpu()
             right, total = right + int((predicted == labels).sum()), total + len(labels)
     print(f"{len(data.names)} classes, accuracy on {total} held-out pictures: {right / total:.3f}")
