@@ -1,6 +1,6 @@
 import csv
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -63,6 +63,13 @@ class TestProtocol:
 
     def test_a_network_that_one_lacks_is_no_difference(self):
         check_comparable([make_result(), make_result("other", Protocol(), metrics={"psnr": 30.0})])
+
+    def test_protocols_of_other_versions_are_refused(self):
+        values = asdict(make_result())
+        del values["protocol"]["rounding"]
+        values["protocol"]["gamma"] = 2.2
+        with pytest.raises(ValueError, match="differ in the fields gamma, rounding: measure again"):
+            Result.from_dict(values)
 
     def test_whole_pictures(self):
         assert Protocol(resolution=None).crop == Protocol(resolution=None).resize_filter == "none"

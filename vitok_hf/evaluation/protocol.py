@@ -45,6 +45,15 @@ class Protocol:
             object.__setattr__(self, "crop", "none")
             object.__setattr__(self, "resize_filter", "none")
 
+    @classmethod
+    def from_dict(cls, values: dict) -> "Protocol":
+        """Inverse of `dataclasses.asdict`; raises `ValueError` for a protocol with other fields."""
+        if other := sorted(set(values) ^ {f.name for f in fields(cls)}):
+            raise ValueError(
+                f"The stored protocol and this version's differ in the fields {', '.join(other)}: measure again."
+            )
+        return cls(**values)
+
     def differences(self, other: "Protocol") -> list[str]:
         """Names of the fields that differ. A network counts that both used: without it, its metrics are missing."""
         names = [f.name for f in fields(self) if f.name != "networks"]

@@ -42,7 +42,7 @@ class Result:
     @classmethod
     def from_dict(cls, values: dict) -> "Result":
         intervals = {name: tuple(bounds) for name, bounds in values["intervals"].items()}
-        return cls(**values | {"protocol": Protocol(**values["protocol"]), "intervals": intervals})
+        return cls(**values | {"protocol": Protocol.from_dict(values["protocol"]), "intervals": intervals})
 
 
 def save_results(path: str | Path, results: Sequence[Result]) -> None:
@@ -51,7 +51,7 @@ def save_results(path: str | Path, results: Sequence[Result]) -> None:
 
 
 def load_results(path: str | Path) -> list[Result]:
-    """Reads what `save_results` wrote."""
+    """Reads what `save_results` wrote; raises `ValueError` for a protocol of other fields, as of another version."""
     return [Result.from_dict(values) for values in json.loads(Path(path).read_text())]
 
 
