@@ -1,5 +1,8 @@
+import os
 import runpy
+import socket
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -47,6 +50,26 @@ def fresh_accelerate():
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
+
+
+def _enter(rank: int, port: int, function: Callable, args: tuple) -> None:
+    os.environ |= {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": "2",
+        "ACCELERATE_USE_CPU": "true",
+    }
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "ACCELERATE_USE_CPU": "true"}
+    torch.set_num_threads(1)
+    function(*args)
+
+
+def run_on_two_processes(function: Callable, *args) -> None:
+    """Calls a function of a module in two fresh processes: forks of one that has computed may hang in OpenMP."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    torch.multiprocessing.spawn(_enter, (port, function, args), nprocs=2)
 
 
 @pytest.fixture

@@ -5,9 +5,9 @@ import math
 import numpy as np
 import pytest
 import torch
-from accelerate import debug_launcher
 from scipy import linalg
 
+from tests.conftest import run_on_two_processes
 from vitok_hf.evaluation.distributions import DistributionMetrics, SetMetrics, gather_rows
 from vitok_hf.evaluation.networks import FeatureNetwork
 
@@ -148,7 +148,6 @@ def measure_share(path: str) -> None:
     """Of two processes, the first has 25 pictures and the second 15."""
     from accelerate import PartialState
 
-    torch.set_num_threads(1)
     state = PartialState(cpu=True)
     share = slice(0, 25) if state.process_index == 0 else slice(25, 40)
     metrics = SetMetrics(colour_and_logits, precision_recall=True)
@@ -158,7 +157,7 @@ def measure_share(path: str) -> None:
 
 
 def test_two_processes_measure_as_one(tmp_path):
-    debug_launcher(measure_share, (str(tmp_path / "x"),), num_processes=2)
+    run_on_two_processes(measure_share, str(tmp_path / "x"))
     whole = SetMetrics(colour_and_logits, precision_recall=True)
     expected, _ = measure(whole, pictures(0, 40), pictures(1, 40, mean=140))
     for rank in (0, 1):

@@ -3,10 +3,9 @@ import io
 import numpy as np
 import pytest
 import torch
-from accelerate import debug_launcher
 from PIL import Image
 
-from tests.conftest import ASSETS, make_vae
+from tests.conftest import ASSETS, make_vae, run_on_two_processes
 from tests.evaluation.test_distributions import colour_and_logits
 from tests.training.conftest import write_video
 from vitok_hf.evaluation.codecs import ImageCodec
@@ -119,14 +118,13 @@ class TestReconstructionEvaluator:
 def evaluate_share(path: str) -> None:
     from accelerate import PartialState
 
-    torch.set_num_threads(1)
     state = PartialState(cpu=True)
     evaluator = ReconstructionEvaluator(make_data(3), "assets", NETWORKS, batch_size=2)
     torch.save((len(evaluator.share), *evaluator.evaluate("darker", darken)), f"{path}.{state.process_index}")
 
 
 def test_two_processes_measure_as_one(tmp_path):
-    debug_launcher(evaluate_share, (str(tmp_path / "x"),), num_processes=2)
+    run_on_two_processes(evaluate_share, str(tmp_path / "x"))
     expected, values = ReconstructionEvaluator(make_data(3), "assets", NETWORKS).evaluate("darker", darken)
     shares = []
     for rank in (0, 1):
