@@ -106,6 +106,7 @@ def train(point: Point, seed: int, folder: Path, args: argparse.Namespace, minut
     return (folder / "vae").exists()
 
 
+@torch.no_grad()
 def evaluate(folder: Path, args: argparse.Namespace) -> dict[str, float]:
     """Quality, a mean over the test folders, and parameters of the towers."""
     device = PartialState().device
@@ -232,7 +233,6 @@ def main():
     parser.add_argument("--max_minutes", type=float, help="stop after this time; the same command goes on")
     parser.add_argument("--output_dir", type=Path, default=Path("study"))
     args = parser.parse_args()
-    torch.set_grad_enabled(False)
     left = run(args)
     report(args)
     print(f"{left} runs are left: run the same command again." if left else "All runs are finished.")

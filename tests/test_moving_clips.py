@@ -163,7 +163,7 @@ def test_from_drawings_to_samples(run_example, drawings, tmp_path):
         *("plot_metrics.py", "--metrics", "vae=output/metrics.jsonl", "output-dit/metrics.jsonl"),
         *("--keys", "loss", "clips_ema_loss", "--logarithmic", "--output", "plots/loss.png"),
     )
-    plot = np.asarray(Image.open(tmp_path / "plots" / "loss.png"))
+    plot = np.asarray(Image.open(tmp_path / "plots" / "loss.png").convert("RGB"))
     assert plot.shape == (400, 800, 3)
     for colour in ((31, 119, 180), (255, 127, 14), (44, 160, 44)):  # one of each curve
         assert np.any(np.abs(plot.astype(int) - colour).max(axis=2) < 20)

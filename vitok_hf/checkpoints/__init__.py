@@ -20,14 +20,14 @@ def list_bundled() -> list[str]:
 def resolve_bundled(name_or_path):
     """The folder of a bundled checkpoint, or the argument itself if it names none.
 
-    A bundled pipeline shares the weights of a bundled autoencoder, which the config in its folder `vae` names.
+    A bundled pipeline may share the weights of a bundled autoencoder, which the config in its folder `vae` names.
     """
     root = Path(__file__).parent
     if name_or_path in list_bundled():
         return root / name_or_path
-    config = Path(name_or_path, "config.json")
-    if config.parent.name == "vae" and config.parent.parent.parent == root:
-        return root / json.loads(config.read_text())["_name_or_path"]
+    folder = Path(name_or_path)
+    if folder.name == "vae" and folder.parent.parent == root and not list(folder.glob("*.safetensors")):
+        return root / json.loads((folder / "config.json").read_text())["_name_or_path"]
     return name_or_path
 
 
