@@ -52,6 +52,18 @@ def timed(function: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
+def time_in_turns(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Median seconds of each, after three calls to warm up; in turns, so that a disturbance meets them all."""
+    for function in runs.values():
+        for _ in range(3):
+            function()
+    timings = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, function in runs.items():
+            timings[name].append(timed(function))
+    return {name: statistics.median(values) for name, values in timings.items()}
+
+
 def make_model(args: argparse.Namespace, device: torch.device) -> AutoencoderViTok:
     if args.variant in list_bundled():
         vae = AutoencoderViTok.from_pretrained(args.variant)
@@ -98,14 +110,7 @@ def benchmark(args: argparse.Namespace) -> None:
     if not args.no_compile:
         compiled = torch.compile(vae, fullgraph=True)
         runs["compiled"] = lambda: run(compiled)
-    for function in runs.values():
-        for _ in range(3):
-            function()
-    timings = {name: [] for name in runs}
-    for _ in range(args.rounds):  # in turns, so that a disturbance meets them all
-        for name, function in runs.items():
-            timings[name].append(timed(function))
-    medians = {name: statistics.median(values) for name, values in timings.items()}
+    medians = time_in_turns(runs, args.rounds)
 
     macs = count_macs(vae, x.shape) * (3 if args.train else 1)  # the backward pass has two products for each of one
     threads = torch.get_num_threads()

@@ -9,12 +9,11 @@ Batch size 2 is one guided sample. Weights are random: they cost the same.
 """
 
 import argparse
-import statistics
 from functools import partial
 
 import torch
 from accelerate import PartialState
-from benchmark import RecordProducts, timed
+from benchmark import RecordProducts, time_in_turns
 from diffusers import DiTTransformer2DModel
 
 from vitok_hf import ViTokDiTModel
@@ -57,14 +56,7 @@ def benchmark(variant: str, args: argparse.Namespace) -> None:
     if not args.no_compile:
         for name, network in (("ViTokDiT", model), ("DiTTransformer2DModel", peer)):
             runs[f"{name}, compiled"] = partial(torch.compile(network), **inputs)
-    for function in runs.values():
-        for _ in range(3):
-            function()
-    timings = {name: [] for name in runs}
-    for _ in range(args.rounds):  # in turns, so that a disturbance meets them all
-        for name, function in runs.items():
-            timings[name].append(timed(function))
-    medians = {name: statistics.median(values) for name, values in timings.items()}
+    medians = time_in_turns(runs, args.rounds)
 
     tokens = args.sample_size**2
     print(f"DiT-{variant}: batch {args.batch_size}, {tokens} tokens, {args.dtype} on {device}")
