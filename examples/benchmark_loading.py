@@ -30,7 +30,7 @@ from vitok_hf.evaluation.memory import peak_memory, reset_peak_memory
 folder, variant, dtype, component = sys.argv[1:]
 before, began = reset_peak_memory(), time.perf_counter()
 vae = AutoencoderViTok.from_pretrained(
-    folder, variant=variant, torch_dtype=getattr(torch, dtype), component=component or None
+    folder, variant=variant, dtype=getattr(torch, dtype), component=component or None
 )
 weights = sum(parameter.nbytes for parameter in vae.parameters())
 seconds = time.perf_counter() - began

@@ -34,7 +34,7 @@ def main():
     parser.add_argument("--output_dir", type=Path, required=True)
     args = parser.parse_args()
 
-    vae = AutoencoderViTok.from_pretrained(args.vae_name_or_path, variant=args.vae_variant, torch_dtype=torch.float32)
+    vae = AutoencoderViTok.from_pretrained(args.vae_name_or_path, variant=args.vae_variant, dtype=torch.float32)
     vae.to(PartialState().default_device).eval()
     classes = None if args.class_file is None else read_classes(args.class_file)
     files = LabelledFiles(args.train_data_dir, classes, vae.config.sample_frames, args.max_files_per_class)

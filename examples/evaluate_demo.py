@@ -72,7 +72,7 @@ def main():
     parser.add_argument("--output_dir", type=Path, default=Path("evaluation"))
     args = parser.parse_args()
 
-    vae = AutoencoderViTok.from_pretrained(args.model, torch_dtype=getattr(torch, args.dtype))
+    vae = AutoencoderViTok.from_pretrained(args.model, dtype=getattr(torch, args.dtype))
     vae = vae.to(PartialState().default_device)
     p = vae.config.patch_size
     sources = [f"{args.data_dir}/train/{name}:{weight}" for name, weight in TRAIN_WEIGHTS.items()]

@@ -29,6 +29,7 @@ from vitok_hf.evaluation.distributions import DistributionMetrics
 from vitok_hf.evaluation.features import Classifier, frechet_distance
 from vitok_hf.evaluation.generation import classify, generate_samples, nearest_neighbours, resize_all
 from vitok_hf.evaluation.networks import load_networks
+from vitok_hf.evaluation.pixels import sha256_each
 from vitok_hf.evaluation.protocol import Protocol
 from vitok_hf.evaluation.reconstruction import evaluate_reconstruction
 from vitok_hf.evaluation.results import Result, save_results
@@ -85,7 +86,6 @@ def print_distances(args: argparse.Namespace, samples: Labelled, held_out: Label
             metrics.update(batch.to(device), real)
     values, missing = metrics.compute()
     digests = {name: {"name": network.name, "sha256": network.sha256} for name, network in networks.items()}
-    checksums = b"".join(hashlib.sha256(image.contiguous().numpy()).digest() for image in held_out[0])
     for name, value in values.items():
         print(f"{name}: {value:.3f}")
     for name, reason in (unavailable | missing).items():
@@ -94,7 +94,7 @@ def print_distances(args: argparse.Namespace, samples: Labelled, held_out: Label
         name=f"{args.model}, guidance {args.guidance_scale}, {args.num_inference_steps} steps",
         data=", ".join(Path(folder).name for folder in args.test_data_dir),
         num_items=len(samples[0]),
-        data_sha256=hashlib.sha256(checksums).hexdigest(),
+        data_sha256=hashlib.sha256(sha256_each(held_out[0]).numpy()).hexdigest(),
         metrics=values,
         unavailable=unavailable | missing,
         protocol=Protocol(held_out[0].shape[-1], networks=digests),
@@ -134,7 +134,7 @@ def print_neighbours(folder: Path, sets: dict[str, Labelled], known: torch.Tenso
 
 def main():
     args = parse_args()
-    pipe = ViTokDiTPipeline.from_pretrained(args.model, torch_dtype=getattr(torch, args.dtype))
+    pipe = ViTokDiTPipeline.from_pretrained(args.model, dtype=getattr(torch, args.dtype))
     pipe.to(PartialState().device).set_progress_bar_config(disable=True)
     classes = [pipe.config.id2label[index] for index in range(len(pipe.config.id2label))]
     side = pipe.transformer.config.sample_size * pipe.vae.spatial_compression_ratio

@@ -95,7 +95,7 @@ def rows(
     """Name, codec and known costs: of the models, then of the baselines that have as many numbers or bytes."""
     codes = {}  # latents -> patch size
     for name in args.models:
-        options = {"subfolder": args.subfolder, "torch_dtype": getattr(torch, args.dtype)}
+        options = {"subfolder": args.subfolder, "dtype": getattr(torch, args.dtype)}
         vae = load_autoencoder(name, **options | ({"variant": args.variant} if args.variant else {}))
         codec, costs = autoencoder_codec(vae.to(device), tuple(data[0].shape))
         codes.setdefault(costs["E"], spatial_ratio(vae))

@@ -101,7 +101,7 @@ def main():
     parser.add_argument("--output_dir", type=Path, default=Path("onnx"))
     args = parser.parse_args()
 
-    vae = AutoencoderViTok.from_pretrained(args.model, torch_dtype=torch.float32)
+    vae = AutoencoderViTok.from_pretrained(args.model, dtype=torch.float32)
     q, p = vae.temporal_compression_ratio, vae.spatial_compression_ratio
     patch = (p, p) if vae.is_image_model else (q, p, p)
     clips = [(max(vae.config.sample_frames, q), *map(int, size.split("x")))[-len(patch) :] for size in args.sizes]

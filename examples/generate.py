@@ -12,9 +12,11 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from diffusers.utils import make_image_grid
+from einops import rearrange
+from PIL import Image
 
 from vitok_hf import ViTokDiTPipeline
+from vitok_hf.evaluation.generation import generate_samples
 
 
 def main():
@@ -29,23 +31,17 @@ def main():
     parser.add_argument("--output", type=Path, default=Path("samples.png"))
     args = parser.parse_args()
 
-    pipe = ViTokDiTPipeline.from_pretrained(args.model, torch_dtype=getattr(torch, args.dtype))
+    pipe = ViTokDiTPipeline.from_pretrained(args.model, dtype=getattr(torch, args.dtype))
     pipe.to(PartialState().default_device)
     labels = args.class_labels or list(pipe.labels)
     count = args.num_images_per_label
-    began, images = time.perf_counter(), []
-    for row, label in enumerate(labels):
-        seeds = range(args.seed + row * count, args.seed + (row + 1) * count)
-        images += pipe(
-            label,
-            num_images_per_label=count,
-            guidance_scale=args.guidance_scale,
-            num_inference_steps=args.num_inference_steps,
-            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-        ).images
+    began = time.perf_counter()
+    options = {"guidance_scale": args.guidance_scale, "num_inference_steps": args.num_inference_steps}
+    images = generate_samples(pipe, [label for label in labels for _ in range(count)], count, args.seed, **options)
     seconds = time.perf_counter() - began
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    make_image_grid(images, rows=len(labels), cols=count).save(args.output)
+    grid = rearrange(images, "(rows cols) c h w -> (rows h) (cols w) c", cols=count)
+    Image.fromarray(grid.numpy()).save(args.output)
     print(f"Rows: {', '.join(labels)}")
     print(f"{len(images)} pictures in {seconds:.1f} s, {args.num_inference_steps} steps each; saved {args.output}")
 

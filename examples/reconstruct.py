@@ -84,7 +84,7 @@ def main():
     args = parser.parse_args()
 
     dtype = getattr(torch, args.dtype)
-    vae = AutoencoderViTok.from_pretrained(args.model, subfolder=args.subfolder, torch_dtype=dtype)
+    vae = AutoencoderViTok.from_pretrained(args.model, subfolder=args.subfolder, dtype=dtype)
     vae = vae.to(PartialState().default_device)
     config = vae.config
     values = config.in_channels * config.temporal_patch_size * config.patch_size**2

@@ -59,7 +59,7 @@ class TestTiny:
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     def test_half_precision_costs_little(self, vae, dtype):
         images = load_evaluation_images(ASSETS, 256, 4)
-        half = AutoencoderViTok.from_pretrained("vitok-tiny-f8x8", torch_dtype=dtype)
+        half = AutoencoderViTok.from_pretrained("vitok-tiny-f8x8", dtype=dtype)
         difference = evaluate_reconstruction(vae, images)[0]["psnr"] - evaluate_reconstruction(half, images)[0]["psnr"]
         assert abs(difference) < 0.3
 
@@ -119,9 +119,10 @@ class TestGenerator:
 
     def test_shares_the_autoencoder(self, pipe, vae):
         assert set(pipe.labels) == {"face", "hand", "person", "animal", "food", "transport", "place", "flag"}
-        assert pipe.vae.config.latents_mean == vae.config.latents_mean
-        for ours, theirs in zip(pipe.vae.parameters(), vae.parameters(), strict=True):
-            assert torch.equal(ours, theirs)
+        alone = AutoencoderViTok.from_pretrained("vitok-dit-emoji", subfolder="vae")
+        assert pipe.vae.config.latents_mean == alone.config.latents_mean == vae.config.latents_mean
+        for ours, theirs, others in zip(pipe.vae.parameters(), vae.parameters(), alone.parameters(), strict=True):
+            assert torch.equal(ours, theirs) and torch.equal(others, theirs)
 
     def test_saves_all_of_it(self, pipe, tmp_path):
         pipe.save_pretrained(tmp_path)

@@ -104,7 +104,7 @@ class TestVariant:
 class TestLoading:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
     def test_dtype(self, golden_vae, dtype):
-        vae = AutoencoderViTok.from_pretrained(GOLDEN, variant=VARIANT, torch_dtype=dtype)
+        vae = AutoencoderViTok.from_pretrained(GOLDEN, variant=VARIANT, dtype=dtype)
         for name, parameter in golden_vae.named_parameters():
             assert torch.equal(vae.get_parameter(name), parameter.to(dtype)), name
         assert not vae.training and vae.config._name_or_path == str(GOLDEN)

@@ -92,7 +92,7 @@ class TestLoad:
         assert all(torch.equal(state[name], tensor) for name, tensor in loaded.state_dict().items())
 
     def test_bundled_and_the_authors_layout(self):
-        assert isinstance(load_autoencoder("vitok-tiny-f8x8", torch_dtype=torch.bfloat16), AutoencoderViTok)
+        assert isinstance(load_autoencoder("vitok-tiny-f8x8", dtype=torch.bfloat16), AutoencoderViTok)
         loaded = load_autoencoder(GOLDEN, variant="w64_d2_h4-w96_d3_h4/1x8x16")
         assert loaded.config.latent_channels == 16
 

@@ -238,7 +238,7 @@ class TestSaving:
         monkeypatch.setattr(checkpoints, "__file__", str(tmp_path / "__init__.py"))
         pipe.save_pretrained(tmp_path / "vitok-dit-tiny")
         assert checkpoints.list_bundled() == ["vitok-dit-tiny"]
-        loaded = ViTokDiTPipeline.from_pretrained("vitok-dit-tiny", torch_dtype=torch.bfloat16)
+        loaded = ViTokDiTPipeline.from_pretrained("vitok-dit-tiny", dtype=torch.bfloat16)
         assert loaded.transformer.dtype == torch.bfloat16 and loaded.labels == pipe.labels
         transformer = ViTokDiTModel.from_pretrained("vitok-dit-tiny", subfolder="transformer")
         assert torch.equal(transformer.proj_out.weight, pipe.transformer.proj_out.weight)

@@ -6,7 +6,14 @@ from PIL import Image
 
 from tests.conftest import ASSETS
 from tests.training.conftest import write_video
-from vitok_hf.training.media import list_files, load_clip, load_evaluation_images, load_image, video_seconds
+from vitok_hf.training.media import (
+    list_files,
+    load_clip,
+    load_evaluation_images,
+    load_image,
+    short_names,
+    video_seconds,
+)
 
 
 def brightness(clip: np.ndarray) -> np.ndarray:
@@ -52,6 +59,21 @@ class TestFiles:
         assert np.abs(difference).mean() < 1.0
 
 
+@pytest.mark.parametrize(
+    "paths, names",
+    [
+        ([], []),
+        (["data/test/film", "photos/"], ["film", "photos"]),
+        (["a/emoji/test", "a/film/test", "photos"], ["emoji-test", "film-test", "a-photos"]),
+        (["a/film", "a/film/", "b"], ["film", "film", "b"]),
+    ],
+)
+def test_short_names(paths, names, monkeypatch, tmp_path):
+    (tmp_path / "a").mkdir()
+    monkeypatch.chdir(tmp_path / "a")
+    assert short_names(paths) == names
+
+
 class TestVideo:
     def test_every_frame(self, video):
         np.testing.assert_allclose(brightness(load_clip(video, 0.4, 8)), np.arange(10, 18), atol=0.5)
@@ -79,7 +101,7 @@ class TestVideo:
         assert video_seconds(video.read_bytes()) == video_seconds(video)
 
     def test_messages_do_not_change_between_runs(self):
-        for load in (load_image, video_seconds):
+        for load in (load_image, short_names, video_seconds):
             messages = []
             for _ in range(2):
                 with pytest.raises(ValueError, match="^clip: cannot be read") as error:

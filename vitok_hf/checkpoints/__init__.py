@@ -36,7 +36,10 @@ def load_strictly(from_pretrained: Callable, name_or_path: str | os.PathLike, **
     if is_offline_mode():  # diffusers asks the Hub about sharded weights unless it is told not to
         kwargs["local_files_only"] = True
     output_loading_info = kwargs.pop("output_loading_info", False)
-    model, info = from_pretrained(resolve_bundled(name_or_path), output_loading_info=True, **kwargs)
+    folder = resolve_bundled(name_or_path)
+    if folder != name_or_path and kwargs.get("subfolder"):  # of a bundled pipeline
+        folder = resolve_bundled(folder / kwargs.pop("subfolder"))
+    model, info = from_pretrained(folder, output_loading_info=True, **kwargs)
     check_loading_info(info, model.config.get("component"), name_or_path)
     return (model, info) if output_loading_info else model
 

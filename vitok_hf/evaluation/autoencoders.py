@@ -22,7 +22,7 @@ def load_autoencoder(name_or_path: str | os.PathLike, subfolder: str | None = No
     Args:
         name_or_path: What `AutoencoderViTok.from_pretrained` takes, or a folder or Hub id of diffusers' layout.
         subfolder: Folder inside it, as "vae" for a pipeline.
-        kwargs: Other arguments of `from_pretrained`, as `torch_dtype`.
+        kwargs: Other arguments of `from_pretrained`, as `dtype`.
 
     Raises:
         ValueError: If the config names no autoencoder of diffusers, or the weights do not fit it.

@@ -14,7 +14,7 @@ from .distributions import DistributionMetrics, gather_rows
 from .memory import peak_memory, reset_peak_memory
 from .metrics import ms_ssim, psnr, ssim
 from .networks import FeatureNetwork
-from .pixels import fold_frames
+from .pixels import fold_frames, sha256_each
 from .results import Result, bootstrap_interval
 
 
@@ -59,9 +59,8 @@ class ReconstructionEvaluator:
         checksums = []
         for images in self._batches():
             self.sets.update(images.to(device), real=True)
-            checksums += [hashlib.sha256(image.contiguous().numpy()).digest() for image in images]
-        checksums = gather_rows(torch.tensor([list(checksum) for checksum in checksums], dtype=torch.uint8))
-        self.data_sha256 = hashlib.sha256(checksums.numpy()).hexdigest()
+            checksums.append(sha256_each(images))
+        self.data_sha256 = hashlib.sha256(gather_rows(torch.cat(checksums)).numpy()).hexdigest()
 
     def _batches(self):
         return self.data.batches(self.share, self.batch_size)

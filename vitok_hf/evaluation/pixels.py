@@ -1,5 +1,7 @@
 """Pictures as uint8 and as models take them. Needs nothing but PyTorch: `import vitok_hf` comes here."""
 
+import hashlib
+
 import torch
 from torch.nn import functional as F
 
@@ -28,3 +30,8 @@ def fold_frames(images: torch.Tensor) -> torch.Tensor:
 def unfold_frames(images: torch.Tensor, frames: int) -> torch.Tensor:
     """Inverse of `fold_frames` for clips: (B * T, C, H, W) -> (B, C, T, H, W)."""
     return images.unflatten(0, (-1, frames)).transpose(1, 2)
+
+
+def sha256_each(images: torch.Tensor) -> torch.Tensor:
+    """Checksums of the bytes of (N, ...) uint8 pictures, (N, 32) uint8."""
+    return torch.tensor([list(hashlib.sha256(x.contiguous().numpy()).digest()) for x in images], dtype=torch.uint8)

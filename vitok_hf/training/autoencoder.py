@@ -19,7 +19,7 @@ from .data import BatchLoader, make_dataset
 from .ema import WeightAverage
 from .loop import TrainedModel, Trainer
 from .losses import ReconstructionLoss
-from .media import load_evaluation_images
+from .media import load_evaluation_images, short_names
 from .publishing import changed_settings, push, write_model_card
 
 
@@ -33,7 +33,7 @@ def load_model(args: AutoencoderArguments) -> AutoencoderViTok:
     overrides = {} if args.latent_channels is None else {"latent_channels": args.latent_channels}
     if args.pretrained_model_name_or_path is not None:
         return AutoencoderViTok.from_pretrained(
-            args.pretrained_model_name_or_path, variant=args.variant, torch_dtype=torch.float32
+            args.pretrained_model_name_or_path, variant=args.variant, dtype=torch.float32
         )
     if args.variant is not None:
         return AutoencoderViTok.from_variant(args.variant, **overrides)
@@ -130,14 +130,14 @@ class AutoencoderTrainer(Trainer):
         self._train_mode()
         self.loader = self._make_loader(resolution)
         self.validation_images = {
-            Path(path).name: load_evaluation_images(
+            name: load_evaluation_images(
                 path,
                 args.validation_resolution or self.config.sample_size,
                 args.num_validation_images,
                 self.config.sample_frames,
                 args.fps,
             )
-            for path in args.validation_data_dir
+            for name, path in zip(short_names(args.validation_data_dir), args.validation_data_dir)
         }
         self.start()
 

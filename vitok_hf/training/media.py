@@ -150,6 +150,15 @@ def list_files(path: str | Path, suffixes: frozenset[str] = IMAGE_SUFFIXES | VID
     return files
 
 
+def short_names(paths: list[str]) -> list[str]:
+    """The last folder of each path, with as many before it ("train-emoji") as tell all of them apart."""
+    parts = [Path(path).absolute().parts[1:] for path in paths]
+    depth = 1
+    while len({part[-depth:] for part in parts}) < len(set(parts)):
+        depth += 1
+    return ["-".join(part[-depth:]) for part in parts]
+
+
 def resize_and_crop(image: np.ndarray, size: int) -> np.ndarray:
     """Shorter side to `size` (bicubic, antialiased), then the central square: (size, size, 3) uint8."""
     height, width = image.shape[:2]

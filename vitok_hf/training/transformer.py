@@ -22,6 +22,7 @@ from .ema import WeightAverage
 from .latent_cache import STATISTICS, LatentBatches, LatentCache, fingerprint
 from .latent_data import ClassSampler, LabelledFiles, PictureBatches, load_square, read_classes, to_pixels
 from .loop import TrainedModel, Trainer
+from .media import short_names
 from .publishing import changed_settings, last_folder, push, write_model_card
 
 
@@ -32,7 +33,7 @@ MAX_FRAMES_SHOWN = 8  # of a sampled video
 
 def load_autoencoder(args: DiTArguments) -> AutoencoderViTok:
     """Frozen, in float32. Its name in the config has no folder above the last."""
-    vae = AutoencoderViTok.from_pretrained(args.vae_name_or_path, variant=args.vae_variant, torch_dtype=torch.float32)
+    vae = AutoencoderViTok.from_pretrained(args.vae_name_or_path, variant=args.vae_variant, dtype=torch.float32)
     vae.register_to_config(_name_or_path=last_folder(args.vae_name_or_path))
     return vae.eval().requires_grad_(False)
 
@@ -93,7 +94,8 @@ class DiTTrainer(Trainer):
         trained.model.train()
         processes = self.accelerator.process_index, self.accelerator.num_processes
         self.loader = BatchLoader(dataset, args.dataloader_num_workers, *processes)
-        self.held_out = {Path(path).name: self._load_held_out(path) for path in args.validation_data_dir}
+        folders = zip(short_names(args.validation_data_dir), args.validation_data_dir)
+        self.held_out = {name: self._load_held_out(path) for name, path in folders}
         self.metrics = {}
         self.start()
 
