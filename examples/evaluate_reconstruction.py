@@ -8,9 +8,9 @@ Prints a table and writes it to `output_dir`/<data>/ as table.md, table.csv and 
 worst ten beside their reconstructions and error maps, clips as mp4. Metrics: PSNR (dB), SSIM, MS-SSIM and LPIPS with
 95 % confidence intervals, rFID, rIS, rFDD (DINOv2) and, of clips, rFVD. The weights of the feature networks are
 downloaded, or read from the paths given; a metric whose weights cannot be had is left out, and the table says why.
-Costs: GMACs, E (numbers in the code), compression (values a number), bytes (of latents at 16 bits; of JPEG and WebP
-whole files), seconds a picture with the given batch size, and by how much memory rises. `accelerate launch` shares the
-pictures among processes.
+Costs: GMACs, E (numbers in the code), compression (values a number), bytes (of latents at 16 bits, or as --latent_bits
+says; of JPEG and WebP whole files), seconds a picture with the given batch size, and by how much memory rises.
+`accelerate launch` shares the pictures among processes.
 """
 
 import argparse
@@ -41,6 +41,7 @@ def parse_args() -> argparse.Namespace:
         "--variant", help="of the weights (fp16), or the architecture of the author's ViTok-v2 weights"
     )
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--latent_bits", type=int, help="adds a row of each model with latents quantized to so many")
     parser.add_argument("--data_dir", nargs="*", default=[], help="folders or files, a table each")
     parser.add_argument("--dataset_name", help="data set of the Hub")
     parser.add_argument("--dataset_config_name")
@@ -97,9 +98,10 @@ def rows(
     for name in args.models:
         options = {"subfolder": args.subfolder, "dtype": getattr(torch, args.dtype)}
         vae = load_autoencoder(name, **options | ({"variant": args.variant} if args.variant else {}))
-        codec, costs = autoencoder_codec(vae.to(device), tuple(data[0].shape))
+        for bits in (None, args.latent_bits) if args.latent_bits else (None,):
+            codec, costs = autoencoder_codec(vae.to(device), tuple(data[0].shape), bits)
+            yield name if bits is None else f"{name}, {bits}-bit latents", codec, costs
         codes.setdefault(costs["E"], spatial_ratio(vae))
-        yield name, codec, costs
     for num_latents, patch_size in codes.items():
         if "pca" in args.baselines:
             components = num_latents * patch_size**2 // args.resolution**2

@@ -31,18 +31,26 @@ class TestEvaluateReconstruction:
         out = run_example(
             *("evaluate_reconstruction.py", "--models", "model", "--data_dir", ASSETS, "--resolution", 176),
             *("--baselines", "pca", "jpeg", "webp", "--pca_data_dir", ASSETS, "--networks", "--batch_size", 2),
+            *("--latent_bits", 2),
         )
         folder = models / "evaluation" / "assets"
         rows = {row["name"]: row for row in csv.DictReader(open(folder / "table.csv", newline=""))}
         numbers = 4 * 22 * 22
         assert list(rows) == [
-            *("model", "PCA, 4 of 8 x 8 pixels", f"JPEG, {numbers} x 16 bits", f"JPEG, {numbers} x 8 bits"),
+            *(
+                "model",
+                "model, 2-bit latents",
+                "PCA, 4 of 8 x 8 pixels",
+                f"JPEG, {numbers} x 16 bits",
+                f"JPEG, {numbers} x 8 bits",
+            ),
             *(f"WEBP, {numbers} x 16 bits", f"WEBP, {numbers} x 8 bits"),
         ]
         psnr = {name: float(row["psnr"]) for name, row in rows.items()}
         assert psnr["PCA, 4 of 8 x 8 pixels"] > psnr["model"] + 5  # whose weights are random
         assert psnr[f"WEBP, {numbers} x 16 bits"] > psnr[f"WEBP, {numbers} x 8 bits"] > 20
         assert 0.8 * numbers < float(rows[f"JPEG, {numbers} x 8 bits"]["bytes"]) <= numbers
+        assert float(rows["model, 2-bit latents"]["bytes"]) == numbers / 4 + 8 * 4
         assert float(rows["model"]["E"]) == numbers and float(rows["model"]["ms_ssim"]) < 1
         assert "| model | " in out and "No rFID: left out." in out
         assert out.strip().endswith((folder / "table.md").read_text().strip())

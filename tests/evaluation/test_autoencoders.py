@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.conftest import GOLDEN, make_vae
 from vitok_hf import AutoencoderViTok
-from vitok_hf.evaluation.autoencoders import count_cost, fit_shape, load_autoencoder
+from vitok_hf.evaluation.autoencoders import count_cost, fit_shape, load_autoencoder, quantize
 from vitok_hf.evaluation.macs import count_macs
 from vitok_hf.evaluation.pixels import to_float, to_uint8
 from vitok_hf.evaluation.reconstruction import reconstruct
@@ -155,9 +155,37 @@ class TestReconstruct:
             expected = vae.decode(vae.encode(pixels).latent_dist.mode()).sample
         assert torch.equal(reconstruct(vae, images), to_uint8(expected))
 
+    @torch.no_grad()
+    @pytest.mark.parametrize("name", ["kl", "rae", "vitok"])
+    def test_quantized_latents(self, name):
+        torch.manual_seed(0)
+        vae = MODELS[name]().eval()
+        images = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
+        errors = {
+            bits: (reconstruct(vae, images, bits).int() - reconstruct(vae, images).int()).abs().float().mean()
+            for bits in (1, 8, 16)
+        }
+        assert errors[1] > 8 * errors[8] and errors[8] >= errors[16] and errors[16] < 0.01
+        with pytest.raises(ValueError, match="1 to 16 bits, but not to 0"):
+            reconstruct(vae, images, 0)
+
     def test_a_model_of_one_size_says_so(self):
         with pytest.raises(ValueError, match="AutoencoderRAE gives .*bring the pictures to 16 x 16"):
             reconstruct(MODELS["rae"](), torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
+
+
+class TestQuantize:
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_levels(self, dtype):
+        latents = torch.randn(2, 3, 5, 40, generator=torch.Generator().manual_seed(0)).to(dtype)
+        latents[:, 1] *= 100  # each channel has a range of its own
+        latents[:, 2] = 4.0
+        quantized = quantize(latents, 3)
+        assert quantized.dtype == dtype and quantized.shape == latents.shape
+        ranges = latents.flatten(2).amax(2) - latents.flatten(2).amin(2)
+        half = ranges.float().view(2, 3, 1, 1) / 14
+        assert ((quantized - latents).abs() <= half * 1.01 + 8 * half * torch.finfo(dtype).eps).all()
+        assert len(quantized[0, 0].unique()) == 8 and (quantized[:, 2] == 4.0).all()
 
 
 class TestCost:
@@ -169,6 +197,9 @@ class TestCost:
         cost = count_cost(vae, (3, 32, 32))
         assert cost.num_latents == self.LATENTS.get(name, 4 * 16)  # a code of 4 x 4 x 4 for the others
         assert cost.compression == 3 * 32 * 32 / cost.num_latents
+        assert cost.num_bytes(None) == 2 * cost.num_latents
+        channels = 64 if name == "rae" else 4
+        assert cost.num_bytes(3) == 3 * cost.num_latents // 8 + 8 * channels
         assert cost.parameters == sum(parameter.numel() for parameter in vae.parameters())
         assert cost.macs == count_macs(vae, fit_shape(vae, (1, 3, 32, 32))) > 0
 

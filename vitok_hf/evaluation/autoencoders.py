@@ -87,13 +87,32 @@ def fit_shape(vae: ModelMixin, shape: tuple[int, ...]) -> tuple[int, ...]:
     return (batch * frames, channels, *size)
 
 
-def run_autoencoder(vae: ModelMixin, pixels: torch.Tensor) -> torch.Tensor:
-    """Decoded modes of the posteriors of pixels in [-1, 1], a shape of `fit_shape`; the same shape and range."""
-    if isinstance(vae, AutoencoderViTok):
+def quantize(latents: torch.Tensor, bits: int) -> torch.Tensor:
+    """(B, c, ...) rounded to 2 ** `bits` levels, evenly from the least to the largest of each channel of an item.
+
+    Raises:
+        ValueError: If `bits` is not from 1 to 16.
+    """
+    if not 1 <= bits <= 16:
+        raise ValueError(f"Latents can be quantized to 1 to 16 bits, but not to {bits}.")
+    flat = latents.flatten(2).float()
+    low, high = flat.aminmax(dim=2, keepdim=True)
+    step = ((high - low) / (2**bits - 1)).clamp(min=torch.finfo(flat.dtype).tiny)
+    levels = ((flat - low) / step).round()
+    return (levels * step + low).view_as(latents).to(latents.dtype)
+
+
+def run_autoencoder(vae: ModelMixin, pixels: torch.Tensor, latent_bits: int | None = None) -> torch.Tensor:
+    """Decoded modes of the posteriors of pixels in [-1, 1], a shape of `fit_shape`; the same shape and range.
+
+    With `latent_bits` the modes are quantized before they are decoded.
+    """
+    if isinstance(vae, AutoencoderViTok) and latent_bits is None:
         return vae(pixels).sample  # the forward of a prepared model, as in training
-    if isinstance(vae, AutoencoderRAE):  # takes and gives [0, 1]
-        return vae.decode(encode_mode(vae, (pixels + 1.0) / 2.0)).sample * 2.0 - 1.0
-    return vae.decode(encode_mode(vae, pixels)).sample
+    is_rae = isinstance(vae, AutoencoderRAE)  # takes and gives [0, 1]
+    latents = encode_mode(vae, (pixels + 1.0) / 2.0 if is_rae else pixels)
+    sample = vae.decode(latents if latent_bits is None else quantize(latents, latent_bits)).sample
+    return sample * 2.0 - 1.0 if is_rae else sample
 
 
 @dataclass(frozen=True)
@@ -104,13 +123,21 @@ class Cost:
         parameters: Of the whole model.
         macs: Multiply-accumulates of encoding and decoding.
         num_latents: Numbers in the code: E of the paper.
+        num_channels: Channels of the code, counted for each frame where the model sees frames one by one.
         compression: Values of the picture or clip over `num_latents`.
     """
 
     parameters: int
     macs: int
     num_latents: int
+    num_channels: int
     compression: float
+
+    def num_bytes(self, latent_bits: int | None) -> int:
+        """Of the code: at 16 bits as it is, or quantized by `quantize`, with two float32 for each channel."""
+        if latent_bits is None:
+            return 2 * self.num_latents
+        return -(-self.num_latents * latent_bits // 8) + 8 * self.num_channels
 
 
 def count_cost(vae: ModelMixin, shape: tuple[int, ...]) -> Cost:
@@ -118,10 +145,11 @@ def count_cost(vae: ModelMixin, shape: tuple[int, ...]) -> Cost:
     fitted = fit_shape(vae, (1, *shape))
     twin = without_storage(vae)
     with torch.no_grad(), torch.device("meta"):
-        num_latents = encode_mode(twin, torch.empty(fitted)).numel()
+        latents = encode_mode(twin, torch.empty(fitted))
     return Cost(
         parameters=sum(parameter.numel() for parameter in vae.parameters()),
         macs=count_macs(vae, fitted),
-        num_latents=num_latents,
-        compression=torch.Size(shape).numel() / num_latents,
+        num_latents=latents.numel(),
+        num_channels=latents.shape[0] * latents.shape[1],
+        compression=torch.Size(shape).numel() / latents.numel(),
     )

@@ -75,11 +75,14 @@ class ImageCodec:
         return {"bytes": num_bytes / num_items} | ({"above_budget": float(above)} if above else {})
 
 
-def autoencoder_codec(vae: ModelMixin, shape: tuple[int, ...]) -> tuple[Codec, dict[str, float]]:
+def autoencoder_codec(
+    vae: ModelMixin, shape: tuple[int, ...], latent_bits: int | None = None
+) -> tuple[Codec, dict[str, float]]:
     """Codec and costs for `ReconstructionEvaluator.evaluate`, for pictures or clips of `shape`, (C, [T,] H, W).
 
     The costs: parameters in millions, multiply-accumulates in units of 1e9, the number of latents (E of the paper),
-    how many values of the picture there are for each, and the bytes of the latents at 16 bits.
+    how many values of the picture there are for each, and the bytes of the latents, which are quantized to
+    `latent_bits`, or stay as they are and count 16 bits.
     """
     cost = count_cost(vae, shape)
     costs = {
@@ -87,6 +90,6 @@ def autoencoder_codec(vae: ModelMixin, shape: tuple[int, ...]) -> tuple[Codec, d
         "GMACs": cost.macs / 1e9,
         "E": cost.num_latents,
         "compression": cost.compression,
-        "bytes": 2 * cost.num_latents,
+        "bytes": cost.num_bytes(latent_bits),
     }
-    return partial(reconstruct, vae), costs
+    return partial(reconstruct, vae, latent_bits=latent_bits), costs

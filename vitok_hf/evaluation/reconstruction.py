@@ -13,13 +13,14 @@ from .pixels import fold_frames, pad_to_size, to_float, to_uint8, unfold_frames
 
 
 @torch.no_grad()
-def reconstruct(vae, images: torch.Tensor) -> torch.Tensor:
+def reconstruct(vae, images: torch.Tensor, latent_bits: int | None = None) -> torch.Tensor:
     """Reconstructions of uint8 pictures or clips from the mode of the posterior.
 
     Args:
         vae: Any autoencoder of diffusers. Those of single pictures see the frames of a clip one by one.
         images: (B, 3, H, W) or (B, 3, T, H, W) of any size. Sizes that do not fit the model are padded by repeating
             the last row, column or frame, and cropped back.
+        latent_bits: Quantizes the latents to so many bits; `None`: they stay as they are.
 
     Returns:
         uint8 of the shape of `images`, on its device.
@@ -32,7 +33,7 @@ def reconstruct(vae, images: torch.Tensor) -> torch.Tensor:
     fitted = fit_shape(vae, tuple(images.shape))
     padded_frames = fitted[2] if len(fitted) == 5 else frames
     pixels = pad_to_size(to_float(video.to(vae.device)), (padded_frames, *fitted[-2:])).to(vae.dtype)
-    sample = run_autoencoder(vae, pixels if len(fitted) == 5 else fold_frames(pixels))
+    sample = run_autoencoder(vae, pixels if len(fitted) == 5 else fold_frames(pixels), latent_bits)
     if sample.shape != fitted:
         raise ValueError(
             f"{type(vae).__name__} gives {tuple(sample.shape)} for {fitted}: it has one size of its own; bring the "
