@@ -72,7 +72,8 @@ def rotary_embedding(
 def apply_rotary_embedding(hidden_states: torch.Tensor, rotary_emb: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
     """Rotates the pairs (i, i + head_dim / 2) of (B, L, heads, head_dim) by the tables of `rotary_embedding`."""
     cos, sin = rotary_emb
-    swapped = hidden_states.roll(hidden_states.shape[-1] // 2, dims=-1)
+    first, second = hidden_states.chunk(2, dim=-1)
+    swapped = torch.cat([second, first], dim=-1)  # as quick as `roll`, and quicker when compiled
     return torch.addcmul(hidden_states * cos, swapped, sin)
 
 
