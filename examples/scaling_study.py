@@ -4,17 +4,19 @@
         --test_data_dir data/test/film data/test/photos data/test/emoji --classifier classifier.safetensors \
         --max_minutes 60 --output_dir study
 
-Trains small autoencoders of pictures of 64 x 64 with train_vitok.py, each on as many pictures: patch sizes and
-channels that give 2^5 to 2^11 floats a picture (E), then depths of the encoder and of the decoder at E = 512, and one
-of these points in float32 (the others have bfloat16 autocast). A finished run is not repeated: the same command goes
-on where time ran out. `output_dir` has results.csv, plots, and report.md with the coefficients of determination
-(R2) of straight lines, quality against the logarithm of E, or of the parameters of the tower.
+Trains small autoencoders of pictures of 64 x 64 with train_vitok.py, all on the same crops, which are cut first, and
+for as many steps: patch sizes and channels that give 2^5 to 2^11 floats a picture (E), then depths of the encoder and
+of the decoder at E = 512, and one of these points in float32 (the others have bfloat16 autocast). A finished run is
+not repeated: the same command goes on where time ran out. `output_dir` has results.csv, plots, and report.md with the
+coefficients of determination (R2) of straight lines, quality against the logarithm of E, or of the parameters of the
+tower.
 """
 
 import argparse
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -26,11 +28,14 @@ import torch
 from accelerate import PartialState
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from PIL import Image
 
 from vitok_hf import AutoencoderViTok
 from vitok_hf.evaluation.features import Classifier, frechet_distance
 from vitok_hf.evaluation.reconstruction import evaluate_reconstruction
 from vitok_hf.training.checkpointing import list_checkpoints
+from vitok_hf.training.cropping import CropSettings
+from vitok_hf.training.data import iterate_pixels, make_dataset
 from vitok_hf.training.media import load_evaluation_images
 
 
@@ -75,6 +80,23 @@ STUDIES = {
 METRICS = {"psnr": "PSNR, dB", "ssim": "SSIM", "frechet_distance": "Frechet distance"}
 
 
+def cut_crops(args: argparse.Namespace) -> Path:
+    """The folder of training pictures for all runs."""
+    folder, each = args.output_dir / "crops", 100
+    if folder.exists():
+        return folder
+    temporary = folder.with_name("crops.incomplete")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    settings = CropSettings(sizes=[(SIZE, SIZE, 1.0)], pixels_per_batch=each * SIZE**2, flip=False)
+    dataset = make_dataset(settings, args.train_data_dir, cache_bytes=int(args.cache_gib * 2**30))
+    for number, crops in enumerate(iterate_pixels(dataset, -(-args.num_crops // each))):
+        for index, crop in enumerate(crops):
+            Image.fromarray(crop.permute(1, 2, 0).numpy()).save(temporary / f"{each * number + index:07}.png")
+    temporary.rename(folder)
+    return folder
+
+
 def train(point: Point, seed: int, folder: Path, args: argparse.Namespace, minutes: float | None) -> bool:
     """Whether the run is finished: not, if its time was up."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -102,7 +124,7 @@ def train(point: Point, seed: int, folder: Path, args: argparse.Namespace, minut
         options["resume_from_checkpoint"] = "latest"
     command = [sys.executable, str(Path(__file__).with_name("train_vitok.py")), "--compile", str(args.compile)]
     command += [part for name, value in options.items() for part in (f"--{name}", str(value))]
-    subprocess.run([*command, "--train_data_dir", *args.train_data_dir], check=True)
+    subprocess.run([*command, "--train_data_dir", str(cut_crops(args))], check=True)
     return (folder / "vae").exists()
 
 
@@ -227,6 +249,7 @@ def main():
     parser.add_argument("--max_train_steps", type=int, default=1500)
     parser.add_argument("--train_batch_size", type=int, default=32)
     parser.add_argument("--learning_rate", type=float, default=1e-3)
+    parser.add_argument("--num_crops", type=int, default=20_000, help="training pictures, rounded up to hundreds")
     parser.add_argument("--cache_gib", type=float, default=4.0)
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--limit", type=int, default=200, help="test pictures a folder")

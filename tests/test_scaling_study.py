@@ -4,6 +4,7 @@ from functools import partial
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from examples import scaling_study
 from examples.scaling_study import STUDIES, Point, r_squared
@@ -44,7 +45,8 @@ class TestRuns:
             write_noise(tmp_path / split, 3)
         monkeypatch.setitem(scaling_study.STUDIES, "encoder", [Point(16, 2, layers, 1) for layers in (1, 2, 3)])
         options = {"train_data_dir": tmp_path / "train", "test_data_dir": tmp_path / "test", "studies": "encoder"}
-        options |= {"num_seeds": 1, "max_train_steps": 2, "train_batch_size": 2, "output_dir": tmp_path / "study"}
+        options |= {"num_seeds": 1, "max_train_steps": 2, "train_batch_size": 2, "num_crops": 150}
+        options["output_dir"] = tmp_path / "study"
 
         def run(**overrides):
             command = [part for name, value in (options | overrides).items() for part in (f"--{name}", str(value))]
@@ -78,7 +80,9 @@ class TestRuns:
         assert (tmp_path / "study" / "encoder.png").is_file()
 
     @pytest.mark.slow
-    def test_trains(self, study, monkeypatch):
+    def test_trains(self, study, monkeypatch, tmp_path):
         monkeypatch.setitem(scaling_study.STUDIES, "encoder", [Point(16, 2, 1, 1)])
         out, rows = study()
         assert "All runs are finished." in out and float(rows[0]["psnr"]) > 3
+        crops = list((tmp_path / "study" / "crops").iterdir())
+        assert len(crops) == 200 and Image.open(crops[0]).size == (64, 64)
