@@ -52,7 +52,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--networks", nargs="*", choices=NETWORKS, default=NETWORKS)
     parser.add_argument("--inception_weights", help="weights-inception-2015-12-05-6726825d.pth of torch-fidelity")
     parser.add_argument("--dino", help="folder or Hub id of a DINOv2; default: facebook/dinov2-large")
-    parser.add_argument("--guidance_scale", type=float, default=4.0, help="1 is none")
+    parser.add_argument("--guidance_scale", type=float, default=3.0, help="1 is none")
+    parser.add_argument("--guidance_rescale", type=float, default=1.0, help="0 is none")
     parser.add_argument("--num_inference_steps", type=int, default=50)
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
@@ -91,7 +92,8 @@ def print_distances(args: argparse.Namespace, samples: Labelled, held_out: Label
     for name, reason in (unavailable | missing).items():
         print(f"No {name}: {reason}.")
     return Result(
-        name=f"{args.model}, guidance {args.guidance_scale}, {args.num_inference_steps} steps",
+        name=f"{args.model}, guidance {args.guidance_scale}, rescale {args.guidance_rescale}, "
+        f"{args.num_inference_steps} steps",
         data=", ".join(Path(folder).name for folder in args.test_data_dir),
         num_items=len(samples[0]),
         data_sha256=hashlib.sha256(sha256_each(held_out[0]).numpy()).hexdigest(),
@@ -142,7 +144,7 @@ def main():
     held_out = load_pictures(args.test_data_dir, classes, args.max_test_files, side)
     counts = np.bincount(held_out[1], minlength=len(classes))
     ids = np.repeat(np.arange(len(classes)), counts)
-    options = {"guidance_scale": args.guidance_scale, "num_inference_steps": args.num_inference_steps}
+    options = {name: getattr(args, name) for name in ("guidance_scale", "guidance_rescale", "num_inference_steps")}
     samples = generate_samples(pipe, ids.tolist(), args.batch_size, args.seed, **options), ids
     result = print_distances(args, samples, held_out)
     if args.classifier is not None:

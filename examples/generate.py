@@ -25,7 +25,8 @@ def main():
     parser.add_argument("--class_labels", nargs="+", help="names of classes; default: all")
     parser.add_argument("--num_images_per_label", type=int, default=8)
     parser.add_argument("--num_inference_steps", type=int, default=50)
-    parser.add_argument("--guidance_scale", type=float, default=4.0, help="1 is none")
+    parser.add_argument("--guidance_scale", type=float, default=3.0, help="1 is none")
+    parser.add_argument("--guidance_rescale", type=float, default=1.0, help="0 is none")
     parser.add_argument("--seed", type=int, default=0, help="of the first sample; the next ones follow")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--output", type=Path, default=Path("samples.png"))
@@ -36,7 +37,7 @@ def main():
     labels = args.class_labels or list(pipe.labels)
     count = args.num_images_per_label
     began = time.perf_counter()
-    options = {"guidance_scale": args.guidance_scale, "num_inference_steps": args.num_inference_steps}
+    options = {name: getattr(args, name) for name in ("guidance_scale", "guidance_rescale", "num_inference_steps")}
     images = generate_samples(pipe, [label for label in labels for _ in range(count)], count, args.seed, **options)
     seconds = time.perf_counter() - began
     args.output.parent.mkdir(parents=True, exist_ok=True)
