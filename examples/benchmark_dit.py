@@ -5,7 +5,8 @@ between. The peer is diffusers' `DiTTransformer2DModel` of the same width, depth
 
     python examples/benchmark_dit.py --variants B XL --batch_size 2
 
-Batch size 2 is one guided sample. Weights are random: they cost the same.
+Batch size 2 is one guided sample. Weights are random: they cost the same. On a CPU, TORCHINDUCTOR_FREEZING=1 in the
+environment lets compiled models keep their weights in the layout that the processor wants.
 """
 
 import argparse
