@@ -7,7 +7,8 @@
 Trains small autoencoders of pictures of 64 x 64 with train_vitok.py, all on the same crops, which are cut first, and
 for as many steps: patch sizes and channels that give 2^5 to 2^11 floats a picture (E), then depths of the encoder and
 of the decoder at E = 512, and one of these points in float32 (the others have bfloat16 autocast). A finished run is
-not repeated: the same command goes on where time ran out. `output_dir` has results.csv, plots, and report.md with the
+not repeated: the same command goes on where time ran out. On a machine of few cores or of several GPUs, run a process
+for each seed (`--seeds 0`, `--seeds 1`) with one `output_dir`, which has results.csv, plots, and report.md with the
 coefficients of determination (R2) of straight lines, quality against the logarithm of E, or of the parameters of the
 tower.
 """
@@ -15,7 +16,6 @@ tower.
 import argparse
 import csv
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -36,6 +36,7 @@ from vitok_hf.evaluation.reconstruction import evaluate_reconstruction
 from vitok_hf.training.checkpointing import list_checkpoints
 from vitok_hf.training.cropping import CropSettings
 from vitok_hf.training.data import iterate_pixels, make_dataset
+from vitok_hf.training.latent_cache import write_json
 from vitok_hf.training.media import load_evaluation_images
 
 
@@ -78,6 +79,30 @@ STUDIES = {
     "precision": [Point(), Point(mixed_precision="no")],
 }
 METRICS = {"psnr": "PSNR, dB", "ssim": "SSIM", "frechet_distance": "Frechet distance"}
+
+
+SETTINGS = (
+    "train_data_dir",
+    "num_crops",
+    "max_train_steps",
+    "train_batch_size",
+    "learning_rate",
+    "test_data_dir",
+    "limit",
+)
+
+
+def check_settings(args: argparse.Namespace) -> None:
+    """Raises `ValueError` if `output_dir` has runs of other settings, which could not be compared."""
+    path, settings = args.output_dir / "settings.json", {name: getattr(args, name) for name in SETTINGS}
+    settings["classifier"] = args.classifier and str(args.classifier)
+    for name, value in json.loads(path.read_text()).items() if path.exists() else ():
+        if value != settings[name]:
+            raise ValueError(
+                f"{args.output_dir} has a study of {name} {value}, not {settings[name]}: choose another output_dir"
+            )
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    write_json(path, settings)
 
 
 def cut_crops(args: argparse.Namespace) -> Path:
@@ -148,36 +173,31 @@ def evaluate(folder: Path, args: argparse.Namespace) -> dict[str, float]:
     return means
 
 
-def read_rows(path: Path) -> list[dict[str, str]]:
-    return list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
-
-
-def write_rows(path: Path, rows: list[dict]) -> None:
-    temporary = path.with_name(path.name + ".incomplete")
-    with open(temporary, "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
-    os.replace(temporary, path)
+def read_rows(output_dir: Path) -> list[dict]:
+    """The rows of the runs that are finished."""
+    points = dict.fromkeys(point for study in STUDIES.values() for point in study)
+    files = (path for point in points for path in sorted(output_dir.glob(f"runs/{point.name}-seed*/row.json")))
+    return [json.loads(path.read_text()) for path in files]
 
 
 def run(args: argparse.Namespace) -> int:
     """Trains and measures what is missing; returns how many runs are left. The first seed goes first."""
-    began, table = time.monotonic(), args.output_dir / "results.csv"
+    began = time.monotonic()
     points = dict.fromkeys(point for study in args.studies for point in STUDIES[study])
-    done = {(row["name"], int(row["seed"])) for row in read_rows(table)}
-    missing = [(point, seed) for seed in range(args.num_seeds) for point in points if (point.name, seed) not in done]
-    for number, (point, seed) in enumerate(missing):
+    runs = [
+        (point, seed, args.output_dir / "runs" / f"{point.name}-seed{seed}") for seed in args.seeds for point in points
+    ]
+    missing = [run for run in runs if not (run[-1] / "row.json").exists()]
+    for number, (point, seed, folder) in enumerate(missing):
         minutes = None
         if args.max_minutes is not None:
             minutes = args.max_minutes - (time.monotonic() - began) / 60
             if minutes <= 0:
                 return len(missing) - number
-        folder = args.output_dir / "runs" / f"{point.name}-seed{seed}"
         if not (folder / "vae").exists() and not train(point, seed, folder, args, minutes):
             return len(missing) - number
         row = {"name": point.name, "seed": seed, "floats": point.floats} | asdict(point) | evaluate(folder, args)
-        write_rows(table, [*read_rows(table), row])
+        write_json(folder / "row.json", row)
         print(", ".join(f"{name} {value}" for name, value in row.items()), flush=True)
     return 0
 
@@ -201,8 +221,14 @@ def plot(axes: Axes, x: np.ndarray, y: np.ndarray, groups: np.ndarray, labels: t
 
 
 def report(args: argparse.Namespace) -> None:
-    """Plots and report.md of all that there is."""
-    rows = read_rows(args.output_dir / "results.csv")
+    """results.csv, plots and report.md of all that there is."""
+    rows = read_rows(args.output_dir)
+    if not rows:
+        return
+    with open(args.output_dir / "results.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
     metrics = [name for name in METRICS if name in rows[0]]
     lines = ["| study | runs | " + " | ".join(f"R2, {METRICS[name]}" for name in metrics) + " |"]
     lines.append("|---" * (2 + len(metrics)) + "|")
@@ -245,7 +271,7 @@ def main():
     parser.add_argument("--test_data_dir", nargs="+", required=True, help="folders; each counts as much as the others")
     parser.add_argument("--classifier", type=Path, help="output of train_classifier.py, for Frechet distances")
     parser.add_argument("--studies", nargs="+", choices=STUDIES, default=list(STUDIES))
-    parser.add_argument("--num_seeds", type=int, default=2)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     parser.add_argument("--max_train_steps", type=int, default=1500)
     parser.add_argument("--train_batch_size", type=int, default=32)
     parser.add_argument("--learning_rate", type=float, default=1e-3)
@@ -256,6 +282,7 @@ def main():
     parser.add_argument("--max_minutes", type=float, help="stop after this time; the same command goes on")
     parser.add_argument("--output_dir", type=Path, default=Path("study"))
     args = parser.parse_args()
+    check_settings(args)
     left = run(args)
     report(args)
     print(f"{left} runs are left: run the same command again." if left else "All runs are finished.")

@@ -45,11 +45,13 @@ class TestRuns:
             write_noise(tmp_path / split, 3)
         monkeypatch.setitem(scaling_study.STUDIES, "encoder", [Point(16, 2, layers, 1) for layers in (1, 2, 3)])
         options = {"train_data_dir": tmp_path / "train", "test_data_dir": tmp_path / "test", "studies": "encoder"}
-        options |= {"num_seeds": 1, "max_train_steps": 2, "train_batch_size": 2, "num_crops": 150}
+        options |= {"seeds": 0, "max_train_steps": 2, "train_batch_size": 2, "num_crops": 150}
         options["output_dir"] = tmp_path / "study"
 
         def run(**overrides):
-            command = [part for name, value in (options | overrides).items() for part in (f"--{name}", str(value))]
+            command = [
+                part for name, value in (options | overrides).items() for part in (f"--{name}", *str(value).split())
+            ]
             monkeypatch.setattr(sys, "argv", ["scaling_study.py", *command, "--no-compile"])
             scaling_study.main()
             with open(tmp_path / "study" / "results.csv", newline="") as file:
@@ -71,13 +73,15 @@ class TestRuns:
         out, rows = study()
         assert "1 runs are left" in out and [row["encoder_layers"] for row in rows] == ["1", "2"]
         monkeypatch.setattr(scaling_study, "train", partial(train, most=9))
-        out, rows = study(num_seeds=2)
+        out, rows = study(seeds="0 1")
         assert "All runs are finished." in out and len(rows) == 6
         assert trained == [(1, 0), (2, 0), (3, 0), (1, 1), (2, 1), (3, 1)]  # none twice
         parameters = [int(row["encoder_parameters"]) for row in rows[:3]]
         assert parameters == sorted(parameters) and len({row["decoder_parameters"] for row in rows}) == 1
         assert "| encoder | 6 | " in (tmp_path / "study" / "report.md").read_text()
         assert (tmp_path / "study" / "encoder.png").is_file()
+        with pytest.raises(ValueError, match="max_train_steps 2, not 3: choose another output_dir"):
+            study(max_train_steps=3)
 
     @pytest.mark.slow
     def test_trains(self, study, monkeypatch, tmp_path):
