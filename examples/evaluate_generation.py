@@ -11,33 +11,63 @@ The class of a picture is the name of its folder; all sets have as many pictures
   Frechet distances of its features, which small sets of an uncommon domain need;
 - distances to the nearest training picture, which tell of memorised ones.
 
-Saves the samples that are closest to training pictures beside these, and results.json with the protocol.
+Saves the samples, those that are closest to training pictures beside these, and results.json with the protocol. An
+interrupted run goes on with the samples that it has; `accelerate launch` shares the work among processes.
 """
 
 import argparse
 import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import PartialState
-from einops import rearrange
+from accelerate import Accelerator, PartialState
 from PIL import Image
+from torch import nn
 
 from vitok_hf import ViTokDiTPipeline
-from vitok_hf.evaluation.distributions import DistributionMetrics
-from vitok_hf.evaluation.features import Classifier, frechet_distance
-from vitok_hf.evaluation.generation import classify, generate_samples, nearest_neighbours, resize_all
+from vitok_hf.evaluation.data import EvaluationData
+from vitok_hf.evaluation.distributions import DistributionMetrics, SetMetrics
+from vitok_hf.evaluation.features import Classifier
+from vitok_hf.evaluation.generation import NearestNeighbours, resize_all, save_samples, thumbnails
 from vitok_hf.evaluation.networks import load_networks
 from vitok_hf.evaluation.pixels import sha256_each
+from vitok_hf.evaluation.processes import gather_rows, share_of
 from vitok_hf.evaluation.protocol import Protocol
-from vitok_hf.evaluation.reconstruction import evaluate_reconstruction
+from vitok_hf.evaluation.reconstruction import reconstruct
 from vitok_hf.evaluation.results import Result, save_results
-from vitok_hf.training.latent_data import LabelledFiles, load_square
+from vitok_hf.training.checkpointing import claim_folder, weights_checksum
+from vitok_hf.training.latent_data import LabelledFiles
 
 
 NETWORKS = ("inception", "dino")
-Labelled = tuple[torch.Tensor, np.ndarray]  # (N, 3, H, W) uint8, and their class ids (N,)
+
+
+@dataclass
+class Labelled:
+    """Pictures, and their class ids (N,)."""
+
+    data: EvaluationData
+    labels: np.ndarray
+    change: Callable[[torch.Tensor], torch.Tensor] | None = None  # what is done to each batch
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def batches(self, batch_size: int) -> Iterator[tuple[torch.Tensor, range]]:
+        """(B, 3, H, W) uint8 on the process's device, and their indices: this process's share."""
+        share = share_of(len(self))
+        for start in range(0, len(share), batch_size):
+            indices = share[start : start + batch_size]
+            images = torch.stack([self.data[index] for index in indices]).to(PartialState().device)
+            yield (images if self.change is None else self.change(images)), indices
+
+
+def say(text: str) -> None:
+    PartialState().print(text, flush=True)
 
 
 def parse_args() -> argparse.Namespace:
@@ -62,98 +92,143 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def load_pictures(folders: list[str], classes: list[str], limit: int, side: int) -> Labelled:
+def open_pictures(folders: list[str | Path], classes: list[str], limit: int | None, side: int) -> Labelled:
     files = LabelledFiles(folders, classes, max_files_per_class=limit)
-    squares = [load_square(item, side, 1, None, np.random.default_rng(0))[0] for item in files.items]
-    return torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2).contiguous(), files.labels
+    return Labelled(EvaluationData(files.items, Protocol(side)), files.labels)
 
 
 def choose(pictures: Labelled, counts: np.ndarray, seed: int) -> Labelled:
     """`counts[label]` random pictures of each class."""
-    rng, (images, labels) = np.random.default_rng(seed), pictures
-    members = [np.flatnonzero(labels == label) for label in range(len(counts))]
+    rng = np.random.default_rng(seed)
+    members = [np.flatnonzero(pictures.labels == label) for label in range(len(counts))]
     chosen = np.concatenate([rng.choice(group, count, replace=False) for group, count in zip(members, counts)])
-    return images[chosen], labels[chosen]
+    items = [pictures.data.items[index] for index in chosen]
+    return Labelled(EvaluationData(items, pictures.data.protocol), pictures.labels[chosen])
+
+
+def generate(pipe: ViTokDiTPipeline, counts: np.ndarray, args: argparse.Namespace) -> Path:
+    """The folder with `counts[label]` samples of each class; those of an interrupted run count."""
+    options = {name: getattr(args, name) for name in ("guidance_scale", "guidance_rescale", "num_inference_steps")}
+    settings = options | {"seed": args.seed, "dtype": args.dtype, "counts": counts.tolist()}
+    settings["transformer_sha256"] = weights_checksum(pipe.transformer, dict(pipe.scheduler.config))
+    settings["vae_sha256"] = weights_checksum(pipe.vae)
+    folder = args.output_dir / "samples"
+    claim_folder(folder, settings)
+    class_ids = np.repeat(np.arange(len(counts)), counts).tolist()
+    save_samples(pipe, class_ids, folder, args.batch_size, args.seed, **options)
+    return folder
 
 
 def print_distances(args: argparse.Namespace, samples: Labelled, held_out: Labelled) -> Result:
     """gFID and so on."""
-    device = PartialState().device
     paths = {"inception": args.inception_weights, "dino": args.dino}
-    networks, unavailable = load_networks(args.networks, paths, device)
-    metrics = DistributionMetrics(networks, "g", precision_recall=True)
-    for (images, _), real in ((held_out, True), (samples, False)):
-        for batch in images.split(args.batch_size):
-            metrics.update(batch.to(device), real)
+    with PartialState().main_process_first():
+        networks, unavailable = load_networks(args.networks, paths, PartialState().device)
+    metrics, checksums = DistributionMetrics(networks, "g", precision_recall=True), []
+    for images, _ in held_out.batches(args.batch_size):
+        metrics.update(images, real=True)
+        checksums.append(sha256_each(images.cpu()))
+    for images, _ in samples.batches(args.batch_size):
+        metrics.update(images, real=False)
     values, missing = metrics.compute()
     digests = {name: {"name": network.name, "sha256": network.sha256} for name, network in networks.items()}
     for name, value in values.items():
-        print(f"{name}: {value:.3f}")
+        say(f"{name}: {value:.3f}")
     for name, reason in (unavailable | missing).items():
-        print(f"No {name}: {reason}.")
+        say(f"No {name}: {reason}.")
     return Result(
         name=f"{args.model}, guidance {args.guidance_scale}, rescale {args.guidance_rescale}, "
         f"{args.num_inference_steps} steps",
         data=", ".join(Path(folder).name for folder in args.test_data_dir),
-        num_items=len(samples[0]),
-        data_sha256=hashlib.sha256(sha256_each(held_out[0]).numpy()).hexdigest(),
+        num_items=len(samples),
+        data_sha256=hashlib.sha256(gather_rows(torch.cat(checksums)).numpy()).hexdigest(),
         metrics=values,
         unavailable=unavailable | missing,
-        protocol=Protocol(held_out[0].shape[-1], networks=digests),
+        protocol=replace(held_out.data.protocol, networks=digests),
     )
 
 
-def print_classification(args: argparse.Namespace, sets: dict[str, Labelled], classes: list[str]) -> None:
-    classifier = Classifier.load(args.classifier).to(PartialState().device)
+@torch.no_grad()
+def print_classification(
+    args: argparse.Namespace, sets: dict[str, Labelled], held_out: Labelled, classes: list[str]
+) -> None:
+    device = PartialState().device
+    classifier = Classifier.load(args.classifier).to(device)
     to_classifier = np.array([classifier.class_names.index(name) for name in classes])
-    small = {
-        name: resize_all(images, args.classifier_size).to(PartialState().device) for name, (images, _) in sets.items()
-    }
-    print("\n| set | pictures | as their class | classes | Frechet distance to held-out |\n|---|---|---|---|---|")
-    for name, (images, labels) in sets.items():
-        right = classify(small[name], classifier).cpu().numpy() == to_classifier[labels]
-        each = ", ".join(f"{text} {right[labels == label].mean():.0%}" for label, text in enumerate(classes))
-        distance = frechet_distance(small[name], small["held-out pictures"], classifier)
-        print(f"| {name} | {len(images)} | {right.mean():.1%} | {each} | {distance:.3f} |", flush=True)
+    metrics = SetMetrics(nn.Identity())
+
+    def features(pictures: Labelled) -> Iterator[torch.Tensor]:
+        for images, _ in pictures.batches(args.batch_size):
+            yield classifier.features(resize_all(images, args.classifier_size).to(device))
+
+    for batch in features(held_out):
+        metrics.update(batch, real=True)
+    say("\n| set | pictures | as their class | classes | Frechet distance to held-out |\n|---|---|---|---|---|")
+    for name, pictures in sets.items():
+        metrics.reset_generated()
+        predicted = []
+        for batch in features(pictures):
+            metrics.update(batch, real=False)
+            predicted.append(classifier.network.fc(batch).argmax(dim=1))
+        right = gather_rows(torch.cat(predicted)).numpy() == to_classifier[pictures.labels]
+        each = ", ".join(f"{text} {right[pictures.labels == label].mean():.0%}" for label, text in enumerate(classes))
+        distance = metrics.compute()[0]["frechet_distance"]
+        say(f"| {name} | {len(pictures)} | {right.mean():.1%} | {each} | {distance:.3f} |")
 
 
-def print_neighbours(folder: Path, sets: dict[str, Labelled], known: torch.Tensor, count: int = 6) -> None:
-    """Saves a row for each class: the `count` pictures closest to a training picture, each beside that one."""
-    print("\n| grey levels to the nearest training picture | 1 % | 10 % | median |\n|---|---|---|---|")
-    for name, (images, labels) in sets.items():
-        distances, indices = nearest_neighbours(images, known)
-        print(f"| {name} | {' | '.join(f'{distances.quantile(part):.1f}' for part in (0.01, 0.1, 0.5))} |")
-        rows = []
-        for label in np.unique(labels):
-            members = np.flatnonzero(labels == label)
-            closest = members[np.argsort(distances[members].numpy())[:count]]
-            pair = [images[closest], known[indices[closest]]]
-            row = rearrange(pair, "two n c h w -> h (n two w) c").numpy()
-            rows.append(np.pad(row, ((0, 0), (0, 2 * count * images.shape[-1] - row.shape[1]), (0, 0))))
-        folder.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(np.concatenate(rows)).save(folder / f"neighbours_{name.split()[0]}.png")
+def print_neighbours(args: argparse.Namespace, sets: dict[str, Labelled], known: Labelled) -> None:
+    say("\n| grey levels to the nearest training picture | 1 % | 10 % | median |\n|---|---|---|---|")
+    searches = {}
+    for name, pictures in sets.items():
+        small = torch.cat([thumbnails(images) for images, _ in pictures.batches(args.batch_size)])
+        searches[name] = NearestNeighbours(gather_rows(small).to(PartialState().device))
+    for images, indices in known.batches(args.batch_size):
+        small = thumbnails(images)
+        for search in searches.values():
+            search.update(small, indices)
+    for name, pictures in sets.items():
+        distances, indices = searches[name].compute()
+        say(f"| {name} | {' | '.join(f'{distances.quantile(part):.1f}' for part in (0.01, 0.1, 0.5))} |")
+        if PartialState().is_main_process:
+            file = args.output_dir / f"neighbours_{name.split()[0]}.png"
+            save_neighbours(file, pictures, known, distances.numpy(), indices.tolist())
+
+
+def save_neighbours(
+    file: Path, pictures: Labelled, known: Labelled, distances: np.ndarray, indices: list[int], rows: int = 20
+) -> None:
+    """A row for each of the first classes: the 6 pictures closest to a training picture, each beside that one."""
+    classes, count, side = np.unique(pictures.labels)[:rows], 6, pictures.data.protocol.resolution
+    grid = np.zeros((len(classes), side, count, 2, side, 3), np.uint8)
+    for row, label in zip(grid, classes):
+        members = np.flatnonzero(pictures.labels == label)
+        for column, index in enumerate(members[np.argsort(distances[members])[:count]]):
+            row[:, column, 0] = pictures.data[index].permute(1, 2, 0).numpy()
+            row[:, column, 1] = known.data[indices[index]].permute(1, 2, 0).numpy()
+    Image.fromarray(grid.reshape(len(classes) * side, -1, 3)).save(file)
 
 
 def main():
     args = parse_args()
-    pipe = ViTokDiTPipeline.from_pretrained(args.model, dtype=getattr(torch, args.dtype))
-    pipe.to(PartialState().device).set_progress_bar_config(disable=True)
+    accelerator = Accelerator()
+    with accelerator.main_process_first():  # which downloads for all
+        pipe = ViTokDiTPipeline.from_pretrained(args.model, dtype=getattr(torch, args.dtype))
+    pipe.to(accelerator.device).set_progress_bar_config(disable=True)
     classes = [pipe.config.id2label[index] for index in range(len(pipe.config.id2label))]
     side = pipe.transformer.config.sample_size * pipe.vae.spatial_compression_ratio
-    known = load_pictures(args.train_data_dir, classes, args.max_train_files, side)
-    held_out = load_pictures(args.test_data_dir, classes, args.max_test_files, side)
-    counts = np.bincount(held_out[1], minlength=len(classes))
-    ids = np.repeat(np.arange(len(classes)), counts)
-    options = {name: getattr(args, name) for name in ("guidance_scale", "guidance_rescale", "num_inference_steps")}
-    samples = generate_samples(pipe, ids.tolist(), args.batch_size, args.seed, **options), ids
+    known = open_pictures(args.train_data_dir, classes, args.max_train_files, side)
+    held_out = open_pictures(args.test_data_dir, classes, args.max_test_files, side)
+    counts = np.bincount(held_out.labels, minlength=len(classes))
+    samples = open_pictures([generate(pipe, counts, args)], classes, None, side)
     result = print_distances(args, samples, held_out)
     if args.classifier is not None:
         sets = {"samples": samples, "training pictures": choose(known, counts, args.seed)}
-        sets["reconstructions of held-out ones"] = evaluate_reconstruction(pipe.vae, held_out[0])[1], held_out[1]
-        print_classification(args, sets | {"held-out pictures": held_out}, classes)
-    print_neighbours(args.output_dir, {"samples": samples, "held-out pictures": held_out}, known[0])
-    save_results(args.output_dir / "results.json", [result])
-    print(f"\nSaved results.json, and pictures beside their neighbours, in {args.output_dir}.")
+        sets["reconstructions of held-out ones"] = replace(held_out, change=partial(reconstruct, pipe.vae))
+        print_classification(args, sets | {"held-out pictures": held_out}, held_out, classes)
+    print_neighbours(args, {"samples": samples, "held-out pictures": held_out}, known)
+    if accelerator.is_main_process:
+        save_results(args.output_dir / "results.json", [result])
+    say(f"\nSaved results.json, samples, and pictures beside their neighbours, in {args.output_dir}.")
 
 
 if __name__ == "__main__":

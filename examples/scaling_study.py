@@ -33,10 +33,9 @@ from PIL import Image
 from vitok_hf import AutoencoderViTok
 from vitok_hf.evaluation.features import Classifier, frechet_distance
 from vitok_hf.evaluation.reconstruction import evaluate_reconstruction
-from vitok_hf.training.checkpointing import list_checkpoints
+from vitok_hf.training.checkpointing import claim_folder, list_checkpoints, write_json
 from vitok_hf.training.cropping import CropSettings
 from vitok_hf.training.data import iterate_pixels, make_dataset
-from vitok_hf.training.latent_cache import write_json
 from vitok_hf.training.media import load_evaluation_images
 
 
@@ -89,20 +88,8 @@ SETTINGS = (
     "learning_rate",
     "test_data_dir",
     "limit",
+    "classifier",
 )
-
-
-def check_settings(args: argparse.Namespace) -> None:
-    """Raises `ValueError` if `output_dir` has runs of other settings, which could not be compared."""
-    path, settings = args.output_dir / "settings.json", {name: getattr(args, name) for name in SETTINGS}
-    settings["classifier"] = args.classifier and str(args.classifier)
-    for name, value in json.loads(path.read_text()).items() if path.exists() else ():
-        if value != settings[name]:
-            raise ValueError(
-                f"{args.output_dir} has a study of {name} {value}, not {settings[name]}: choose another output_dir"
-            )
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    write_json(path, settings)
 
 
 def cut_crops(args: argparse.Namespace) -> Path:
@@ -269,7 +256,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--train_data_dir", nargs="+", required=True, help="folders with optional weights")
     parser.add_argument("--test_data_dir", nargs="+", required=True, help="folders; each counts as much as the others")
-    parser.add_argument("--classifier", type=Path, help="output of train_classifier.py, for Frechet distances")
+    parser.add_argument("--classifier", help="output of train_classifier.py, for Frechet distances")
     parser.add_argument("--studies", nargs="+", choices=STUDIES, default=list(STUDIES))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     parser.add_argument("--max_train_steps", type=int, default=1500)
@@ -282,7 +269,7 @@ def main():
     parser.add_argument("--max_minutes", type=float, help="stop after this time; the same command goes on")
     parser.add_argument("--output_dir", type=Path, default=Path("study"))
     args = parser.parse_args()
-    check_settings(args)
+    claim_folder(args.output_dir, {name: getattr(args, name) for name in SETTINGS})
     left = run(args)
     report(args)
     print(f"{left} runs are left: run the same command again." if left else "All runs are finished.")

@@ -1,6 +1,7 @@
 import os
 import runpy
 import socket
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -65,6 +66,30 @@ def run_on_two_processes(function: Callable, *args) -> None:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     torch.multiprocessing.spawn(_enter, (port, function, args), nprocs=2)
+
+
+def launcher(engine: str) -> list[str]:
+    """The command for two processes with one of the shipped configurations."""
+    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--num_processes", "2"]
+    command += ["--config_file", str(EXAMPLES / "accelerate_configs" / f"{engine}.yaml")]
+    return [*command, "--mixed_precision", "no", "--main_process_port", "0"]
+
+
+def run_launched(command: list[str], **options) -> subprocess.CompletedProcess:
+    """Runs a command on the CPU, with one thread a process."""
+    environment = os.environ | {
+        "PYTHONPATH": str(EXAMPLES.parent),
+        "ACCELERATE_USE_CPU": "true",
+        "OMP_NUM_THREADS": "1",
+    }
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, **options)
+
+
+def launch_example(name: str, *arguments: str, folder: Path) -> str:
+    """Runs a script of examples/ in two processes on the CPU; returns what it prints."""
+    process = run_launched([*launcher("ddp"), str(EXAMPLES / name), *arguments], cwd=folder)
+    assert process.returncode == 0, process.stderr[-4000:]
+    return process.stdout
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """Runs the scripts of examples/ as a user would."""
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.conftest import ASSETS, EXAMPLES, TINY, make_input, make_vae
+from tests.conftest import ASSETS, EXAMPLES, TINY, launch_example, make_input, make_vae
 from tests.dit import make_pipeline
 from tests.training.conftest import write_video
 from vitok_hf import AutoencoderViTok
@@ -134,11 +135,12 @@ class TestGenerate:
         write_colours(tmp_path)
         torch.manual_seed(0)
         Classifier(["blue", "green", "red"]).save(tmp_path / "classifier.safetensors")
-        out = run_example(
-            *("evaluate_generation.py", "--model", pipeline, "--classifier", "classifier.safetensors"),
+        command = [
+            *("evaluate_generation.py", "--model", str(pipeline), "--classifier", "classifier.safetensors"),
             *("--train_data_dir", "train/red", "train/blue", "--test_data_dir", "test/red", "test/blue"),
-            *("--max_test_files", 3, "--num_inference_steps", 2, "--classifier_size", 32, "--networks"),
-        )
+            *("--max_test_files", "3", "--num_inference_steps", "2", "--classifier_size", "32", "--networks"),
+        ]
+        out = run_example(*command)
         rows = [[cell.strip() for cell in line.split("|")] for line in out.splitlines() if line.startswith("| ")]
         sets = {row[1]: row for row in rows if len(row) == 7}  # the first table
         assert [sets[name][2] for name in ("samples", "training pictures")] == ["6"] * 2
@@ -152,6 +154,15 @@ class TestGenerate:
         assert picture.size == (2 * 6 * 32, 2 * 32)
         (result,) = load_results(tmp_path / "evaluation" / "results.json")
         assert result.num_items == 6 and result.protocol.resolution == 32
+
+        with pytest.raises(ValueError, match="num_inference_steps 2, not 3: name another folder"):
+            run_example(*command, "--num_inference_steps", "3")
+        launched = launch_example(*command, "--output_dir", "shared", "--batch_size", "2", folder=tmp_path)
+        numbers = [re.findall(r"\d+\.\d+", text) for text in (out, launched)]
+        assert len(numbers[0]) > 10
+        assert [float(x) for x in numbers[1]] == pytest.approx([float(x) for x in numbers[0]], rel=0.01, abs=0.01)
+        (shared,) = load_results(tmp_path / "shared" / "results.json")
+        assert shared.data_sha256 == result.data_sha256
 
 
 def test_benchmark_dit(run_example):

@@ -80,7 +80,7 @@ class TestRuns:
         assert parameters == sorted(parameters) and len({row["decoder_parameters"] for row in rows}) == 1
         assert "| encoder | 6 | " in (tmp_path / "study" / "report.md").read_text()
         assert (tmp_path / "study" / "encoder.png").is_file()
-        with pytest.raises(ValueError, match="max_train_steps 2, not 3: choose another output_dir"):
+        with pytest.raises(ValueError, match="max_train_steps 2, not 3: name another folder"):
             study(max_train_steps=3)
 
     @pytest.mark.slow

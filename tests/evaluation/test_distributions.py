@@ -8,8 +8,9 @@ import torch
 from scipy import linalg
 
 from tests.conftest import run_on_two_processes
-from vitok_hf.evaluation.distributions import DistributionMetrics, SetMetrics, gather_rows
+from vitok_hf.evaluation.distributions import DistributionMetrics, SetMetrics
 from vitok_hf.evaluation.networks import FeatureNetwork
+from vitok_hf.evaluation.processes import gather_rows
 
 
 def mean_colour(images: torch.Tensor) -> torch.Tensor:

@@ -1,9 +1,10 @@
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from tests.dit import make_pipeline
-from vitok_hf.evaluation.features import Classifier
-from vitok_hf.evaluation.generation import classify, generate_samples, nearest_neighbours, resize_all
+from tests.dit import NULL, make_pipeline, record_batches
+from vitok_hf.evaluation.generation import NearestNeighbours, generate_samples, resize_all, save_samples, thumbnails
 
 
 def pictures(count, side=32, seed=0):
@@ -32,23 +33,43 @@ def test_resize():
     assert small[0].unique().tolist() == [77] and small[1].unique().tolist() == [200]
 
 
-def test_classify():
-    torch.manual_seed(0)
-    classifier, images = Classifier(["a", "b", "c"]).eval(), pictures(5)
-    with torch.no_grad():
-        assert torch.equal(classify(images, classifier, batch_size=2), classifier(images).argmax(dim=1))
+class TestSaveSamples:
+    def test_files(self, tmp_path):
+        pipe = make_pipeline()
+        save_samples(pipe, [0, 4, 4], tmp_path, batch_size=2, seed=5, num_inference_steps=3)
+        files = [tmp_path / "cat" / "000000.png", tmp_path / "dog" / "000001.png", tmp_path / "dog" / "000002.png"]
+        assert sorted(tmp_path.rglob("*.*")) == files
+        expected = generate_samples(pipe, [0, 4, 4], seed=5, num_inference_steps=3)
+        for file, image in zip(files, expected):
+            assert np.abs(np.asarray(Image.open(file)).astype(int) - image.permute(1, 2, 0).numpy()).max() <= 1
+
+    def test_makes_what_is_missing(self, tmp_path):
+        pipe = make_pipeline()
+        options = {"batch_size": 2, "num_inference_steps": 2}
+        save_samples(pipe, [0, 0, 1, 1], tmp_path, **options)
+        contents = {file: file.read_bytes() for file in tmp_path.rglob("*.png")}
+        (tmp_path / "cat" / "000001.png").unlink()
+        batches = record_batches(pipe)
+        save_samples(pipe, [0, 0, 1, 1], tmp_path, **options)
+        assert {label for batch in batches for label in batch} == {0, NULL} and len(batches) == 2
+        assert {file: file.read_bytes() for file in tmp_path.rglob("*.png")} == contents
 
 
-class TestNeighbours:
+class TestNearestNeighbours:
     def test_finds_copies_and_mirror_images(self):
         references = pictures(6)
         images = torch.stack([references[4], references[2].flip(-1), references[0]])
-        distances, indices = nearest_neighbours(images, references, side=16)
-        assert indices.tolist() == [4, 2, 0]
+        search = NearestNeighbours(thumbnails(images, 16))
+        for start in (0, 4):  # their numbers are 10 to 15
+            part = references[start : start + 4]
+            search.update(thumbnails(part, 16), range(10 + start, 10 + start + len(part)))
+        distances, indices = search.compute()
+        assert indices.tolist() == [14, 12, 10]
         assert distances.abs().max() < 0.5
 
     @pytest.mark.parametrize("difference", [3, 40])
     def test_is_in_grey_levels(self, difference):
         references = torch.full((1, 3, 32, 32), 100, dtype=torch.uint8)
-        distances, _ = nearest_neighbours(references + difference, references, side=4)
-        assert distances.item() == pytest.approx(difference, abs=0.01)
+        search = NearestNeighbours(thumbnails(references + difference))
+        search.update(thumbnails(references), [0])
+        assert search.compute()[0].item() == pytest.approx(difference, abs=0.01)

@@ -1,7 +1,6 @@
 """Several processes on the CPU, through the configuration files that users launch with; and processes that die."""
 
 import json
-import os
 import subprocess
 import sys
 from functools import partial
@@ -12,31 +11,24 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
-from tests.conftest import ASSETS, TINY
+from tests.conftest import ASSETS, TINY, launcher, run_launched
 from tests.training.conftest import make_stage2, read_log
 from vitok_hf import AutoencoderViTok
 from vitok_hf.training.autoencoder import AutoencoderTrainer
 from vitok_hf.training.cropping import Batch
 
 
-ROOT = ASSETS.parents[1]
 CONFIG = TINY | {"variational": False}  # no noise, which would differ between processes
-LAUNCH = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--num_processes", "2"]
 
 
-def start(settings, *launcher: str, **extra) -> subprocess.CompletedProcess:
+def start(settings, *command: str, **extra) -> subprocess.CompletedProcess:
     path = Path(f"{settings.output_dir}.json")
     path.write_text(json.dumps(vars(settings) | extra))
-    command = [*launcher, str(Path(__file__).with_name("worker.py")), str(path)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    return run_launched([*command, str(Path(__file__).with_name("worker.py")), str(path)])
 
 
 def launch(settings, engine: str, **extra) -> subprocess.CompletedProcess:
-    """Two processes with one of the shipped configurations."""
-    config = ROOT / "examples" / "accelerate_configs" / f"{engine}.yaml"
-    options = ("--config_file", str(config), "--mixed_precision", "no", "--main_process_port", "0")
-    return start(settings, *LAUNCH, *options, **extra)
+    return start(settings, *launcher(engine), **extra)
 
 
 class Pairs:

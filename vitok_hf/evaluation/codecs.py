@@ -9,8 +9,8 @@ from diffusers import ModelMixin
 from PIL import Image
 
 from .autoencoders import count_cost
-from .distributions import gather_rows
 from .evaluator import Codec
+from .processes import gather_rows
 from .reconstruction import reconstruct
 
 

@@ -7,8 +7,6 @@ Each process sees its share; all get the result of the whole.
 from collections.abc import Callable
 
 import torch
-from accelerate import PartialState
-from accelerate.utils import gather, pad_across_processes
 from torch import nn
 from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, isc_features_to_metric
 from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
@@ -16,21 +14,11 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 
 from .networks import FeatureNetwork
 from .pixels import fold_frames
+from .processes import gather_rows
 
 
 INCEPTION_SPLITS = 10
 NEIGHBORS = 3
-
-
-def gather_rows(rows: torch.Tensor) -> torch.Tensor:
-    """(N, ...) of every process, one after the other, on the CPU; N may differ. All processes must call it."""
-    state = PartialState()
-    if state.num_processes == 1:
-        return rows.cpu()
-    rows = rows.to(state.device)
-    counts = gather(torch.tensor([len(rows)], device=state.device)).tolist()
-    parts = gather(pad_across_processes(rows)).chunk(state.num_processes)
-    return torch.cat([part[:count] for part, count in zip(parts, counts)]).cpu()
 
 
 class _Given(nn.Identity):

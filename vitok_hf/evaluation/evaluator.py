@@ -5,16 +5,15 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 
-import numpy as np
 import torch
-from accelerate import PartialState
 
 from .data import EvaluationData
-from .distributions import DistributionMetrics, gather_rows
+from .distributions import DistributionMetrics
 from .memory import peak_memory, reset_peak_memory
 from .metrics import ms_ssim, psnr, ssim
 from .networks import FeatureNetwork
 from .pixels import fold_frames, sha256_each
+from .processes import gather_rows, share_of
 from .results import Result, bootstrap_interval
 
 
@@ -52,10 +51,7 @@ class ReconstructionEvaluator:
         digests = {key: {"name": network.name, "sha256": network.sha256} for key, network in self.networks.items()}
         self.protocol = replace(data.protocol, networks=digests)
 
-        state = PartialState()
-        if len(data) < state.num_processes:
-            raise ValueError(f"{len(data)} pictures cannot be shared by {state.num_processes} processes: take fewer.")
-        self.share = np.array_split(np.arange(len(data)), state.num_processes)[state.process_index].tolist()
+        self.share = share_of(len(data))
         checksums = []
         for images in self._batches():
             self.sets.update(images.to(device), real=True)

@@ -1,12 +1,18 @@
 """Samples of a class-conditional pipeline beside real pictures: are they of their class, as varied, and new?"""
 
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
 import numpy as np
 import torch
+from accelerate import PartialState
 from diffusers import DiffusionPipeline
+from PIL import Image
 from torch.nn import functional as F
 
 from ..training.media import resize
-from .features import Classifier
+from .processes import gather_rows, share_of
 
 
 def generate_samples(
@@ -30,38 +36,64 @@ def generate_samples(
     return torch.cat(samples)
 
 
+def save_samples(
+    pipe: DiffusionPipeline, class_ids: list[int], folder: Path, batch_size: int = 32, seed: int = 0, **options
+) -> None:
+    """Writes the samples of `generate_samples` to files, `folder`/class/number.png, as far as they are not there yet.
+
+    Every process of a run makes its share; all must call it.
+    """
+    files = [folder / pipe.config.id2label[label] / f"{index:06}.png" for index, label in enumerate(class_ids)]
+    share = share_of(len(files))
+    for start in range(share.start, share.stop, batch_size):
+        batch = range(start, min(start + batch_size, share.stop))
+        if all(files[index].exists() for index in batch):
+            continue
+        images = generate_samples(pipe, [class_ids[index] for index in batch], batch_size, seed + start, **options)
+        for index, image in zip(batch, images):
+            files[index].parent.mkdir(parents=True, exist_ok=True)
+            temporary = files[index].with_suffix(".incomplete")
+            Image.fromarray(image.permute(1, 2, 0).numpy()).save(temporary, "PNG")
+            os.replace(temporary, files[index])
+    PartialState().wait_for_everyone()
+
+
 def resize_all(images: torch.Tensor, side: int) -> torch.Tensor:
     """(N, 3, H, W) uint8 -> (N, 3, side, side), bicubic and antialiased, as pictures are read from files."""
     box = (0, 0, images.shape[3], images.shape[2])
-    resized = [resize(image.permute(1, 2, 0).numpy(), (side, side), box) for image in images]
+    resized = [resize(image.permute(1, 2, 0).cpu().numpy(), (side, side), box) for image in images]
     return torch.from_numpy(np.stack(resized)).permute(0, 3, 1, 2).contiguous()
 
 
-@torch.no_grad()
-def classify(images: torch.Tensor, classifier: Classifier, batch_size: int = 64) -> torch.Tensor:
-    """(N, 3, H, W) uint8, of the size the classifier was trained with -> (N,) ids."""
-    return torch.cat([classifier(batch).argmax(dim=1) for batch in images.split(batch_size)])
+def thumbnails(images: torch.Tensor, side: int = 32) -> torch.Tensor:
+    """(N, 3, H, W) uint8 -> (N, 3, side, side) float32, means over squares."""
+    return F.adaptive_avg_pool2d(images.float(), side)
 
 
-def nearest_neighbours(
-    images: torch.Tensor, references: torch.Tensor, side: int = 32
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The closest reference, or mirror image of one, of each picture.
+class NearestNeighbours:
+    """The closest reference, or mirror image of one, of each picture. References are seen once and not kept.
+
+    Every process of a run sees a share of the references, and all see the same pictures.
 
     Args:
-        images: (N, 3, H, W) uint8.
-        references: (M, 3, H, W) uint8.
-        side: Pictures are compared as means over squares, `side` x `side`: details count little.
-
-    Returns:
-        Root mean square differences in grey levels, from 0 to 255, (N,) float32, and indices of references, (N,).
+        images: (N, 3, H, W) float32, what `thumbnails` gives: details count little.
     """
 
-    def flat(pictures: torch.Tensor) -> torch.Tensor:
-        return torch.cat([F.adaptive_avg_pool2d(batch.float(), side).flatten(1) for batch in pictures.split(256)])
+    def __init__(self, images: torch.Tensor):
+        self.images = images.flatten(1)
+        self.distances = torch.full((len(images),), float("inf"), device=images.device)
+        self.indices = torch.full((len(images),), -1, device=images.device)
 
-    known = flat(references)
-    mirrored = known.view(-1, 3, side, side).flip(-1).flatten(1)
-    distances = torch.minimum(*(torch.cdist(flat(images), pictures) for pictures in (known, mirrored)))
-    nearest, indices = distances.min(dim=1)
-    return nearest / known.shape[1] ** 0.5, indices
+    def update(self, references: torch.Tensor, indices: Sequence[int]) -> None:
+        """Adds references (B, 3, H, W) float32, and the numbers they go by."""
+        for pictures in (references, references.flip(-1)):
+            distances, nearest = torch.cdist(self.images, pictures.flatten(1)).min(dim=1)
+            numbers = torch.tensor(indices, device=nearest.device)[nearest]
+            self.indices = torch.where(distances < self.distances, numbers, self.indices)
+            self.distances = torch.minimum(distances, self.distances)
+
+    def compute(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Root mean square differences in grey levels (0 to 255), (N,) float32, and numbers of references, (N,)."""
+        distances, process = gather_rows(self.distances[None]).min(dim=0)
+        indices = gather_rows(self.indices[None]).gather(0, process[None])[0]
+        return distances / self.images.shape[1] ** 0.5, indices

@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 
 from ..evaluation.pixels import to_float
 from ..models import AutoencoderViTok
+from .checkpointing import weights_checksum, write_json
 from .cropping import Batch
 from .latent_data import ClassSampler, LabelledFiles, load_square, to_pixels
 
@@ -33,11 +34,7 @@ STATISTICS = ("latents_mean", "latents_std", "scaling_factor", "shift_factor")  
 def fingerprint(vae: AutoencoderViTok) -> str:
     """Of the config and the encoder's weights in half precision: another one gives other latents."""
     config = {name: value for name, value in vae.config.items() if not name.startswith("_") and name not in STATISTICS}
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
-    for name, weight in sorted(vae.encoder.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(weight.detach().half().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
+    return weights_checksum(vae.encoder, config)
 
 
 def checksum(path: Path) -> str:
@@ -46,12 +43,6 @@ def checksum(path: Path) -> str:
         while block := file.read(2**20):
             digest.update(block)
     return digest.hexdigest()
-
-
-def write_json(path: Path, content: dict) -> None:
-    temporary = path.with_name(path.name + ".incomplete")
-    temporary.write_text(json.dumps(content, indent=1))
-    os.replace(temporary, path)
 
 
 def check_shard(folder: Path, shard: dict) -> None:
