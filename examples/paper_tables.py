@@ -74,24 +74,35 @@ def seconds(name: str, shape: tuple[int, ...], dtype: torch.dtype, rounds: int) 
     return statistics.median(timings[1:])
 
 
+def timed_cell(name: str, shape: tuple[int, ...], args: argparse.Namespace) -> str:
+    try:
+        return f"{seconds(name, shape, getattr(torch, args.dtype), args.rounds):.2f}"
+    except NotImplementedError as error:  # of PyTorch, for this type on this device
+        return f"none: {error}"
+
+
 def print_models(args: argparse.Namespace) -> None:
     for heading, (shape, variants) in PAPER_MODELS.items():
         timed = f" | s, {args.dtype}" if args.time else ""
         print(f"\nTables 3 to 5: {heading}\n\n| model | parameters (M) | paper | GMACs | paper | E{timed} |")
         print("|---" * (7 if args.time else 6) + "|")
         for name in [*variants, *PEERS]:
+            if args.models is not None and name not in args.models:
+                continue
             with torch.device("meta"):
                 cost = count_cost(make_model(name), shape)
             parameters, macs = variants.get(name, (None, None))
             columns = [name, cell(cost.parameters / 1e6), cell(parameters), cell(cost.macs / 1e9), cell(macs)]
             columns.append(str(cost.num_latents))
             if args.time:
-                columns.append(f"{seconds(name, shape, getattr(torch, args.dtype), args.rounds):.2f}")
+                columns.append(timed_cell(name, shape, args))
             print("| " + " | ".join(columns) + " |", flush=True)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    known = dict.fromkeys([*(name for _, variants in PAPER_MODELS.values() for name in variants), *PEERS])
+    parser.add_argument("--models", nargs="+", choices=known, help="rows of Tables 3 to 5; default: all")
     parser.add_argument("--time", action="store_true", help="also measure; minutes on a CPU")
     parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--rounds", type=int, default=3, help="the median of so many timings counts")

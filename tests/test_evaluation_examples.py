@@ -1,7 +1,10 @@
 """Runs the scripts that measure, as a user would."""
 
+import argparse
 import csv
 import json
+import re
+from unittest.mock import Mock
 
 import av
 import numpy as np
@@ -133,12 +136,21 @@ class TestPaperTables:
             assert not paper_parameters or float(parameters) == pytest.approx(float(paper_parameters), rel=0.015)
         assert len(models) == 6 and sum(row[0] == "Wan 2.1" for row in rows) == 3
 
-    def test_timing(self, run_example, monkeypatch):
+    def test_chosen_models(self, run_example):
+        out = run_example("paper_tables.py", "--models", "S-L/16", "Wan 2.1").split("Tables 3 to 5")
+        names = [re.findall(r"^\| (S-.*?|Wan.*?) \|", table, flags=re.MULTILINE) for table in out[1:]]
+        assert names == [["S-L/16", "Wan 2.1"], ["Wan 2.1"], ["Wan 2.1"]]
+
+    def test_timing(self, monkeypatch):
         monkeypatch.syspath_prepend(str(ASSETS.parent))
         import paper_tables
 
         monkeypatch.setattr(paper_tables, "make_model", lambda name: make_vae("v1"))
         assert 0 < paper_tables.seconds("S-B/16", (3, 16, 16), torch.bfloat16, rounds=1) < 5
+        args = argparse.Namespace(dtype="float32", rounds=1)
+        assert float(paper_tables.timed_cell("S-B/16", (3, 16, 16), args)) < 5
+        monkeypatch.setattr(paper_tables, "reconstruct", Mock(side_effect=NotImplementedError("no such kernel")))
+        assert paper_tables.timed_cell("S-B/16", (3, 16, 16), args) == "none: no such kernel"
 
 
 def test_peers_have_the_sizes_of_the_published_ones():
