@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +21,13 @@ def test_list():
 def test_other_names_are_left_to_diffusers(tmp_path):
     assert checkpoints.resolve_bundled("owner/name") == "owner/name"
     assert checkpoints.resolve_bundled(tmp_path) == tmp_path
+
+
+def test_folders_go_before_bundled_names(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert checkpoints.resolve_bundled(Path("vitok-tiny-f8x8")).is_dir()
+    Path("vitok-tiny-f8x8").mkdir()
+    assert checkpoints.resolve_bundled("vitok-tiny-f8x8") == "vitok-tiny-f8x8"
 
 
 # what the checkpoint reaches at 256 pixels, in dB

@@ -1,6 +1,7 @@
 import inspect
 import logging
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -105,6 +106,21 @@ class TestResume:
         with caplog.at_level(logging.WARNING):
             run(arguments(resume_from_checkpoint="latest"))
         assert "the checkpoint is at step 6 of 6" in caplog.text
+
+    def test_another_run_is_not_overwritten(self, arguments):
+        run(arguments(max_train_steps=2))
+        with pytest.raises(ValueError, match="has checkpoint-2 of another run: go on"):
+            AutoencoderTrainer(arguments())
+
+    def test_a_run_that_broke_off_at_its_end_is_finished(self, arguments, monkeypatch):
+        with monkeypatch.context() as patch:
+            patch.setattr(AutoencoderTrainer, "evaluate", Mock(side_effect=OSError("disk full")))
+            with pytest.raises(OSError):
+                run(arguments(validation_steps=100))
+        trainer = run(arguments(resume_from_checkpoint="latest"))
+        saved = AutoencoderViTok.from_pretrained(Path(trainer.output_dir) / "vae").state_dict()
+        assert trainer.step == 6
+        assert all(torch.equal(saved[name], value) for name, value in trainer.vae.state_dict().items())
 
 
 class TestStep:

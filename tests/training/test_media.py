@@ -2,17 +2,18 @@ import fsspec
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 
 from tests.conftest import ASSETS
 from tests.training.conftest import write_video
 from vitok_hf.training.media import (
+    evenly_spaced,
     list_files,
     load_clip,
     load_evaluation_images,
     load_image,
+    probe_video,
     short_names,
-    video_seconds,
 )
 
 
@@ -26,8 +27,19 @@ class TestFiles:
             (tmp_path / name).parent.mkdir(exist_ok=True)
             (tmp_path / name).touch()
         assert [file.name for file in list_files(tmp_path)] == ["one.png", "two.JPG", "film.mp4"]
+        (tmp_path / "empty").mkdir()
         with pytest.raises(ValueError, match="holds no file"):
             list_files(tmp_path / "empty")
+        with pytest.raises(ValueError, match="does not exist"):
+            list_files(tmp_path / "missing")
+
+    def test_pictures_are_upright(self, tmp_path):
+        pixels = np.zeros((4, 8, 3), np.uint8)
+        pixels[:, 4:] = 255
+        turned = Image.Exif()
+        turned[ExifTags.Base.Orientation] = 6  # to be shown turned clockwise
+        Image.fromarray(pixels).save(tmp_path / "x.png", exif=turned)
+        assert np.array_equal(load_image(tmp_path / "x.png"), np.rot90(pixels, -1))
 
     def test_transparent_pictures_are_put_on_white(self, tmp_path):
         picture = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
@@ -59,6 +71,13 @@ class TestFiles:
         assert np.abs(difference).mean() < 1.0
 
 
+def test_evenly_spaced():
+    assert evenly_spaced(5, None) == evenly_spaced(5, 9) == [0, 1, 2, 3, 4]
+    assert evenly_spaced(5, 3) == [0, 2, 4] and evenly_spaced(5, 0) == []
+    with pytest.raises(ValueError, match="must not be negative, but is -1"):
+        evenly_spaced(5, -1)
+
+
 @pytest.mark.parametrize(
     "paths, names",
     [
@@ -80,6 +99,7 @@ class TestVideo:
 
     def test_frame_rate(self, video):
         np.testing.assert_allclose(brightness(load_clip(video, 0.2, 4, fps=5)), [5, 10, 15, 20], atol=0.5)
+        np.testing.assert_allclose(brightness(load_clip(video, 0.2, 6, fps=60)), [5, 5, 6, 6, 7, 7], atol=0.5)
 
     def test_seeks(self, tmp_path):
         write_video(tmp_path / "keys.mp4", g="5", bf="0")
@@ -92,16 +112,16 @@ class TestVideo:
             load_clip(bytes(content), 0.0, 3)
 
     def test_end_of_the_video(self, video):
-        assert video_seconds(video) == pytest.approx(2.0, abs=0.05)
+        assert probe_video(video)[0] == pytest.approx(2.0, abs=0.05)
         with pytest.raises(ValueError, match="has 5 frames from 1.80 s"):
             load_clip(video, 1.8, 8)
 
     def test_bytes(self, video):
         assert np.array_equal(load_clip(video.read_bytes(), 0.4, 3), load_clip(video, 0.4, 3))
-        assert video_seconds(video.read_bytes()) == video_seconds(video)
+        assert probe_video(video.read_bytes()) == probe_video(video)
 
     def test_messages_do_not_change_between_runs(self):
-        for load in (load_image, video_seconds):
+        for load in (load_image, probe_video):
             messages = []
             for _ in range(2):
                 with pytest.raises(ValueError, match="^clip: cannot be read") as error:

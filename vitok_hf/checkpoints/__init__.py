@@ -18,14 +18,14 @@ def list_bundled() -> list[str]:
 
 
 def resolve_bundled(name_or_path):
-    """The folder of a bundled checkpoint, or the argument itself if it names none.
+    """The folder of a bundled checkpoint, or the argument itself if it names none, or a folder that there is.
 
     A bundled pipeline may share the weights of a bundled autoencoder, which the config in its folder `vae` names.
     """
     root = Path(__file__).parent
-    if name_or_path in list_bundled():
-        return root / name_or_path
     folder = Path(name_or_path)
+    if str(name_or_path) in list_bundled() and not folder.is_dir():
+        return root / name_or_path
     if folder.name == "vae" and folder.parent.parent == root and not list(folder.glob("*.safetensors")):
         return root / json.loads((folder / "config.json").read_text())["_name_or_path"]
     return name_or_path

@@ -9,7 +9,7 @@ from diffusers import ModelMixin
 from PIL import Image
 
 from .autoencoders import count_cost
-from .evaluator import Codec
+from .data import Codec
 from .processes import gather_rows
 from .reconstruction import reconstruct
 

@@ -1,11 +1,14 @@
 """Held-out pictures and clips, decoded one at a time."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
 from ..training.media import Item, evenly_spaced, load_clip, load_image, probe_video, resize_and_crop
 from .protocol import Protocol
+
+
+Codec = Callable[[torch.Tensor], torch.Tensor]  # uint8 (B, 3, [T,] H, W) to its reconstruction
 
 
 class EvaluationData:

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from .data import EvaluationData
+from .data import Codec, EvaluationData
 from .distributions import DistributionMetrics
 from .memory import peak_memory, reset_peak_memory
 from .metrics import ms_ssim, psnr, ssim
@@ -15,9 +15,6 @@ from .networks import FeatureNetwork
 from .pixels import fold_frames, sha256_each
 from .processes import gather_rows, share_of
 from .results import Result, bootstrap_interval
-
-
-Codec = Callable[[torch.Tensor], torch.Tensor]
 
 
 class ReconstructionEvaluator:

@@ -7,6 +7,7 @@ for one and the same classifier only.
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_model, save_model
 from torch import nn
 from torchvision.models import resnet18
@@ -45,10 +46,11 @@ class Classifier(nn.Module):
 
     @classmethod
     def load(cls, path: str | Path) -> "Classifier":
-        from safetensors import safe_open
-
         with safe_open(str(path), framework="pt") as file:
-            classifier = cls(file.metadata()["class_names"].split("\n"))
+            metadata = file.metadata() or {}
+        if "class_names" not in metadata:
+            raise ValueError(f'"{path}" is no classifier: name a file that examples/train_classifier.py wrote.')
+        classifier = cls(metadata["class_names"].split("\n"))
         load_model(classifier, str(path))
         return classifier.eval()
 

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from scipy.stats import bootstrap
 
+from ..training.checkpointing import write_json
 from .protocol import Protocol
 
 
@@ -47,7 +48,7 @@ class Result:
 
 def save_results(path: str | Path, results: Sequence[Result]) -> None:
     """Writes results with their protocols as JSON."""
-    Path(path).write_text(json.dumps([asdict(result) for result in results], indent=2) + "\n")
+    write_json(Path(path), [asdict(result) for result in results])
 
 
 def load_results(path: str | Path) -> list[Result]:

@@ -1,5 +1,6 @@
 """Pictures and videos to look at: original, reconstruction, and where it is wrong."""
 
+import os
 from fractions import Fraction
 from pathlib import Path
 
@@ -10,8 +11,7 @@ from einops import rearrange
 from PIL import Image
 
 from ..training.media import evenly_spaced
-from .data import EvaluationData
-from .evaluator import Codec
+from .data import Codec, EvaluationData
 from .pixels import fold_frames
 
 
@@ -54,6 +54,8 @@ def save_examples(folder: str | Path, data: EvaluationData, codec: Codec, psnr: 
     folder.mkdir(parents=True, exist_ok=True)
     groups = {"examples": evenly_spaced(len(data), count), "worst": psnr.argsort()[:10].tolist()}
     for group, indices in groups.items():
+        if not indices:
+            continue
         images = [data[index][None] for index in indices]
         reconstructions = [codec(image) for image in images]
         if images[0].ndim == 4:
@@ -61,16 +63,19 @@ def save_examples(folder: str | Path, data: EvaluationData, codec: Codec, psnr: 
             continue
         for rank, (index, *pair) in enumerate(zip(indices, images, reconstructions)):
             rate = Fraction(data.frame_rate(index)).limit_denominator(1001)
-            writer = VideoWriter(folder / f"{group}_{rank:02}.mp4", rate)
-            writer.write(with_error_maps(*pair))
-            writer.close()
+            with VideoWriter(folder / f"{group}_{rank:02}.mp4", rate) as writer:
+                writer.write(with_error_maps(*pair))
 
 
 class VideoWriter:
-    """Writes (T, H, W, 3) uint8 frames to an mp4 file; h264 wants even sides, so odd ones get a row or column more."""
+    """Writes (T, H, W, 3) uint8 frames to an mp4 file, which is there when the `with` block ends without an error.
+
+    h264 wants even sides: odd ones get a row or column more.
+    """
 
     def __init__(self, path: str | Path, rate: Fraction):
-        self.container = av.open(str(path), "w")
+        self.path, self.temporary = Path(path), Path(f"{path}.incomplete")
+        self.container = av.open(str(self.temporary), "w", format="mp4")
         self.stream = self.container.add_stream("libx264", rate=rate, options={"crf": "14"})
         self.stream.pix_fmt = "yuv420p"
 
@@ -82,6 +87,14 @@ class VideoWriter:
         for picture in pictures:
             self.container.mux(self.stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
 
-    def close(self) -> None:
-        self.container.mux(self.stream.encode())
+    def __enter__(self) -> "VideoWriter":
+        return self
+
+    def __exit__(self, error_type: type | None, *_) -> None:
+        if error_type is None:
+            self.container.mux(self.stream.encode())
         self.container.close()
+        if error_type is None:
+            os.replace(self.temporary, self.path)
+        else:
+            self.temporary.unlink()

@@ -33,7 +33,7 @@ class AutoencoderViTok(ModelMixin, MemoryMixin, AutoencoderMixin, AttentionMixin
     those of training: any multiple of p by any multiple of p, and any number of frames that is a multiple of q.
 
     A model with `temporal_patch_size=1` and `sample_frames=1` is an image model: it takes videos too, and treats each
-    frame alone. Every other model attends over all frames of a clip and takes videos only if q > 1.
+    frame alone. Every other model attends over all frames of a clip; with q > 1 it takes no pictures.
 
     Args:
         in_channels (`int`, defaults to 3): Colour channels.

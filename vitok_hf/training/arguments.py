@@ -156,11 +156,12 @@ class AutoencoderArguments(DataArguments, LoopArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        check_positive(self, "train_batch_size", "lora_rank", "discriminator_channels", "r1_every")
+        check_positive(
+            self, "train_batch_size", "lora_rank", "discriminator_channels", "r1_every", "num_validation_images"
+        )
         if self.stage not in (1, 2):
             raise ValueError(f"`stage` must be 1 or 2, but is {self.stage}.")
-        if self.gan_loss not in ("hinge", "non_saturating"):
-            raise ValueError(f'`gan_loss` must be "hinge" or "non_saturating", but is "{self.gan_loss}".')
+        check_choice(self, "gan_loss", "hinge", "non_saturating")
         if self.freeze_encoder is None:
             self.freeze_encoder = self.stage == 2
         pretrained = self.pretrained_model_name_or_path is not None

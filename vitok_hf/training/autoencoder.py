@@ -92,6 +92,8 @@ class AutoencoderTrainer(Trainer):
     result, averaged if there is an average, is in `output_dir`/vae.
     """
 
+    result = "vae"
+
     def __init__(self, args: AutoencoderArguments):
         super().__init__(args)
         vae = load_model(args)
@@ -246,7 +248,7 @@ class AutoencoderTrainer(Trainer):
         args = self.args
         state_dict = self.gather_weights("vae", average=self.average is not None)
         name = args.hub_model_id or self.output_dir.resolve().name
-        with atomic_folder(self.output_dir / "vae", self.accelerator) as folder:
+        with atomic_folder(self.output_dir / self.result, self.accelerator) as folder:
             if self.accelerator.is_main_process:
                 save_model(self.vae, state_dict, folder)
                 write_model_card(
@@ -260,7 +262,7 @@ class AutoencoderTrainer(Trainer):
                     changed_settings(args),
                 )
         if args.push_to_hub and self.accelerator.is_main_process:
-            logger.warning("Uploaded to %s.", push(self.output_dir / "vae", name, args.hub_token))
+            logger.warning("Uploaded to %s.", push(self.output_dir / self.result, name, args.hub_token))
 
     def _usage(self, name: str) -> str:
         source = name if self.args.lora_rank is None else self.args.pretrained_model_name_or_path

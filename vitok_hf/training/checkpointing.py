@@ -34,7 +34,7 @@ def remove_folder(path: Path) -> None:
         shutil.rmtree(removed)
 
 
-def write_json(path: Path, content: dict) -> None:
+def write_json(path: Path, content: dict | list) -> None:
     """Writes a file that is never seen half written."""
     temporary = path.with_name(path.name + ".incomplete")
     temporary.write_text(json.dumps(content, indent=1))

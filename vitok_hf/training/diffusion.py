@@ -11,7 +11,6 @@ from torch import nn
 
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "flow_prediction")
-WEIGHTING_SCHEMES = ("logit_normal", "none")
 
 
 def make_scheduler(prediction_type: str) -> SchedulerMixin:

@@ -7,9 +7,6 @@ from torch import nn
 from torch.nn import functional as F
 
 
-LOSSES = ("hinge", "non_saturating")
-
-
 def discriminator_loss(real: torch.Tensor, fake: torch.Tensor, kind: str) -> torch.Tensor:
     """Hinge (Lim and Ye, 2017) or logistic (Goodfellow et al., 2014) loss of logits, any shapes; a mean."""
     if kind == "hinge":

@@ -24,6 +24,7 @@ from ..models import AutoencoderViTok
 from .checkpointing import weights_checksum, write_json
 from .cropping import Batch
 from .latent_data import ClassSampler, LabelledFiles, load_square, to_pixels
+from .media import evenly_spaced
 
 
 logger = logging.getLogger(__name__)
@@ -218,7 +219,7 @@ class LatentCache:
 
     def iterate_means(self, num_items: int) -> Iterator[torch.Tensor]:
         """Means of evenly spaced items, (1, c, [t,] h, w) each, for measurements."""
-        for index in np.linspace(0, len(self) - 1, min(num_items, len(self))).round().astype(int):
+        for index in evenly_spaced(len(self), num_items):
             yield self.moments(int(index))[:1]
 
 

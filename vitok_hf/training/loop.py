@@ -101,11 +101,12 @@ class Trainer:
     - `training_step(batches)`, which takes the batches of one optimiser step and returns tensors to log for each,
     - `evaluate()`, which returns metrics, and pictures, (H, W, 3) uint8, by name,
     - `save_models(folder)`, which writes what `from_pretrained` loads; all processes call these,
-    - `finish()`, for after the last step.
+    - `finish()`, for after the last step, which writes the folder `result` in `output_dir`.
     """
 
     models: dict[str, TrainedModel]
     average: WeightAverage | None = None
+    result: str
     loader: BatchLoader
 
     def __init__(self, args: LoopArguments):
@@ -138,17 +139,24 @@ class Trainer:
             self.accelerator.register_for_checkpointing(self.average)
         if self.args.resume_from_checkpoint:
             self._resume()
+        elif found := list_checkpoints(self.output_dir):
+            raise ValueError(
+                f'"{self.output_dir}" has {found[-1].name} of another run: go on with it by '
+                'resume_from_checkpoint="latest", or name another output_dir.'
+            )
 
     def train(self) -> None:
         """Trains to `max_train_steps`, or for `max_minutes`; ends with a checkpoint and, after all steps, `finish`."""
         args = self.args
-        if self.step >= args.max_train_steps:
+        if self.step >= args.max_train_steps and (self.output_dir / self.result).exists():
             logger.warning("Nothing to train: the checkpoint is at step %d of %d.", self.step, args.max_train_steps)
             return
         log = Log(self.accelerator, self.output_dir, args.tracker_project_name, vars(args))
+        finished = stop = self.step >= args.max_train_steps  # a run that broke off after its last checkpoint
+        if finished:
+            self._evaluate(log)
         began, window, batches = time.monotonic(), Window(), iter(self.loader)
         bar = tqdm(total=args.max_train_steps, initial=self.step, disable=not self.accelerator.is_local_main_process)
-        stop = False
         while not stop:
             micro_batches = [self._next_batch(batches) for _ in range(args.gradient_accumulation_steps)]
             logs = self.training_step(micro_batches)
@@ -168,13 +176,16 @@ class Trainer:
             if self.step % args.checkpointing_steps == 0 or stop:
                 self.save()
             if self.step % args.validation_steps == 0 or finished:
-                metrics, pictures = self.evaluate()
-                log.write(self.step, metrics)
-                log.show(self.step, pictures)
+                self._evaluate(log)
         bar.close()
         if finished:
             self.finish()
         self.accelerator.end_training()
+
+    def _evaluate(self, log: Log) -> None:
+        metrics, pictures = self.evaluate()
+        log.write(self.step, metrics)
+        log.show(self.step, pictures)
 
     def _next_batch(self, batches) -> Batch:
         batch = next(batches)

@@ -1,5 +1,6 @@
 """Reading pictures and clips from files, from bytes and from addresses."""
 
+from collections.abc import Sequence
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
@@ -9,7 +10,7 @@ import av
 import fsspec
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp"})
@@ -62,12 +63,13 @@ def _errors_name(name: str, kind: str):
 
 
 def load_image(source: Source, name: str | None = None) -> np.ndarray:
-    """(H, W, 3) uint8; transparent pictures are put on white.
+    """(H, W, 3) uint8, upright; transparent pictures are put on white.
 
     Raises:
         ValueError: "name: reason", if it is no picture; `name` is the path by default.
     """
     with _errors_name(name or _describe(source), "picture"), Image.open(_open(source)) as image:
+        ImageOps.exif_transpose(image, in_place=True)  # cameras store pictures as the sensor lies
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -84,6 +86,7 @@ def load_clip(
 ) -> np.ndarray:
     """`num_frames` frames (T, H, W, 3) uint8 from second `start` on, at `fps` (`None`: every frame of the video).
 
+    An `fps` above the video's rate repeats frames.
     Decodes from the key frame before `start` on, not from the beginning.
 
     Raises:
@@ -98,12 +101,15 @@ def load_clip(
         container.seek(int((start + float(origin)) / stream.time_base), stream=stream)
         for frame in container.decode(stream):
             # half a frame of tolerance: time stamps are rounded
-            if frame.pts * stream.time_base - origin < due - 0.5 / stream.average_rate:
-                continue
-            frames.append(frame.to_ndarray(format="rgb24"))
-            if len(frames) == num_frames:
-                return np.stack(frames)
-            due = start + len(frames) / fps if fps else 0.0
+            shown = frame.pts * stream.time_base - origin + 0.5 / stream.average_rate
+            while shown >= due:  # more than once, if `fps` is above the video's rate
+                frames.append(frame.to_ndarray(format="rgb24"))
+                if len(frames) == num_frames:
+                    return np.stack(frames)
+                if not fps:
+                    due = 0.0
+                    break
+                due = start + len(frames) / fps
     raise ValueError(f"{name}: has {len(frames)} frames from {start:.2f} s on at fps={fps}, but needs {num_frames}.")
 
 
@@ -120,10 +126,6 @@ def probe_video(source: Source, name: str | None = None) -> tuple[float, float]:
         if container.duration is not None:
             return container.duration / av.time_base, float(stream.average_rate)
         raise ValueError("it does not tell its duration: re-mux it, for example to mp4")
-
-
-def video_seconds(source: Source, name: str | None = None) -> float:
-    return probe_video(source, name)[0]
 
 
 def load_item(item: Item, num_frames: int, fps: float | None, rng: np.random.Generator) -> np.ndarray:
@@ -143,6 +145,8 @@ def load_item(item: Item, num_frames: int, fps: float | None, rng: np.random.Gen
 def list_files(path: str | Path, suffixes: frozenset[str] = IMAGE_SUFFIXES | VIDEO_SUFFIXES) -> list[Path]:
     """The pictures and videos in a folder and its subfolders, sorted, or the one file that `path` names."""
     path = Path(path)
+    if not path.exists():
+        raise ValueError(f'"{path}" does not exist: name a folder or a file.')
     files = [path] if path.is_file() else sorted(path.rglob("*"))
     files = [file for file in files if file.suffix.lower() in suffixes]
     if not files:
@@ -150,7 +154,7 @@ def list_files(path: str | Path, suffixes: frozenset[str] = IMAGE_SUFFIXES | VID
     return files
 
 
-def short_names(paths: list[str]) -> list[str]:
+def short_names(paths: Sequence[str | Path]) -> list[str]:
     """The last folder of each path, with as many before it ("train-emoji") as tell all of them apart."""
     parts = [Path(path).absolute().parts[1:] for path in paths]
     depth = 1
@@ -169,8 +173,14 @@ def resize_and_crop(image: np.ndarray, size: int) -> np.ndarray:
 
 
 def evenly_spaced(count: int, limit: int | None) -> list[int]:
-    """At most `limit` indices below `count`, the first and the last among them."""
-    return np.linspace(0, count - 1, min(limit or count, count)).round().astype(int).tolist()
+    """At most `limit` indices below `count`, the first and the last among them; `None`: all.
+
+    Raises:
+        ValueError: If `limit` is negative.
+    """
+    if limit is not None and limit < 0:
+        raise ValueError(f"The number of items must not be negative, but is {limit}.")
+    return np.linspace(0, count - 1, count if limit is None else min(limit, count)).round().astype(int).tolist()
 
 
 def load_evaluation_images(

@@ -10,9 +10,10 @@ from .sources import parse_source
 
 
 def last_folder(value: object) -> object:
-    """ "/home/someone/photos:0.5" -> "photos:0.5", if there is such a folder or file."""
+    """ "/home/someone/photos:0.5" -> "photos:0.5", if it is absolute or there is such a folder or file."""
     path = parse_source(value)[0] if isinstance(value, str) else ""
-    return value[len(path) - len(Path(path).name) :] if path and Path(path).exists() else value
+    local = path and (Path(path).is_absolute() or Path(path).exists())
+    return Path(path).name + value[len(path) :] if local else value
 
 
 def changed_settings(args: LoopArguments) -> dict[str, object]:

@@ -22,7 +22,7 @@ from .ema import WeightAverage
 from .latent_cache import STATISTICS, LatentBatches, LatentCache, fingerprint
 from .latent_data import ClassSampler, LabelledFiles, PictureBatches, load_square, read_classes, to_pixels
 from .loop import TrainedModel, Trainer
-from .media import short_names
+from .media import evenly_spaced, short_names
 from .publishing import changed_settings, last_folder, push, write_model_card
 
 
@@ -71,6 +71,8 @@ class DiTTrainer(Trainer):
     `pipeline_ema/`, folders for `ViTokDiTPipeline.from_pretrained`; the result, averaged if there is an average, is in
     `output_dir`/pipeline.
     """
+
+    result = "pipeline"
 
     def __init__(self, args: DiTArguments):
         super().__init__(args)
@@ -159,7 +161,7 @@ class DiTTrainer(Trainer):
         """
         args, num_frames, latents = self.args, self.vae.config.sample_frames, []
         files = LabelledFiles([path], self.classes, num_frames)
-        chosen = np.linspace(0, len(files) - 1, min(args.num_validation_images, len(files))).round().astype(int)
+        chosen = evenly_spaced(len(files), args.num_validation_images)
         for index in chosen:
             rng = np.random.default_rng(int(index))
             pixels = to_pixels([load_square(files[index], self.resolution, num_frames, args.fps, rng)])
@@ -236,7 +238,7 @@ class DiTTrainer(Trainer):
         pipe = ViTokDiTPipeline(self.transformer, self.vae, scheduler, dict(enumerate(self.classes)))
         pipe.set_progress_bar_config(disable=True)
         count = min(args.num_sample_classes, len(self.classes))
-        classes = np.linspace(0, len(self.classes) - 1, count).round().astype(int).tolist()
+        classes = evenly_spaced(len(self.classes), count)
         seeds = range(args.seed, args.seed + count * args.num_samples_per_class)
         (samples,) = pipe(
             classes,
@@ -248,7 +250,7 @@ class DiTTrainer(Trainer):
             return_dict=False,
         )  # (B, H, W, 3) or (B, T, H, W, 3)
         if pipe.is_video:
-            shown = np.linspace(0, samples.shape[1] - 1, min(samples.shape[1], MAX_FRAMES_SHOWN)).round().astype(int)
+            shown = evenly_spaced(samples.shape[1], MAX_FRAMES_SHOWN)
             grid = rearrange(samples[:, shown], "b t h w c -> (b h) (t w) c")
         else:
             grid = rearrange(samples, "(k n) h w c -> (k h) (n w) c", k=count)
@@ -273,7 +275,7 @@ class DiTTrainer(Trainer):
         """Writes the final pipeline and its card, and uploads them if asked to."""
         args = self.args
         name = args.hub_model_id or self.output_dir.resolve().name
-        with atomic_folder(self.output_dir / "pipeline", self.accelerator) as folder:
+        with atomic_folder(self.output_dir / self.result, self.accelerator) as folder:
             self._save_pipeline(folder, average=self.average is not None)
             if self.accelerator.is_main_process:
                 write_model_card(
@@ -287,4 +289,4 @@ class DiTTrainer(Trainer):
                     changed_settings(args),
                 )
         if args.push_to_hub and self.accelerator.is_main_process:
-            logger.warning("Uploaded to %s.", push(self.output_dir / "pipeline", name, args.hub_token))
+            logger.warning("Uploaded to %s.", push(self.output_dir / self.result, name, args.hub_token))
