@@ -162,8 +162,13 @@ def write_vitok_v2(args: argparse.Namespace, hub: dict[str, str | None], folder:
     state_dict = {}
     for file in sorted(source.glob("diffusion_pytorch_model*.safetensors")):
         state_dict |= load_file(file)
-    if missing := sorted(set(model.state_dict()) - set(state_dict)):
-        raise ValueError(f"{args.source} lacks {len(missing)} tensors: {', '.join(missing[:5])}.")
+    expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    found = {name: tensor.shape for name, tensor in state_dict.items()}
+    if different := sorted(name for name in expected | found if expected.get(name) != found.get(name)):
+        raise ValueError(
+            f"The weights of {args.source} do not fit its config: {len(different)} tensors are missing, unexpected "
+            f"or of another shape ({', '.join(different[:5])}). Use the config that they were saved with."
+        )
     if args.dtype != "auto":
         state_dict = {name: tensor.to(getattr(torch, args.dtype)) for name, tensor in state_dict.items()}
     for tower, tensors in to_vitok_v2(state_dict, model).items():

@@ -38,14 +38,14 @@ def measure(mode: str, variant: str, radius: int, size: int) -> None:
     device = PartialState().default_device
     vae = make_model(mode, variant, radius).to(device, torch.bfloat16).eval()
     x = torch.rand(1, 3, size, size, device=device, dtype=torch.bfloat16) * 2 - 1
-    before, began = reset_peak_memory(), time.perf_counter()
+    before, began = reset_peak_memory(device), time.perf_counter()
     latents = vae.encode(x).latent_dist.mode()
     encoded = time.perf_counter()
     sample = vae.decode(latents).sample
     ended = time.perf_counter()
     print(
         f"{size:5} {mode:20} encode {encoded - began:7.1f} s, decode {ended - encoded:7.1f} s, "
-        f"memory +{(peak_memory() - before) / 1e9:5.2f} GB, finite: {bool(sample.isfinite().all())}",
+        f"memory +{(peak_memory(device) - before) / 1e9:5.2f} GB, finite: {bool(sample.isfinite().all())}",
         flush=True,
     )
 

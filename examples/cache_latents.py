@@ -11,7 +11,7 @@ import argparse
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
+from accelerate import Accelerator
 
 from vitok_hf import AutoencoderViTok
 from vitok_hf.training.latent_cache import write_latents
@@ -33,9 +33,12 @@ def main():
     parser.add_argument("--num_workers", type=int, default=1, help="processes that read files")
     parser.add_argument("--output_dir", type=Path, required=True)
     args = parser.parse_args()
+    accelerator = Accelerator()
+    if accelerator.num_processes > 1:
+        raise ValueError("Latents are cached by one process: start the script with python, not by several processes.")
 
     vae = AutoencoderViTok.from_pretrained(args.vae_name_or_path, variant=args.vae_variant, dtype=torch.float32)
-    vae.to(PartialState().default_device).eval()
+    vae.to(accelerator.device).eval()
     classes = None if args.class_file is None else read_classes(args.class_file)
     files = LabelledFiles(args.train_data_dir, classes, vae.config.sample_frames, args.max_files_per_class)
     index = write_latents(

@@ -97,6 +97,21 @@ def open_pictures(folders: list[str | Path], classes: list[str], limit: int | No
     return Labelled(EvaluationData(files.items, Protocol(side)), files.labels)
 
 
+def check_sets(pipe: ViTokDiTPipeline, known: Labelled, held_out: Labelled, args: argparse.Namespace) -> None:
+    """Raises `ValueError` for what would come up only after the samples are drawn."""
+    for label, name in pipe.config.id2label.items():
+        num_known, num_held_out = (int((pictures.labels == label).sum()) for pictures in (known, held_out))
+        if not 0 < num_held_out <= num_known:
+            raise ValueError(
+                f'Class "{name}" has {num_known} training and {num_held_out} held-out pictures, but needs some, '
+                "and as many for training as are held out: add pictures, or lower --max_test_files."
+            )
+    if args.classifier is not None:
+        names = Classifier.load(args.classifier).class_names
+        if unknown := set(pipe.config.id2label.values()) - set(names):
+            raise ValueError(f"{args.classifier} has no class {sorted(unknown)}: train it on folders of these names.")
+
+
 def choose(pictures: Labelled, counts: np.ndarray, seed: int) -> Labelled:
     """`counts[label]` random pictures of each class."""
     rng = np.random.default_rng(seed)
@@ -214,11 +229,15 @@ def main():
     with accelerator.main_process_first():  # which downloads for all
         pipe = ViTokDiTPipeline.from_pretrained(args.model, dtype=getattr(torch, args.dtype))
     pipe.to(accelerator.device).set_progress_bar_config(disable=True)
-    classes = [pipe.config.id2label[index] for index in range(len(pipe.config.id2label))]
+    num_classes = pipe.transformer.config.num_classes
+    if pipe.is_video or sorted(pipe.config.id2label) != list(range(num_classes)):
+        raise ValueError(f"{args.model} must make pictures and have a name for each of its {num_classes} classes.")
+    classes = [pipe.config.id2label[index] for index in range(num_classes)]
     side = pipe.transformer.config.sample_size * pipe.vae.spatial_compression_ratio
     known = open_pictures(args.train_data_dir, classes, args.max_train_files, side)
     held_out = open_pictures(args.test_data_dir, classes, args.max_test_files, side)
-    counts = np.bincount(held_out.labels, minlength=len(classes))
+    check_sets(pipe, known, held_out, args)
+    counts = np.bincount(held_out.labels, minlength=num_classes)
     samples = open_pictures([generate(pipe, counts, args)], classes, None, side)
     result = print_distances(args, samples, held_out)
     if args.classifier is not None:

@@ -54,9 +54,8 @@ def save_pictures(real: dict[str, torch.Tensor], samples: dict[str, torch.Tensor
     gap = torch.full((len(strips[0]), 8, 3), 255, dtype=torch.uint8)
     grid = torch.cat([strips[0], gap, strips[1]], dim=1)
     Image.fromarray(grid.numpy()).save(folder / "frames.png", optimize=True)
-    video = VideoWriter(folder / "samples.mp4", Fraction(FPS))
-    video.write(rearrange(list(samples.values()), "k n c t h w -> t (k h) (n w) c"))
-    video.close()
+    with VideoWriter(folder / "samples.mp4", Fraction(FPS)) as video:
+        video.write(rearrange(list(samples.values()), "k n c t h w -> t (k h) (n w) c"))
 
 
 def main():

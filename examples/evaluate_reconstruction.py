@@ -23,13 +23,14 @@ from accelerate import Accelerator
 
 from vitok_hf.evaluation.autoencoders import load_autoencoder, spatial_ratio
 from vitok_hf.evaluation.codecs import ImageCodec, autoencoder_codec
-from vitok_hf.evaluation.data import EvaluationData
-from vitok_hf.evaluation.evaluator import Codec, ReconstructionEvaluator
+from vitok_hf.evaluation.data import Codec, EvaluationData
+from vitok_hf.evaluation.evaluator import ReconstructionEvaluator
 from vitok_hf.evaluation.networks import LOADERS, load_networks
 from vitok_hf.evaluation.pca import PatchPCA
 from vitok_hf.evaluation.protocol import Protocol
 from vitok_hf.evaluation.results import Result, load_results, markdown_table, save_results, write_csv
 from vitok_hf.evaluation.visuals import save_examples
+from vitok_hf.training.media import short_names
 from vitok_hf.training.sources import FolderFiles, HubRows
 
 
@@ -78,8 +79,8 @@ def parse_args() -> argparse.Namespace:
 
 
 def data_sets(args: argparse.Namespace, protocol: Protocol) -> Iterator[tuple[str, EvaluationData]]:
-    for folder in args.data_dir:
-        yield Path(folder).name, EvaluationData(FolderFiles(folder, args.num_frames), protocol, args.limit)
+    for folder, name in zip(args.data_dir, short_names(args.data_dir)):
+        yield name, EvaluationData(FolderFiles(folder, args.num_frames), protocol, args.limit)
     if args.dataset_name:
         source = (args.dataset_name, args.dataset_config_name, args.dataset_split, args.data_column, args.num_frames)
         yield f"{args.dataset_name} {args.dataset_split}", EvaluationData(HubRows(*source), protocol, args.limit)
@@ -101,7 +102,9 @@ def rows(
         for bits in (None, args.latent_bits) if args.latent_bits else (None,):
             codec, costs = autoencoder_codec(vae.to(device), tuple(data[0].shape), bits)
             yield name if bits is None else f"{name}, {bits}-bit latents", codec, costs
-        codes.setdefault(costs["E"], spatial_ratio(vae))
+        patch_size = codes.setdefault(costs["E"], spatial_ratio(vae))
+        if "pca" in args.baselines and args.resolution % patch_size:
+            raise ValueError(f"PCA needs a --resolution that is a multiple of {patch_size}, not {args.resolution}.")
     for num_latents, patch_size in codes.items():
         if "pca" in args.baselines:
             components = num_latents * patch_size**2 // args.resolution**2

@@ -1,4 +1,4 @@
-"""Compares reconstructions by several models of one patch size: what a GAN loss gains, and what it costs.
+"""Compares reconstructions by several models: what a GAN loss gains, and what it costs.
 
     python examples/evaluate_sharpness.py --models vitok-tiny-f8x8 output/vae --data_dir data/test/film \
         --classifier classifier.safetensors --output_dir sharpness
@@ -21,7 +21,7 @@ from vitok_hf import AutoencoderViTok
 from vitok_hf.evaluation.features import Classifier, frechet_distance
 from vitok_hf.evaluation.metrics import high_frequency_energy
 from vitok_hf.evaluation.reconstruction import evaluate_reconstruction
-from vitok_hf.training.media import load_evaluation_images
+from vitok_hf.training.media import load_evaluation_images, short_names
 
 
 def cut(images: torch.Tensor, side: int) -> torch.Tensor:
@@ -57,12 +57,14 @@ def main():
     parser.add_argument("--limit", type=int, default=100, help="pictures a folder")
     parser.add_argument("--output_dir", type=Path, default=Path("sharpness"))
     args = parser.parse_args()
+    if not 0 < args.crop <= args.resolution:
+        raise ValueError(f"--crop must be from 1 to --resolution {args.resolution}, but is {args.crop}.")
 
     device = PartialState().default_device
     models = {name: AutoencoderViTok.from_pretrained(name).to(device).eval() for name in args.models}
     classifier = Classifier.load(args.classifier).to(device) if args.classifier else None
     print("| pictures | model | PSNR | SSIM | high frequencies | Frechet distance |\n|---|---|---|---|---|---|")
-    for folder in args.data_dir:
+    for folder, folder_name in zip(args.data_dir, short_names(args.data_dir)):
         images = load_evaluation_images(folder, args.resolution, args.limit)
         originals, columns = cut(images, args.crop), [images]
         for name, vae in models.items():
@@ -74,8 +76,8 @@ def main():
                 tiles = cut(reconstructions, args.crop)
                 distance = f"{frechet_distance(tiles.to(device), originals.to(device), classifier):.3f}"
             values = f"{metrics['psnr']:.2f} | {metrics['ssim']:.3f} | {energy:.3f} | {distance}"
-            print(f"| {folder.name}, {len(images)} | {name} | {values} |", flush=True)
-        save_details(args.output_dir / f"{folder.name}.png", columns, args.crop)
+            print(f"| {folder_name}, {len(images)} | {name} | {values} |", flush=True)
+        save_details(args.output_dir / f"{folder_name}.png", columns, args.crop)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,8 @@ def main():
         "--train_data_dir", nargs="+", required=True, help="folders with optional weights, as in training"
     )
     parser.add_argument("--num_batches", type=int, default=64, help="batches of 2 ** 20 pixels for the statistics")
-    parser.add_argument("--size", type=int, default=256, help="side of the crops in pixels")
+    parser.add_argument("--size", type=int, help="side of the crops in pixels; default: the model's sample_size")
+    parser.add_argument("--fps", type=float, help="frames a second of clips, as in training; default: every frame")
     parser.add_argument(
         "--normalization",
         default="channels",
@@ -35,7 +36,8 @@ def main():
     args = parser.parse_args()
 
     vae = AutoencoderViTok.from_pretrained(args.model).to(PartialState().default_device)
-    settings = CropSettings([(args.size, args.size, 1.0)], 2**20, num_frames=vae.config.sample_frames, flip=False)
+    size = args.size or vae.config.sample_size
+    settings = CropSettings([(size, size, 1.0)], 2**20, num_frames=vae.config.sample_frames, fps=args.fps, flip=False)
     batches = iterate_pixels(CropBatches(args.train_data_dir, settings), args.num_batches)
     statistics = compute_latent_statistics(vae, tqdm(batches, desc="latent statistics", total=args.num_batches))
     config = statistics.to_config(args.normalization == "channels")

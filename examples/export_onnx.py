@@ -21,6 +21,7 @@ import onnxruntime
 import torch
 
 from vitok_hf import AutoencoderViTok
+from vitok_hf.training.cropping import parse_size
 
 
 TOLERANCE = 1e-3
@@ -104,7 +105,7 @@ def main():
     vae = AutoencoderViTok.from_pretrained(args.model, dtype=torch.float32)
     q, p = vae.temporal_compression_ratio, vae.spatial_compression_ratio
     patch = (p, p) if vae.is_image_model else (q, p, p)
-    clips = [(max(vae.config.sample_frames, q), *map(int, size.split("x")))[-len(patch) :] for size in args.sizes]
+    clips = [(max(vae.config.sample_frames, q), *parse_size(size)[:2])[-len(patch) :] for size in args.sizes]
     grids = [tuple(side // step for side, step in zip(clip, patch)) for clip in clips]
     halves = {
         "encoder": (Encoder(vae), vae.config.in_channels, patch, clips),

@@ -34,16 +34,21 @@ def main():
 
     pipe = ViTokDiTPipeline.from_pretrained(args.model, dtype=getattr(torch, args.dtype))
     pipe.to(PartialState().default_device)
-    labels = args.class_labels or list(pipe.labels)
-    count = args.num_images_per_label
+    names, count = pipe.config.id2label, args.num_images_per_label
+    ids = pipe.get_label_ids(args.class_labels) if args.class_labels else sorted(names, key=names.get)
+    if not ids or pipe.is_video or count < 1:
+        raise ValueError(
+            f"{args.model} is to draw {count} pictures of {len(ids)} classes: it must make pictures, no videos, and "
+            "at least one; name --class_labels if it has no names for its classes."
+        )
     began = time.perf_counter()
     options = {name: getattr(args, name) for name in ("guidance_scale", "guidance_rescale", "num_inference_steps")}
-    images = generate_samples(pipe, [label for label in labels for _ in range(count)], count, args.seed, **options)
+    images = generate_samples(pipe, [index for index in ids for _ in range(count)], count, args.seed, **options)
     seconds = time.perf_counter() - began
     args.output.parent.mkdir(parents=True, exist_ok=True)
     grid = rearrange(images, "(rows cols) c h w -> (rows h) (cols w) c", cols=count)
     Image.fromarray(grid.numpy()).save(args.output)
-    print(f"Rows: {', '.join(labels)}")
+    print(f"Rows: {', '.join(names[index] for index in ids)}")
     print(f"{len(images)} pictures in {seconds:.1f} s, {args.num_inference_steps} steps each; saved {args.output}")
 
 

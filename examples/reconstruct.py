@@ -9,6 +9,8 @@ the last rows and columns, and cropped back.
 
 import argparse
 import time
+from contextlib import ExitStack
+from fractions import Fraction
 from itertools import islice
 from pathlib import Path
 
@@ -22,7 +24,7 @@ from vitok_hf.evaluation.metrics import psnr, ssim
 from vitok_hf.evaluation.pixels import fold_frames
 from vitok_hf.evaluation.reconstruction import reconstruct, save_comparison, side_by_side
 from vitok_hf.evaluation.visuals import VideoWriter
-from vitok_hf.training.media import VIDEO_SUFFIXES, list_files, load_image
+from vitok_hf.training.media import VIDEO_SUFFIXES, list_files, load_image, probe_video
 
 
 def timed_reconstruction(vae: AutoencoderViTok, images: torch.Tensor) -> tuple[torch.Tensor, float]:
@@ -51,9 +53,11 @@ def reconstruct_video(vae: AutoencoderViTok, path: Path, target: str) -> None:
     """Clip by clip, so that the memory does not grow with the length of the video."""
     clip_frames = 8 if vae.is_image_model else max(vae.config.sample_frames, vae.temporal_compression_ratio)
     scores, seconds = [], 0.0
-    with av.open(str(path)) as source:
-        rate = source.streams.video[0].average_rate
-        writers = [VideoWriter(Path(f"{target}_{name}.mp4"), rate) for name in ("reconstruction", "comparison")]
+    rate = Fraction(probe_video(path)[1]).limit_denominator(1001)  # which also tells what is no video
+    with ExitStack() as stack:
+        source = stack.enter_context(av.open(str(path)))
+        names = (f"{target}_{name}.mp4" for name in ("reconstruction", "comparison"))
+        writers = [stack.enter_context(VideoWriter(name, rate)) for name in names]
         frames = (torch.from_numpy(frame.to_ndarray(format="rgb24")) for frame in source.decode(video=0))
         while clip := list(islice(frames, clip_frames)):
             video = torch.stack(clip).permute(3, 0, 1, 2)[None]  # (1, 3, T, H, W)
@@ -63,10 +67,8 @@ def reconstruct_video(vae: AutoencoderViTok, path: Path, target: str) -> None:
             scores.append((psnr(*pair), ssim(*pair)))
             writers[0].write(pair[1].permute(0, 2, 3, 1))
             writers[1].write(side_by_side(*pair))
-        for writer in writers:
-            writer.close()
-    if not scores:
-        raise ValueError(f'"{path}" holds no video frames.')
+        if not scores:
+            raise ValueError(f'"{path}" holds no video frames: remove or replace it.')
     name = f"{path.name}, {sum(len(values) for values, _ in scores)} frames"
     report(name, video.shape[3:], scores, seconds, vae.spatial_compression_ratio)
 
@@ -91,10 +93,16 @@ def main():
     parameters = sum(parameter.numel() for parameter in vae.parameters()) / 1e6
     ratio = values / config.latent_channels
     print(f"{args.model}: {parameters:.1f} M parameters; {values} values become {config.latent_channels}, {ratio:g}:1")
+    targets = set()
     for path in args.input:
         for file in list_files(path):
-            relative = file.relative_to(path).with_suffix("") if path.is_dir() else Path(file.stem)
-            target = args.output_dir / relative
+            relative = file.relative_to(path) if path.is_dir() else Path(file.name)
+            target = args.output_dir / relative.with_suffix("")
+            if target in targets:  # another format, or another folder's
+                target = args.output_dir / relative
+            if target in targets:
+                raise ValueError(f'"{file}" has the name of another input: name another --output_dir for it.')
+            targets.add(target)
             target.parent.mkdir(parents=True, exist_ok=True)
             is_video = file.suffix.lower() in VIDEO_SUFFIXES
             (reconstruct_video if is_video else reconstruct_image)(vae, file, str(target))

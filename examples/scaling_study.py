@@ -19,6 +19,7 @@ import json
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -97,15 +98,16 @@ def cut_crops(args: argparse.Namespace) -> Path:
     folder, each = args.output_dir / "crops", 100
     if folder.exists():
         return folder
-    temporary = folder.with_name("crops.incomplete")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    temporary = Path(tempfile.mkdtemp(".incomplete", "crops-", args.output_dir))
     settings = CropSettings(sizes=[(SIZE, SIZE, 1.0)], pixels_per_batch=each * SIZE**2, flip=False)
     dataset = make_dataset(settings, args.train_data_dir, cache_bytes=int(args.cache_gib * 2**30))
     for number, crops in enumerate(iterate_pixels(dataset, -(-args.num_crops // each))):
         for index, crop in enumerate(crops):
             Image.fromarray(crop.permute(1, 2, 0).numpy()).save(temporary / f"{each * number + index:07}.png")
-    temporary.rename(folder)
+    if folder.exists():  # the process of another seed was faster: its crops are the same
+        shutil.rmtree(temporary)
+    else:
+        temporary.rename(folder)
     return folder
 
 

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from vitok_hf.evaluation.features import Classifier
-from vitok_hf.training.latent_data import limit_each_class
+from vitok_hf.training.latent_data import class_of, limit_each_class
 from vitok_hf.training.media import IMAGE_SUFFIXES, list_files, load_image, resize, resize_and_crop
 
 
@@ -33,7 +33,7 @@ class FolderClasses(Dataset):
     def __init__(self, files: list[Path], size: int, length: int):
         self.size, self.length, self.classes = size, length, {}
         for file in files:
-            self.classes.setdefault(file.parent.name, []).append(file)
+            self.classes.setdefault(class_of(file), []).append(file)
         self.names = sorted(self.classes)
         self.pictures: dict[Path, np.ndarray] = {}  # decoded ones, no larger than needed
 
@@ -60,11 +60,10 @@ class FolderClasses(Dataset):
 
 
 def test_pictures(files: list[Path], names: list[str], size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    files = [file for file in files if file.parent.name in names]
     for start in range(0, len(files), 128):
         batch = files[start : start + 128]
         pictures = np.stack([resize_and_crop(load_image(file), size) for file in batch])
-        labels = torch.tensor([names.index(file.parent.name) for file in batch])
+        labels = torch.tensor([names.index(class_of(file)) for file in batch])
         yield torch.from_numpy(pictures).permute(0, 3, 1, 2), labels
 
 
@@ -91,6 +90,9 @@ def main():
         for folders, limit in ((args.train_data_dir, args.max_train_files), (args.test_data_dir, args.max_test_files))
     )
     data = FolderClasses(train, args.size, args.max_train_steps * args.train_batch_size)
+    test = [file for file in test if class_of(file) in data.names]
+    if not test:
+        raise ValueError(f"There is no held-out picture of the classes {data.names}: name other --test_data_dir.")
     classifier = Classifier(data.names)
     optimizer = torch.optim.AdamW(classifier.parameters(), lr=args.learning_rate, weight_decay=0.05)
     loader = DataLoader(data, args.train_batch_size, num_workers=args.dataloader_num_workers)
@@ -106,14 +108,13 @@ def main():
         optimizer.zero_grad()
         bar.set_postfix(loss=f"{loss.item():.3f}")
 
-    classifier.eval()
+    classifier.eval().save(args.output)
     right = total = 0
     with torch.no_grad():
         for pictures, labels in test_pictures(test, data.names, args.size):
             predicted = classifier(pictures.to(accelerator.device)).argmax(dim=1).cpu()
             right, total = right + int((predicted == labels).sum()), total + len(labels)
     print(f"{len(data.names)} classes, accuracy on {total} held-out pictures: {right / total:.3f}")
-    classifier.save(args.output)
     print(f"Saved {args.output}")
 
 

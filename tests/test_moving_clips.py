@@ -61,7 +61,12 @@ class TestClips:
             )
         files = LabelledFiles([str(tmp_path / "one")], num_frames=8)
         assert files.classes == MOTIONS and np.bincount(files.labels).tolist() == [2] * 6
-        assert len(list((tmp_path / "one").rglob("*.*"))) == 12
+        assert len(list((tmp_path / "one").rglob("*.mp4"))) == 12
+        with pytest.raises(ValueError, match="has results with seed 3, not 5"):
+            run_example(
+                *("prepare_moving_clips.py", "--drawings", drawings, "--output_dir", "one", "--clips_per_class", 2),
+                *("--seed", 5),
+            )
         one, same, other = (load_evaluation_images(tmp_path / name, 64, 12, 8) for name in ("one", "same", "other"))
         assert one.shape == (12, 3, 8, 64, 64)
         assert torch.equal(one, same) and not torch.equal(one, other)
