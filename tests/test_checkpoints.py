@@ -25,7 +25,7 @@ def test_other_names_are_left_to_diffusers(tmp_path):
 
 def test_folders_go_before_bundled_names(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert checkpoints.resolve_bundled(Path("vitok-tiny-f8x8")).is_dir()
+    assert Path(checkpoints.resolve_bundled(Path("vitok-tiny-f8x8"))).is_dir()
     Path("vitok-tiny-f8x8").mkdir()
     assert checkpoints.resolve_bundled("vitok-tiny-f8x8") == "vitok-tiny-f8x8"
 
@@ -41,7 +41,7 @@ def vae():
 
 class TestTiny:
     def test_files(self):
-        folder = checkpoints.resolve_bundled("vitok-tiny-f8x8")
+        folder = Path(checkpoints.resolve_bundled("vitok-tiny-f8x8"))
         assert {path.name for path in folder.iterdir()} >= {"README.md", "config.json"}
         assert sum(path.stat().st_size for path in folder.iterdir()) < 30 * 2**20
         config = json.loads((folder / "config.json").read_text())
@@ -119,11 +119,13 @@ class TestGenerator:
         return pipe
 
     def test_files(self):
-        folder = checkpoints.resolve_bundled("vitok-dit-emoji")
+        folder = Path(checkpoints.resolve_bundled("vitok-dit-emoji"))
         assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) < 40 * 2**20
         # its own statistics would be ignored: the weights and the config are those of the autoencoder
         config = json.loads((folder / "vae" / "config.json").read_text())
-        assert config == json.loads((checkpoints.resolve_bundled(config["_name_or_path"]) / "config.json").read_text())
+        assert config == json.loads(
+            Path(checkpoints.resolve_bundled(config["_name_or_path"]), "config.json").read_text()
+        )
 
     def test_shares_the_autoencoder(self, pipe, vae):
         assert set(pipe.labels) == {"face", "hand", "person", "animal", "food", "transport", "place", "flag"}

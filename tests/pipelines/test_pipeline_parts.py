@@ -1,5 +1,6 @@
 """What `ViTokDiTPipeline` does with the schedulers, hooks, files and outputs of diffusers."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -344,6 +345,11 @@ class TestCaches:
         for arguments in ({"guidance_scale": 1.0}, {"guidance_interval": (0.0, 0.5)}, {"labels": None}):
             with pytest.raises(ValueError, match="FasterCache needs guidance in every step"):
                 sample(pipe, **arguments)
+        other = "BCHW" if kind == "video" else "BCFHW"
+        pipe.transformer.disable_cache()
+        pipe.transformer.enable_cache(dataclasses.replace(config, tensor_format=other))
+        with pytest.raises(ValueError, match=f'tensor_format="{other}", but these latents are'):
+            sample(pipe)
 
     def test_compiled_transformer(self):
         pipe = make_pipeline()

@@ -13,6 +13,7 @@ from diffusers.callbacks import PipelineCallback
 from diffusers.utils.torch_utils import randn_tensor
 
 from tests.dit import NULL, assert_close, make_pipeline, record_batches, sample, seeds
+from vitok_hf import ViTokDiTPipeline
 
 
 CPU = torch.device("cpu")
@@ -31,6 +32,9 @@ class TestLabels:
             ("retriever", [1]),
             ("golden retriever, retriever", [1]),
             (3, [3]),
+            ([[1], ["cat"]], [1, 0]),
+            (torch.tensor([[2], [3]]), [2, 3]),
+            (np.array(3), [3]),
             (["cat", 3, "dog", NULL], [0, 3, 4, NULL]),
             (np.int64(2), [2]),
             (torch.tensor([1, 2]), [1, 2]),
@@ -79,7 +83,9 @@ class TestGuidance:
         sample(pipe, guidance_scale=2.0)
         assert batches == [[NULL, NULL, 0, 4]] * 4
 
-    @pytest.mark.parametrize("arguments", [{"guidance_scale": 1.0}, {"labels": None}, {"labels": NULL}])
+    @pytest.mark.parametrize(
+        "arguments", [{"guidance_scale": 1.0}, {"guidance_scale": 0.0}, {"labels": None}, {"labels": NULL}]
+    )
     def test_none(self, pipe, arguments):
         batches = record_batches(pipe)
         sample(pipe, **arguments)
@@ -216,7 +222,8 @@ class TestCallbacks:
         output = sample(pipe, callback_on_step_end=callback)
         assert seen == [(True, i, t, t) for i, t in enumerate((750, 500, 250, 0))]
         assert not output.any() and pipe.current_timestep is None
-        sample(pipe, callback_on_step_end=lambda *args: args[-1], callback_on_step_end_tensor_inputs=[])
+        for names in ([], None):
+            sample(pipe, callback_on_step_end=lambda *args: args[-1], callback_on_step_end_tensor_inputs=names)
 
     def test_interruption(self):
         pipe, seen = make_pipeline(), []
@@ -261,7 +268,8 @@ class TestErrors:
     @pytest.mark.parametrize(
         "arguments, message",
         [
-            ({"guidance_scale": 0.5}, "`guidance_scale` must be at least 1.* but is 0.5"),
+            ({"guidance_scale": -0.5}, "`guidance_scale` must not be negative, but is -0.5"),
+            ({"guidance_scale": float("nan")}, "must not be negative, but is nan"),
             ({"guidance_rescale": 1.5}, "`guidance_rescale` must be from 0 to 1, but is 1.5"),
             ({"num_inference_steps": 0}, "`num_inference_steps` must be positive, but is 0"),
             ({"num_images_per_label": 0}, "`num_images_per_label` must be positive, but is 0"),
@@ -284,6 +292,14 @@ class TestErrors:
             make_pipeline("video")("cat", num_frames=3)
         with pytest.raises(ValueError, match="`height` must be a positive multiple of 16, but is 24"):
             make_pipeline(patch_size=2)("cat", height=24)
+
+    @pytest.mark.parametrize("missing", ["transformer", "vae", "scheduler"])
+    def test_parts_can_be_left_out(self, tmp_path, missing):
+        make_pipeline().save_pretrained(tmp_path)
+        pipe = ViTokDiTPipeline.from_pretrained(tmp_path, **{missing: None})
+        assert pipe.components[missing] is None and pipe.labels["dog"] == 4
+        with pytest.raises(ValueError, match=f"was loaded without {missing}: load it whole"):
+            pipe("cat")
 
     @pytest.mark.parametrize("config", [{"in_channels": 8}, {"out_channels": 6}])
     def test_models_that_do_not_fit(self, config):

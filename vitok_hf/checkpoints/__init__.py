@@ -25,9 +25,9 @@ def resolve_bundled(name_or_path):
     root = Path(__file__).parent
     folder = Path(name_or_path)
     if str(name_or_path) in list_bundled() and not folder.is_dir():
-        return root / name_or_path
+        return str(root / name_or_path)
     if folder.name == "vae" and folder.parent.parent == root and not list(folder.glob("*.safetensors")):
-        return root / json.loads((folder / "config.json").read_text())["_name_or_path"]
+        return str(root / json.loads((folder / "config.json").read_text())["_name_or_path"])
     return name_or_path
 
 
@@ -38,7 +38,7 @@ def load_strictly(from_pretrained: Callable, name_or_path: str | os.PathLike, **
     output_loading_info = kwargs.pop("output_loading_info", False)
     folder = resolve_bundled(name_or_path)
     if folder != name_or_path and kwargs.get("subfolder"):  # of a bundled pipeline
-        folder = resolve_bundled(folder / kwargs.pop("subfolder"))
+        folder = resolve_bundled(Path(folder, kwargs.pop("subfolder")))
     model, info = from_pretrained(folder, output_loading_info=True, **kwargs)
     check_loading_info(info, model.config.get("component"), name_or_path)
     return (model, info) if output_loading_info else model

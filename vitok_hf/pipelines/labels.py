@@ -3,8 +3,6 @@
 import difflib
 from typing import Any
 
-import torch
-
 
 def label_names(text: str) -> list[str]:
     """Those of an entry of `id2label`: ImageNet's "tench, Tinca tinca" has two."""
@@ -34,13 +32,18 @@ def find_label(name: str, id2label: dict[int, str]) -> int:
     raise ValueError(f'There is no class "{name}": {hint}')
 
 
-def to_label_ids(labels: Any, id2label: dict[int, str], num_classes: int) -> list[int]:
-    """Names or ids, one, several or a tensor -> ids, of which `num_classes` means no class."""
-    if isinstance(labels, torch.Tensor):
+def flatten(labels: Any) -> list:
+    """What is in lists, tensors and arrays of any depth, in order: diffusers' DiT takes [[1], [2]] as well."""
+    if hasattr(labels, "tolist"):
         labels = labels.tolist()
     if isinstance(labels, str) or not hasattr(labels, "__iter__"):
-        labels = [labels]
-    ids = [find_label(label, id2label) if isinstance(label, str) else label for label in labels]
+        return [labels]
+    return [leaf for label in labels for leaf in flatten(label)]
+
+
+def to_label_ids(labels: Any, id2label: dict[int, str], num_classes: int) -> list[int]:
+    """Names or ids, one, several or a tensor -> ids, of which `num_classes` means no class."""
+    ids = [find_label(label, id2label) if isinstance(label, str) else label for label in flatten(labels)]
     for label in ids:
         if not hasattr(label, "__index__") or not 0 <= label <= num_classes:
             raise ValueError(

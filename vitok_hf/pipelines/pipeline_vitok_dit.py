@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from diffusers import DDPMScheduler, DiffusionPipeline, FasterCacheConfig, ImagePipelineOutput, SchedulerMixin
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.configuration_utils import FrozenDict
 from diffusers.guiders.guider_utils import rescale_noise_cfg
 from diffusers.utils import BaseOutput, logging
 from diffusers.utils.torch_utils import randn_tensor
@@ -67,7 +68,20 @@ class ViTokDiTPipeline(DiffusionPipeline):
         id2label: dict[int, str] | dict[str, str] | None = None,
     ):
         super().__init__()
-        config, channels = transformer.config, vae.config.latent_channels
+        id2label = {int(index): text for index, text in (id2label or {}).items()}  # JSON made strings of the ids
+        if transformer is not None:
+            self._check_models(transformer.config, vae, id2label)
+        if scheduler is not None and scheduler.config.get("clip_sample"):
+            logger.warning("The scheduler cuts latents off at 1: make it with clip_sample=False.")
+        self.register_modules(transformer=transformer, vae=vae, scheduler=scheduler)
+        self.register_to_config(id2label=id2label)
+        self.labels = label_table(id2label)
+        self.processor = VideoProcessor(do_resize=False)
+        self._interrupt = False
+
+    @staticmethod
+    def _check_models(config: FrozenDict, vae: AutoencoderViTok | None, id2label: dict[int, str]) -> None:
+        channels = config.in_channels if vae is None else vae.config.latent_channels
         out_channels = config.in_channels if config.out_channels is None else config.out_channels
         if config.in_channels != channels or out_channels not in (channels, 2 * channels):
             raise ValueError(
@@ -75,16 +89,8 @@ class ViTokDiTPipeline(DiffusionPipeline):
                 f"{config.in_channels} and out_channels={out_channels}: these must be {channels}, and {channels} or "
                 f"{2 * channels}."
             )
-        id2label = {int(index): text for index, text in (id2label or {}).items()}  # JSON made strings of the ids
         if unknown := [index for index in id2label if not 0 <= index < config.num_classes]:
             raise ValueError(f"`id2label` has ids {unknown}, but the transformer num_classes={config.num_classes}.")
-        if scheduler.config.get("clip_sample"):
-            logger.warning("The scheduler cuts latents off at 1: make it with clip_sample=False.")
-        self.register_modules(transformer=transformer, vae=vae, scheduler=scheduler)
-        self.register_to_config(id2label=id2label)
-        self.labels = label_table(id2label)
-        self.processor = VideoProcessor(do_resize=False)
-        self._interrupt = False
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> "ViTokDiTPipeline":
@@ -168,14 +174,16 @@ class ViTokDiTPipeline(DiffusionPipeline):
         guidance_rescale: float,
         output_type: str,
     ):
-        if guidance_scale < 1:
-            raise ValueError(f"`guidance_scale` must be at least 1, which is no guidance, but is {guidance_scale}.")
+        if missing := [name for name, component in self.components.items() if component is None]:
+            raise ValueError(f"The pipeline was loaded without {' and '.join(missing)}: load it whole to call it.")
+        if not guidance_scale >= 0:  # nor NaN
+            raise ValueError(
+                f"`guidance_scale` must not be negative, but is {guidance_scale}; up to 1 is no guidance."
+            )
         if not 0 <= guidance_rescale <= 1:
             raise ValueError(f"`guidance_rescale` must be from 0 to 1, but is {guidance_rescale}.")
-        for name, count in (
-            ("num_inference_steps", num_inference_steps),
-            ("num_images_per_label", num_images_per_label),
-        ):
+        counts = {"num_inference_steps": num_inference_steps, "num_images_per_label": num_images_per_label}
+        for name, count in counts.items():
             if count < 1:
                 raise ValueError(f"`{name}` must be positive, but is {count}.")
         start, stop = guidance_interval
@@ -187,10 +195,17 @@ class ViTokDiTPipeline(DiffusionPipeline):
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"`output_type` must be one of {', '.join(OUTPUT_TYPES)}, but is {output_type!r}.")
 
-    def _check_cache(self, guided: bool):
+    def _check_cache(self, guided: bool, is_image: bool):
         """FasterCache guesses one half of every batch from the other."""
         cache = self.transformer._cache_config
-        if isinstance(cache, FasterCacheConfig) and not cache.is_guidance_distilled and not guided:
+        if not isinstance(cache, FasterCacheConfig):
+            return
+        if is_image != (cache.tensor_format == "BCHW"):
+            raise ValueError(
+                f'FasterCache has tensor_format="{cache.tensor_format}", but these latents are '
+                f'{"pictures" if is_image else "clips"}: make it with "{"BCHW" if is_image else "BCFHW"}".'
+            )
+        if not cache.is_guidance_distilled and not guided:
             raise ValueError(
                 "FasterCache needs guidance in every step: set guidance_scale > 1, class_labels and no "
                 "guidance_interval, or make it with is_guidance_distilled=True."
@@ -303,7 +318,7 @@ class ViTokDiTPipeline(DiffusionPipeline):
         Args:
             class_labels: Names (`labels`) or ids of classes, one or a list. `None`: no class, and one sample times
                 `num_images_per_label`; there is nothing to guide then.
-            guidance_scale: Classifier-free guidance, at least 1, which is none and takes half the time.
+            guidance_scale: Classifier-free guidance; up to 1 there is none, which takes half the time.
             num_inference_steps: Steps of the scheduler.
             generator: One for all, or a list with one for each sample, which is then the same in any batch.
             num_images_per_label: Samples of each label, next to each other.
@@ -328,13 +343,10 @@ class ViTokDiTPipeline(DiffusionPipeline):
             ValueError: If a class is unknown, or an argument is out of its range or does not fit the others.
         """
         self._check_inputs(
-            guidance_scale,
-            num_inference_steps,
-            num_images_per_label,
-            guidance_interval,
-            guidance_rescale,
+            *(guidance_scale, num_inference_steps, num_images_per_label, guidance_interval, guidance_rescale),
             output_type,
         )
+        callback_on_step_end_tensor_inputs = callback_on_step_end_tensor_inputs or []
         if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         if unknown := set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs):
@@ -357,7 +369,8 @@ class ViTokDiTPipeline(DiffusionPipeline):
         self._num_timesteps = len(timesteps)
         first, last = (round(fraction * len(timesteps)) for fraction in guidance_interval)
         has_classes, was_guided = set(ids) != {null_class}, None
-        self._check_cache(self.do_classifier_free_guidance and has_classes and last - first == len(timesteps))
+        always_guided = self.do_classifier_free_guidance and has_classes and last - first == len(timesteps)
+        self._check_cache(always_guided, latents.ndim == 4)
 
         with self.progress_bar(total=len(timesteps)) as progress_bar:
             for step, timestep in enumerate(timesteps):
