@@ -16,6 +16,7 @@ tower.
 import argparse
 import csv
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -78,8 +79,12 @@ STUDIES = {
     "decoder": [Point(decoder_layers=layers) for layers in DEPTHS],
     "precision": [Point(), Point(mixed_precision="no")],
 }
-METRICS = {"psnr": "PSNR, dB", "ssim": "SSIM", "frechet_distance": "Frechet distance"}
-
+METRICS = {
+    "psnr": "PSNR, dB",
+    "ssim": "SSIM",
+    "frechet_distance": "Frechet distance",
+    "log2_frechet_distance": "log2 of Frechet distance",
+}
 
 SETTINGS = (
     "train_data_dir",
@@ -157,6 +162,8 @@ def evaluate(folder: Path, args: argparse.Namespace) -> dict[str, float]:
             metrics["frechet_distance"] = frechet_distance(*pair, classifier)
         rows.append(metrics)
     means = {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
+    if classifier is not None:
+        means["log2_frechet_distance"] = math.log2(means["frechet_distance"])
     for tower in ("encoder", "decoder"):
         means[f"{tower}_parameters"] = sum(parameter.numel() for parameter in getattr(vae, tower).parameters())
     return means
@@ -197,16 +204,14 @@ def r_squared(x: np.ndarray, y: np.ndarray) -> float:
     return 1.0 - np.square(y - slope * x - intercept).sum() / np.square(y - y.mean()).sum()
 
 
-def plot(axes: Axes, x: np.ndarray, y: np.ndarray, groups: np.ndarray, labels: tuple[str, str]) -> float:
-    """Points by group, over a line against the logarithm of x; returns its R2."""
-    for group in np.unique(groups):
+def plot(axes: Axes, x: np.ndarray, y: np.ndarray, groups: np.ndarray, labels: tuple[str, str]) -> None:
+    """Points by group, over a line against the logarithm of x."""
+    for group in dict.fromkeys(groups):
         axes.plot(x[groups == group], y[groups == group], "o", label=group, alpha=0.7)
     line = np.array([x.min(), x.max()])
     axes.plot(line, np.polyval(np.polyfit(np.log2(x), y, 1), np.log2(line)), color="grey", linewidth=1)
-    r2 = r_squared(np.log2(x), y)
     axes.set_xscale("log", base=2)
-    axes.set(xlabel=labels[0], ylabel=labels[1], title=f"R2 = {r2:.2f}")
-    return r2
+    axes.set(xlabel=labels[0], ylabel=labels[1], title=f"R2 = {r_squared(np.log2(x), y):.2f}")
 
 
 def report(args: argparse.Namespace) -> None:
@@ -233,13 +238,18 @@ def report(args: argparse.Namespace) -> None:
             continue
         groups = np.array([f"patch size {row['patch_size']}" for row in chosen])
         figure = Figure(figsize=(4 * len(metrics), 3.5), dpi=100, layout="constrained")
-        values = []
+        y = {name: np.array([float(row[name]) for row in chosen]) for name in metrics}
         for name, axes in zip(metrics, figure.subplots(1, len(metrics), squeeze=False)[0]):
-            y = np.array([float(row[name]) for row in chosen])
-            values.append(plot(axes, x, y, groups, (column.replace("_", " "), METRICS[name])))
+            plot(axes, x, y[name], groups, (column.replace("_", " "), METRICS[name]))
         axes.legend()
         figure.savefig(args.output_dir / f"{study}.png")
-        lines.append(f"| {study} | {len(chosen)} | " + " | ".join(f"{value:.3f}" for value in values) + " |")
+        subsets = {study: np.full(len(x), True)}
+        if len(np.unique(groups)) > 1:
+            subsets |= {f"{study}, {group}": groups == group for group in dict.fromkeys(groups)}
+        for subset, mask in subsets.items():
+            if len(np.unique(x[mask])) > 2:
+                values = [f"{r_squared(np.log2(x[mask]), y[name][mask]):.3f}" for name in metrics]
+                lines.append(f"| {subset} | {mask.sum()} | {' | '.join(values)} |")
     lines += ["", "| run | seeds | E | " + " | ".join(METRICS[name] for name in metrics) + " |"]
     lines.append("|---" * (3 + len(metrics)) + "|")
     for name in dict.fromkeys(row["name"] for row in rows):
