@@ -6,6 +6,7 @@ from tests.conftest import ASSETS
 from tests.training.conftest import read_log, run
 from vitok_hf import AutoencoderViTok
 from vitok_hf.training.autoencoder import AutoencoderTrainer
+from vitok_hf.training.publishing import last_folder
 
 
 class TestEvaluation:
@@ -92,3 +93,16 @@ class TestTrackers:
         (image,) = events.Images("assets")
         assert (image.width, image.height) == (32, 4 * 16)
         assert not any(b"hf_secret" in file.read_bytes() for file in folder.rglob("*") if file.is_file())
+
+
+def test_folders_above_the_last_are_not_published(tmp_path):
+    (tmp_path / "film").mkdir()
+    for value, published in (
+        (f"{tmp_path}/film", "film"),
+        (f"{tmp_path}/film/", "film"),
+        (f"{tmp_path}/film/:0.5", "film:0.5"),
+        ("/private/shards/{000..127}.tar", "{000..127}.tar"),
+        ("owner/name", "owner/name"),
+        (3, 3),
+    ):
+        assert last_folder(value) == published

@@ -63,11 +63,12 @@ class TestStartingPoints:
             torch.testing.assert_close(trainer.vae.eval()(x).sample, after)
         assert sum(f.stat().st_size for f in (Path(args.output_dir) / "vae").glob("*.safetensors")) < 60_000
 
-    def test_statistics_of_the_latents(self, stage2):
+    def test_statistics_of_the_latents(self, stage2, tmp_path):
         """They stay with the encoder that they were measured on."""
         config = TINY | {"latents_mean": [0.5] * 4, "latents_std": [2.0] * 4}
         for freeze in (True, False):
-            args = stage2(config, freeze_encoder=freeze, max_train_steps=1)
+            folder = str(tmp_path / f"frozen-{freeze}")
+            args = stage2(config, freeze_encoder=freeze, max_train_steps=1, output_dir=folder)
             run(args)
             vae = AutoencoderViTok.from_pretrained(Path(args.output_dir) / "vae")
             assert vae.config.latents_std == ([2.0] * 4 if freeze else None)
@@ -94,7 +95,7 @@ class TestArguments:
             ({"train_shards": ["x.tar"]}, "Set exactly one of train_data_dir, dataset_name, train_shards"),
             ({"max_train_steps": 0}, "`max_train_steps` must be at least 1, but is 0"),
             ({"checkpoints_total_limit": 0}, "`checkpoints_total_limit` must be at least 1, but is 0"),
-            ({"gan_loss": "wgan"}, '`gan_loss` must be "hinge" or "non_saturating", but is "wgan"'),
+            ({"gan_loss": "wgan"}, '`gan_loss` must be one of hinge, non_saturating, but is "wgan"'),
             ({"ema_decay": 1.0}, "`ema_decay` must be at least 0 and less than 1, but is 1.0"),
             ({"report_to": "paper"}, '`report_to` is "paper", but of the trackers'),
             ({"lr_scheduler": "sine"}, "`lr_scheduler` must be one of linear, cosine"),
