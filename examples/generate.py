@@ -22,7 +22,7 @@ from vitok_hf.evaluation.generation import generate_samples
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="vitok-dit-emoji", help="what `from_pretrained` takes")
-    parser.add_argument("--class_labels", nargs="+", help="names of classes; default: all")
+    parser.add_argument("--class_labels", nargs="+", help="names or ids of classes; default: all")
     parser.add_argument("--num_images_per_label", type=int, default=8)
     parser.add_argument("--num_inference_steps", type=int, default=50)
     parser.add_argument("--guidance_scale", type=float, default=3.0, help="1 is none")
@@ -35,11 +35,13 @@ def main():
     pipe = ViTokDiTPipeline.from_pretrained(args.model, dtype=getattr(torch, args.dtype))
     pipe.to(PartialState().default_device)
     names, count = pipe.config.id2label, args.num_images_per_label
-    ids = pipe.get_label_ids(args.class_labels) if args.class_labels else sorted(names, key=names.get)
+    given = args.class_labels or ()
+    chosen = [int(label) if label.isdigit() and label not in pipe.labels else label for label in given]
+    ids = pipe.get_label_ids(chosen) or sorted(names, key=names.get)
     if not ids or pipe.is_video or count < 1:
         raise ValueError(
             f"{args.model} is to draw {count} pictures of {len(ids)} classes: it must make pictures, no videos, and "
-            "at least one; name --class_labels if it has no names for its classes."
+            "at least one; give ids as --class_labels if its classes have no names."
         )
     began = time.perf_counter()
     options = {name: getattr(args, name) for name in ("guidance_scale", "guidance_rescale", "num_inference_steps")}
@@ -48,7 +50,7 @@ def main():
     args.output.parent.mkdir(parents=True, exist_ok=True)
     grid = rearrange(images, "(rows cols) c h w -> (rows h) (cols w) c", cols=count)
     Image.fromarray(grid.numpy()).save(args.output)
-    print(f"Rows: {', '.join(names[index] for index in ids)}")
+    print(f"Rows: {', '.join(names.get(index, str(index)) for index in ids)}")
     print(f"{len(images)} pictures in {seconds:.1f} s, {args.num_inference_steps} steps each; saved {args.output}")
 
 

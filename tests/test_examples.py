@@ -130,6 +130,9 @@ class TestGenerate:
         run_example("generate.py", "--model", pipeline, *arguments, "--class_labels", "red", "--seed", 3)
         alone = np.asarray(Image.open(tmp_path / "samples.png")).astype(int)
         assert np.abs(alone - grid[32:]).max() <= 1
+        assert "Rows: red" in run_example("generate.py", "--model", pipeline, *arguments, "--class_labels", 1)
+        with pytest.raises(ValueError, match="draw 0 pictures of 2 classes"):
+            run_example("generate.py", "--model", pipeline, "--num_images_per_label", 0)
 
     def test_evaluation(self, run_example, pipeline, tmp_path):
         write_colours(tmp_path)
