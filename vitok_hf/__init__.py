@@ -12,7 +12,8 @@ from .pipelines import ViTokDiTPipeline
 
 # Saved pipelines then name the package, not the file, and load from folders and from the Hub.
 LOADABLE_CLASSES["vitok_hf"] = {"ModelMixin": ["save_pretrained", "from_pretrained"]}
-diffusers.ViTokDiTPipeline = ViTokDiTPipeline  # where `DiffusionPipeline.from_pretrained` looks for the class
+for _class in (AutoencoderViTok, ViTokDiTModel, ViTokDiTPipeline):
+    setattr(diffusers, _class.__name__, _class)  # where `AutoModel` and `DiffusionPipeline` look for classes
 
 __version__ = "0.1.0"
 __all__ = [

@@ -2,6 +2,7 @@ import json
 
 import pytest
 import torch
+from diffusers import AutoModel
 from safetensors.torch import load_file, save_file
 
 from tests.conftest import TINY, make_input, make_vae
@@ -239,6 +240,23 @@ class TestLoading:
         (tmp_path / "config.json").write_text(json.dumps(config | {"latent_channels": 5}))
         with pytest.raises(ValueError, match="shape"):
             AutoencoderViTok.from_pretrained(tmp_path)
+
+    def test_config_can_be_written(self):
+        """Some pipelines of diffusers do so."""
+        vae = make_vae("v1")
+        vae.config.shift_factor = 7.0
+        vae.config["note"] = "kept"
+        assert vae.config.shift_factor == 7.0 and vae.config["note"] == "kept"
+        vae.register_to_config(scaling_factor=0.5)
+        assert vae.config.scaling_factor == 0.5 and not vae.config.force_upcast and not hasattr(vae, "nothing")
+        with pytest.warns(FutureWarning, match="force_upcast"):
+            assert vae.force_upcast is False
+
+    def test_auto_model(self, tmp_path):
+        vae = make_vae("v1")
+        vae.save_pretrained(tmp_path)
+        loaded = AutoModel.from_pretrained(str(tmp_path))
+        assert isinstance(loaded, AutoencoderViTok) and loaded.config.patch_size == vae.config.patch_size
 
     def test_config(self):
         vae = make_vae("v1")

@@ -148,9 +148,9 @@ class AutoencoderViTok(ModelMixin, MemoryMixin, AutoencoderMixin, AttentionMixin
                         parameter, (2 * len(tower.transformer_blocks)) ** -0.5 if ends_branch else 1.0
                     )
 
-    @property
-    def config(self) -> ViTokConfig:
-        return ViTokConfig(self._internal_dict)
+    def register_to_config(self, **kwargs):
+        super().register_to_config(**kwargs)
+        self._internal_dict = ViTokConfig(self._internal_dict)
 
     @property
     def spatial_compression_ratio(self) -> int:

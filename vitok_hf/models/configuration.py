@@ -14,6 +14,12 @@ class ViTokConfig(FrozenDict):
     invert_scale_latents = False  # latents are multiplied by `scaling_factor`, unlike CogVideoX 1.5's
     batch_norm_eps = 0.0  # `AutoencoderViTok.bn` has exact variances
 
+    def __missing__(self, name: str):
+        """`vae.force_upcast`, which diffusers reads as `vae.config["force_upcast"]`."""
+        if name.startswith("_") or not hasattr(self, name):
+            raise KeyError(name)
+        return getattr(self, name)
+
     z_dim = property(itemgetter("latent_channels"))
     spatial_compression_ratio = scale_factor_spatial = property(itemgetter("patch_size"))
     temporal_compression_ratio = scale_factor_temporal = property(itemgetter("temporal_patch_size"))
