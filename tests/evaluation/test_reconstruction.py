@@ -1,3 +1,5 @@
+from fractions import Fraction
+
 import numpy as np
 import pytest
 import torch
@@ -13,6 +15,7 @@ from vitok_hf.evaluation.reconstruction import (
     reconstruct_in_tiles,
     save_comparison,
 )
+from vitok_hf.evaluation.visuals import VideoWriter
 from vitok_hf.training.media import load_evaluation_images
 
 
@@ -84,3 +87,12 @@ def test_comparison(images, tmp_path):
         assert picture.size == (128, 256)
         left, right = picture.getpixel((5, 70)), picture.getpixel((69, 70))
     assert left == tuple(images[1, :, 6, 5].tolist()) and right == tuple(255 - value for value in left)
+
+
+@pytest.mark.parametrize("num_frames", [0, 3])
+def test_half_written_videos_do_not_stay(tmp_path, num_frames):
+    with pytest.raises(OSError, match="cut off"):
+        with VideoWriter(tmp_path / "x.mp4", Fraction(8)) as writer:
+            writer.write(torch.zeros(num_frames, 16, 16, 3, dtype=torch.uint8))
+            raise OSError("cut off")
+    assert not list(tmp_path.iterdir())

@@ -97,4 +97,4 @@ class VideoWriter:
         if error_type is None:
             os.replace(self.temporary, self.path)
         else:
-            self.temporary.unlink()
+            self.temporary.unlink(missing_ok=True)  # it is made with the first frame
