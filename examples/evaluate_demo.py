@@ -47,6 +47,8 @@ def full_resolution_crops(folder: Path, side: int, limit: int) -> torch.Tensor:
         top, left = ((length - side) // 2 for length in picture.shape[:2])
         if min(top, left) >= 0:
             crops.append(picture[top : top + side, left : left + side])
+    if not crops:
+        raise ValueError(f'"{folder}" has no picture of {side} x {side} pixels or more: add some.')
     return torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2).contiguous()
 
 

@@ -28,7 +28,7 @@ from vitok_hf.evaluation.evaluator import ReconstructionEvaluator
 from vitok_hf.evaluation.networks import LOADERS, load_networks
 from vitok_hf.evaluation.pca import PatchPCA
 from vitok_hf.evaluation.protocol import Protocol
-from vitok_hf.evaluation.results import Result, load_results, markdown_table, save_results, write_csv
+from vitok_hf.evaluation.results import Result, check_comparable, load_results, markdown_table, save_results, write_csv
 from vitok_hf.evaluation.visuals import save_examples
 from vitok_hf.training.media import short_names
 from vitok_hf.training.sources import FolderFiles, HubRows
@@ -126,6 +126,7 @@ def main():
     paths = {"inception": args.inception_weights, "dino": args.dino, "i3d": args.i3d_weights}
     with accelerator.main_process_first():  # which downloads for all
         networks, unavailable = load_networks(args.networks, paths | {"lpips": args.lpips_weights}, device)
+    earlier = [result for path in args.add_results for result in load_results(path)]
     unavailable |= {name: "left out" for name in LOADERS if name not in args.networks and name != "i3d"}
     for data_name, data in data_sets(args, protocol):
         evaluator = ReconstructionEvaluator(data, data_name, networks, unavailable, args.batch_size, device)
@@ -140,11 +141,11 @@ def main():
                 row_folder = folder / re.sub(r"[^\w.-]+", "_", name).strip("_")
                 save_examples(row_folder, data, codec, values["psnr"], args.num_examples)
                 save_results(folder / "results.json", results)
+            check_comparable([result, *earlier])
         if accelerator.is_main_process:
-            results += [result for path in args.add_results for result in load_results(path)]
-            table = markdown_table(results)
+            table = markdown_table(results + earlier)
             (folder / "table.md").write_text(table)
-            write_csv(folder / "table.csv", results)
+            write_csv(folder / "table.csv", results + earlier)
             print(f"{data_name}, {len(data)} {'clips' if args.num_frames > 1 else 'pictures'}\n\n{table}", flush=True)
 
 

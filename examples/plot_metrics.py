@@ -35,7 +35,8 @@ def main():
     figure = Figure(figsize=(8, 4), dpi=100, layout="constrained")
     axes = figure.subplots()
     for source in args.metrics:
-        name, _, path = source.rpartition("=")
+        whole = "=" not in source or Path(source).exists()
+        name, path = ("", source) if whole else source.split("=", 1)
         for key, curve in read_curves(Path(path), args.keys).items():
             marker = "." if len(curve) < 30 else None
             axes.plot(curve[:, 0], curve[:, 1], marker=marker, label=f"{name} {key}".strip())

@@ -14,7 +14,6 @@ from fractions import Fraction
 from itertools import islice
 from pathlib import Path
 
-import av
 import torch
 from accelerate import PartialState
 from PIL import Image
@@ -24,7 +23,7 @@ from vitok_hf.evaluation.metrics import psnr, ssim
 from vitok_hf.evaluation.pixels import fold_frames
 from vitok_hf.evaluation.reconstruction import reconstruct, save_comparison, side_by_side
 from vitok_hf.evaluation.visuals import VideoWriter
-from vitok_hf.training.media import VIDEO_SUFFIXES, list_files, load_image, probe_video
+from vitok_hf.training.media import VIDEO_SUFFIXES, iterate_frames, list_files, load_image, probe_video
 
 
 def timed_reconstruction(vae: AutoencoderViTok, images: torch.Tensor) -> tuple[torch.Tensor, float]:
@@ -55,10 +54,9 @@ def reconstruct_video(vae: AutoencoderViTok, path: Path, target: str) -> None:
     scores, seconds = [], 0.0
     rate = Fraction(probe_video(path)[1]).limit_denominator(1001)  # which also tells what is no video
     with ExitStack() as stack:
-        source = stack.enter_context(av.open(str(path)))
         names = (f"{target}_{name}.mp4" for name in ("reconstruction", "comparison"))
         writers = [stack.enter_context(VideoWriter(name, rate)) for name in names]
-        frames = (torch.from_numpy(frame.to_ndarray(format="rgb24")) for frame in source.decode(video=0))
+        frames = map(torch.from_numpy, iterate_frames(path))
         while clip := list(islice(frames, clip_frames)):
             video = torch.stack(clip).permute(3, 0, 1, 2)[None]  # (1, 3, T, H, W)
             reconstruction, elapsed = timed_reconstruction(vae, video)

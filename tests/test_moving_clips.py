@@ -175,6 +175,9 @@ def test_from_drawings_to_samples(run_example, drawings, tmp_path):
 
 
 def test_plot_names_the_keys(run_example, tmp_path):
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 0.5}\n')
+    for folder in ("lr=1", "."):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        (tmp_path / folder / "metrics.jsonl").write_text('{"step": 1, "loss": 0.5}\n')
+    run_example("plot_metrics.py", "--metrics", "lr=1/metrics.jsonl", "a=lr=1/metrics.jsonl")
     with pytest.raises(ValueError, match=r"`keys` \['x'\] are not in .*, which has loss"):
         run_example("plot_metrics.py", "--metrics", "metrics.jsonl", "--keys", "x")

@@ -8,6 +8,7 @@ from tests.conftest import ASSETS
 from tests.training.conftest import write_video
 from vitok_hf.training.media import (
     evenly_spaced,
+    iterate_frames,
     list_files,
     load_clip,
     load_evaluation_images,
@@ -110,6 +111,14 @@ class TestVideo:
         np.testing.assert_allclose(brightness(load_clip(bytes(content), 1.4, 3)), [35, 36, 37], atol=0.5)
         with pytest.raises(ValueError, match="cannot be read as a video"):
             load_clip(bytes(content), 0.0, 3)
+
+    def test_frames_one_by_one(self, video):
+        np.testing.assert_allclose([frame.mean() / 5 for frame in iterate_frames(video)], np.arange(50), atol=0.5)
+        content = bytearray(video.read_bytes())
+        start = content.index(b"mdat") + 4
+        content[start : start + 200] = bytes(200)
+        with pytest.raises(ValueError, match="^clip: cannot be read as a video .*remove or replace it"):
+            list(iterate_frames(bytes(content), "clip"))
 
     def test_end_of_the_video(self, video):
         assert probe_video(video)[0] == pytest.approx(2.0, abs=0.05)

@@ -4,6 +4,7 @@ They take the place of Inception's where its weights cannot be had or its domain
 for one and the same classifier only.
 """
 
+import os
 from pathlib import Path
 
 import torch
@@ -42,7 +43,9 @@ class Classifier(nn.Module):
         return self.network.fc(self.features(images))
 
     def save(self, path: str | Path) -> None:
-        save_model(self, str(path), metadata={"class_names": "\n".join(self.class_names)})
+        temporary = f"{path}.incomplete"
+        save_model(self, temporary, metadata={"class_names": "\n".join(self.class_names)})
+        os.replace(temporary, path)
 
     @classmethod
     def load(cls, path: str | Path) -> "Classifier":

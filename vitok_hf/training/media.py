@@ -1,6 +1,6 @@
 """Reading pictures and clips from files, from bytes and from addresses."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
@@ -111,6 +111,17 @@ def load_clip(
                     break
                 due = start + len(frames) / fps
     raise ValueError(f"{name}: has {len(frames)} frames from {start:.2f} s on at fps={fps}, but needs {num_frames}.")
+
+
+def iterate_frames(source: Source, name: str | None = None) -> Iterator[np.ndarray]:
+    """Every frame of a video, (H, W, 3) uint8, decoded as it is asked for.
+
+    Raises:
+        ValueError: "name: reason", if it is no video or breaks off.
+    """
+    with _errors_name(name or _describe(source), "video"), av.open(_open(source)) as container:
+        for frame in container.decode(video=0):
+            yield frame.to_ndarray(format="rgb24")
 
 
 def probe_video(source: Source, name: str | None = None) -> tuple[float, float]:
