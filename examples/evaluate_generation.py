@@ -82,7 +82,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--networks", nargs="*", choices=NETWORKS, default=NETWORKS)
     parser.add_argument("--inception_weights", help="weights-inception-2015-12-05-6726825d.pth of torch-fidelity")
     parser.add_argument("--dino", help="folder or Hub id of a DINOv2; default: facebook/dinov2-large")
-    parser.add_argument("--guidance_scale", type=float, default=3.0, help="1 is none")
+    parser.add_argument("--guidance_scale", type=float, default=2.5, help="1 is none")
     parser.add_argument("--guidance_rescale", type=float, default=1.0, help="0 is none")
     parser.add_argument("--num_inference_steps", type=int, default=50)
     parser.add_argument("--batch_size", type=int, default=32)

@@ -25,7 +25,7 @@ def main():
     parser.add_argument("--class_labels", nargs="+", help="names or ids of classes; default: all")
     parser.add_argument("--num_images_per_label", type=int, default=8)
     parser.add_argument("--num_inference_steps", type=int, default=50)
-    parser.add_argument("--guidance_scale", type=float, default=3.0, help="1 is none")
+    parser.add_argument("--guidance_scale", type=float, default=2.5, help="1 is none")
     parser.add_argument("--guidance_rescale", type=float, default=1.0, help="0 is none")
     parser.add_argument("--seed", type=int, default=0, help="of the first sample; the next ones follow")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])

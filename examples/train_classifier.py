@@ -28,7 +28,7 @@ def list_pictures(folders: list[Path], limit: int | None) -> list[Path]:
 
 
 class FolderClasses(Dataset):
-    """Item i: a random crop of at least half a picture's side, and its class; classes are balanced."""
+    """Item i: a random crop of at least half a picture's side, half of them mirrored; classes are balanced."""
 
     def __init__(self, files: list[Path], size: int, length: int):
         self.size, self.length, self.classes = size, length, {}
@@ -56,6 +56,8 @@ class FolderClasses(Dataset):
         side = min(image.shape[:2]) * rng.uniform(0.5, 1.0)
         top, left = (rng.uniform(0, length - side) for length in image.shape[:2])
         crop = resize(image, (self.size, self.size), (left, top, left + side, top + side))
+        if rng.random() < 0.5:
+            crop = crop[:, ::-1]
         return torch.from_numpy(crop.copy()).permute(2, 0, 1), label
 
 
