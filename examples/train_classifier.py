@@ -28,10 +28,10 @@ def list_pictures(folders: list[Path], limit: int | None) -> list[Path]:
 
 
 class FolderClasses(Dataset):
-    """Item i: a random crop of at least half a picture's side, half of them mirrored; classes are balanced."""
+    """Item i: a random crop of at least half a picture's side, perhaps mirrored; classes are balanced."""
 
-    def __init__(self, files: list[Path], size: int, length: int):
-        self.size, self.length, self.classes = size, length, {}
+    def __init__(self, files: list[Path], size: int, length: int, random_flip: bool):
+        self.size, self.length, self.random_flip, self.classes = size, length, random_flip, {}
         for file in files:
             self.classes.setdefault(class_of(file), []).append(file)
         self.names = sorted(self.classes)
@@ -56,7 +56,7 @@ class FolderClasses(Dataset):
         side = min(image.shape[:2]) * rng.uniform(0.5, 1.0)
         top, left = (rng.uniform(0, length - side) for length in image.shape[:2])
         crop = resize(image, (self.size, self.size), (left, top, left + side, top + side))
-        if rng.random() < 0.5:
+        if self.random_flip and rng.random() < 0.5:
             crop = crop[:, ::-1]
         return torch.from_numpy(crop.copy()).permute(2, 0, 1), label
 
@@ -76,6 +76,7 @@ def main():
     parser.add_argument("--max_train_files", type=int, help="of larger classes, a fixed random choice of so many")
     parser.add_argument("--max_test_files", type=int)
     parser.add_argument("--size", type=int, default=64, help="side of the pictures in pixels")
+    parser.add_argument("--random_flip", action="store_true", help="mirror half of the training pictures")
     parser.add_argument("--max_train_steps", type=int, default=600)
     parser.add_argument("--train_batch_size", type=int, default=64)
     parser.add_argument("--learning_rate", type=float, default=2e-3)
@@ -91,7 +92,7 @@ def main():
         list_pictures(folders, limit)
         for folders, limit in ((args.train_data_dir, args.max_train_files), (args.test_data_dir, args.max_test_files))
     )
-    data = FolderClasses(train, args.size, args.max_train_steps * args.train_batch_size)
+    data = FolderClasses(train, args.size, args.max_train_steps * args.train_batch_size, args.random_flip)
     test = [file for file in test if class_of(file) in data.names]
     if not test:
         raise ValueError(f"There is no held-out picture of the classes {data.names}: name other --test_data_dir.")

@@ -93,11 +93,23 @@ class TestTraining:
             hours.append(float(out.split("GFLOP a picture")[0].split("operations")[1]))
         assert hours[1] > hours[0] > 0
 
+    @pytest.mark.parametrize("random_flip", [False, True])
+    def test_training_pictures_are_mirrored_on_request(self, monkeypatch, tmp_path, random_flip):
+        monkeypatch.syspath_prepend(str(EXAMPLES))
+        from train_classifier import FolderClasses
+
+        (tmp_path / "ramp").mkdir()
+        ramp = np.tile(np.arange(0, 250, 10, dtype=np.uint8)[:, None], (25, 1, 3))
+        Image.fromarray(ramp).save(tmp_path / "ramp" / "0.png")
+        data = FolderClasses([tmp_path / "ramp" / "0.png"], 16, 20, random_flip)
+        rising = [bool(picture[0, 0, 0] < picture[0, 0, -1]) for picture, _ in (data[index] for index in range(20))]
+        assert any(rising) and all(rising) != random_flip
+
     def test_classifier_and_sharpness(self, run_example, model, tmp_path):
         write_colours(tmp_path)
         out = run_example(
             *("train_classifier.py", "--train_data_dir", "train", "--test_data_dir", "test", "--size", 32),
-            *("--max_train_steps", 8, "--train_batch_size", 16, "--dataloader_num_workers", 0),
+            *("--max_train_steps", 8, "--train_batch_size", 16, "--dataloader_num_workers", 0, "--random_flip"),
         )
         assert "2 classes, accuracy on 8 held-out pictures: " in out
         assert float(out.split("held-out pictures: ")[1].split()[0]) >= 0.5
