@@ -49,3 +49,13 @@ def test_engines_agree(folder):
 def test_resumes(folder):
     expected = {key: value for key, value in metrics(folder / "fsdp2").items() if key[1] > 2}
     assert metrics(folder / "resumed") == pytest.approx(expected, rel=1e-6)
+
+
+def test_timesteps_stay_exact(folder):
+    """Flow matching in bfloat16: FSDP would round those above 256 to even numbers, and more coarsely further up."""
+    settings = make_dit_arguments(
+        folder, output_dir=str(folder / "flow"), mixed_precision="bf16", prediction_type="flow_prediction"
+    )
+    process = launch(settings, "fsdp2", transformer=True)
+    assert process.returncode == 0, process.stderr[-3000:]
+    assert "timesteps {torch.float32}" in process.stdout

@@ -26,6 +26,13 @@ def main():
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     if settings.pop("transformer", False):
         trainer = DiTTrainer(DiTArguments(**settings))
+        seen = set()
+
+        def note_timesteps(_, inputs):
+            if inputs:  # not of a pipeline
+                seen.add(inputs[1].dtype)
+
+        trainer.transformer.register_forward_pre_hook(note_timesteps)
     else:
         trainer = AutoencoderTrainer(AutoencoderArguments(**settings))
     rank, training_step = trainer.accelerator.process_index, trainer.training_step
@@ -53,6 +60,8 @@ def main():
     trainer.train()
     if "discriminator" in trainer.models:
         torch.save(trainer.models["discriminator"].unwrapped.state_dict(), f"{settings['output_dir']}/rank{rank}.pt")
+    if "transformer" in trainer.models:
+        print(f"timesteps {seen}")
     model = next(iter(trainer.models.values())).model
     print(f"engine {trainer.accelerator.distributed_type.value}, {type(model).__name__}")
 

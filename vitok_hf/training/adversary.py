@@ -92,7 +92,7 @@ class Adversary:
         """
         weight = self.weight(step)
         if weight == 0.0:
-            return 0.0, {"gan_weight": torch.zeros(())}
+            return 0.0, {"gan_weight": reconstruction_loss.new_zeros(())}
         # The bare module: there is nothing for DDP to reduce.
         with frozen(self.trained.unwrapped) as discriminator, self.accelerator.autocast():
             (logits,) = discriminator(fakes)

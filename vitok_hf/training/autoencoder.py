@@ -17,7 +17,7 @@ from .checkpointing import atomic_folder
 from .cropping import Batch, CropSettings, parse_size
 from .data import BatchLoader, make_dataset
 from .ema import WeightAverage
-from .loop import TrainedModel, Trainer
+from .loop import TrainedModel, Trainer, compile_blocks
 from .losses import ReconstructionLoss
 from .media import load_evaluation_images, short_names
 from .publishing import changed_settings, push, write_model_card
@@ -107,7 +107,7 @@ class AutoencoderTrainer(Trainer):
         if args.gradient_checkpointing:
             vae.enable_gradient_checkpointing()
         if args.compile:
-            vae.compile_repeated_blocks(fullgraph=True, dynamic=True)
+            compile_blocks(vae)
         resolution = args.resolution or self.config.sample_size
         self.loss = ReconstructionLoss(
             self.config.patch_size,

@@ -158,7 +158,8 @@ class BatchCutter:
             clip = draw()  # (T, h, w, 3)
             largest = min(clip.shape[1] / height, clip.shape[2] / width)
             scale = min(largest, np.exp(rng.uniform(0.0, np.log(max(largest, 1.0)))))
-            box_height, box_width = scale * height, scale * width
+            # rounding must not make the box larger than the picture
+            box_height, box_width = min(scale * height, clip.shape[1]), min(scale * width, clip.shape[2])
             top, left = rng.uniform(0, clip.shape[1] - box_height), rng.uniform(0, clip.shape[2] - box_width)
             box = (left, top, left + box_width, top + box_height)
             crop = np.stack([resize(frame, (width, height), box) for frame in clip])  # (T, H, W, 3)

@@ -5,11 +5,13 @@ import logging
 import math
 import time
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, ProjectConfiguration, set_seed
+from diffusers import ModelMixin
 from diffusers.optimization import get_scheduler
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -24,6 +26,15 @@ from .tracking import Log, Window
 
 
 logger = logging.getLogger(__name__)
+
+
+def compile_blocks(model: ModelMixin) -> None:
+    """Compiles the transformer blocks, which share their code: it is compiled anew for each kind of call.
+
+    Towers, training and evaluation, batches of one, and LoRA are more kinds together than PyTorch allows by itself.
+    """
+    torch.compiler.config.recompile_limit = 64
+    model.compile_repeated_blocks(fullgraph=True, dynamic=True)
 
 
 class TrainedModel:
@@ -46,9 +57,6 @@ class TrainedModel:
         optimizer = torch.optim.AdamW(
             [parameter for parameter in model.parameters() if parameter.requires_grad],
             lr=learning_rate,
-            betas=(args.adam_beta1, args.adam_beta2),
-            eps=args.adam_epsilon,
-            weight_decay=args.adam_weight_decay,
             fused=True,
         )
         schedule = get_scheduler(args.lr_scheduler, optimizer, None, warmup_steps, args.max_train_steps)
@@ -60,7 +68,16 @@ class TrainedModel:
             self.model, self.optimizer = DistributedDataParallel(model.to(accelerator.device)), optimizer
             accelerator.register_for_checkpointing(model, optimizer)
         else:
+            if accelerator.is_fsdp2:  # for other engines, accelerate does it
+                model.forward = accelerator.autocast()(model.forward)
             self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        self.configure(args)
+
+    def configure(self, args: LoopArguments) -> None:
+        """Sets those settings of the optimiser that do not depend on the step."""
+        for group in self.optimizer.param_groups:
+            group["betas"] = (args.adam_beta1, args.adam_beta2)
+            group |= {"eps": args.adam_epsilon, "weight_decay": args.adam_weight_decay}
 
     @property
     def unwrapped(self) -> nn.Module:
@@ -131,6 +148,10 @@ class Trainer:
             )
         if self.accelerator.is_fsdp2 and self.accelerator.mixed_precision == "fp16":
             raise ValueError('`mixed_precision` "fp16" is not supported with FSDP: take "bf16".')
+        if self.accelerator.is_fsdp2 and self.accelerator.mixed_precision != "no":
+            # autocast does the casting, and leaves timesteps exact
+            plugin = self.accelerator.state.fsdp_plugin
+            plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, cast_forward_inputs=False)
 
     def start(self) -> None:
         """To be called when the models and the loader are there: seeds the processes and loads a checkpoint."""
@@ -148,12 +169,13 @@ class Trainer:
     def train(self) -> None:
         """Trains to `max_train_steps`, or for `max_minutes`; ends with a checkpoint and, after all steps, `finish`."""
         args = self.args
-        if self.step >= args.max_train_steps and (self.output_dir / self.result).exists():
-            logger.warning("Nothing to train: the checkpoint is at step %d of %d.", self.step, args.max_train_steps)
-            return
         log = Log(self.accelerator, self.output_dir, args.tracker_project_name, vars(args))
-        finished = stop = self.step >= args.max_train_steps  # a run that broke off after its last checkpoint
-        if finished:
+        finished = stop = self.step >= args.max_train_steps
+        if finished:  # a run that may have broken off after its last checkpoint
+            logger.warning(
+                "Nothing to train, the checkpoint is at step %d of %d: writing the result.",
+                *(self.step, args.max_train_steps),
+            )
             self._evaluate(log)
         began, window, batches = time.monotonic(), Window(), iter(self.loader)
         bar = tqdm(total=args.max_train_steps, initial=self.step, disable=not self.accelerator.is_local_main_process)
@@ -250,10 +272,20 @@ class Trainer:
                 remove_folder(path)
 
     def _resume(self) -> None:
-        path = find_checkpoint(self.output_dir, self.args.resume_from_checkpoint)
+        args, path = self.args, find_checkpoint(self.output_dir, self.args.resume_from_checkpoint)
+        self.step = checkpoint_step(path)
+        if later := [other.name for other in list_checkpoints(self.output_dir) if checkpoint_step(other) > self.step]:
+            raise ValueError(
+                f'"{self.output_dir}" has {", ".join(later)}, later than {path.name}: delete them to go on from '
+                'there, or name another output_dir, or resume from "latest".'
+            )
         self.accelerator.load_state(str(path / "state"))
+        self.accelerator.step = 0  # batches of the current step, whose number may have changed
+        for trained in self.models.values():
+            trained.configure(args)  # settings may differ from those of the checkpoint
+        if self.average is not None:
+            self.average.decay = args.ema_decay
         mine, any_process = (path / "state" / f"data_{index}.json" for index in (self.accelerator.process_index, 0))
         state = json.loads((mine if mine.exists() else any_process).read_text())
         self.loader.load_state_dict(state["loader"])
         self.num_skipped = state["num_skipped"] if mine.exists() else 0
-        self.step = checkpoint_step(path)

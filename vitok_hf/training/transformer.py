@@ -21,7 +21,7 @@ from .diffusion import bucket_timesteps, diffusion_losses, drop_labels, make_sch
 from .ema import WeightAverage
 from .latent_cache import STATISTICS, LatentBatches, LatentCache, fingerprint
 from .latent_data import ClassSampler, LabelledFiles, PictureBatches, load_square, read_classes, to_pixels
-from .loop import TrainedModel, Trainer
+from .loop import TrainedModel, Trainer, compile_blocks
 from .media import evenly_spaced, short_names
 from .publishing import changed_settings, last_folder, push, write_model_card
 
@@ -88,7 +88,7 @@ class DiTTrainer(Trainer):
         if args.gradient_checkpointing:
             model.enable_gradient_checkpointing()
         if args.compile:
-            model.compile_repeated_blocks(fullgraph=True, dynamic=True)
+            compile_blocks(model)
         trained = TrainedModel(model, self.accelerator, args, args.learning_rate, args.lr_warmup_steps)
         self.models = {"transformer": trained}
         if args.use_ema:
