@@ -6,6 +6,7 @@ python -m conversion.convert_vitok_v2 --to_vitok_v2 ViTok-v2-350M-f16x64 origina
 """
 
 import argparse
+import json
 import os
 import sys
 from pathlib import Path
@@ -159,9 +160,14 @@ def write_vitok_v2(args: argparse.Namespace, hub: dict[str, str | None], folder:
     foreign = [name for name in V2_BOOLEANS if model.config[name] != V2_ARCHITECTURE.get(name, False)]
     if foreign:
         raise ValueError(f"{args.source} has no ViTok-v2 architecture: {', '.join(foreign)} differ.")
+    weights = source / "diffusion_pytorch_model.safetensors"
+    files, index = [weights.name], weights.with_name(weights.name + ".index.json")
+    if not weights.exists() and index.exists():
+        files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
     state_dict = {}
-    for file in sorted(source.glob("diffusion_pytorch_model*.safetensors")):
-        state_dict |= load_file(file)
+    for file in files:
+        state_dict |= load_file(source / file)
+    state_dict = {name: tensor for name, tensor in state_dict.items() if ".to_qkv." not in name}  # a fused copy
     expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
     found = {name: tensor.shape for name, tensor in state_dict.items()}
     if different := sorted(name for name in expected | found if expected.get(name) != found.get(name)):

@@ -1,4 +1,5 @@
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -133,6 +134,18 @@ class TestGenerator:
         assert pipe.vae.config.latents_mean == alone.config.latents_mean == vae.config.latents_mean
         for ours, theirs, others in zip(pipe.vae.parameters(), vae.parameters(), alone.parameters(), strict=True):
             assert torch.equal(ours, theirs) and torch.equal(others, theirs)
+
+    def test_by_folder(self, vae, tmp_path, monkeypatch):
+        """Whichever path leads there, and a copy."""
+        folder = Path(checkpoints.resolve_bundled("vitok-dit-emoji"))
+        shutil.copytree(folder, tmp_path / "copy")
+        (tmp_path / "link").symlink_to(folder)
+        monkeypatch.chdir(folder.parent)
+        for path in ("vitok-dit-emoji", "../checkpoints/vitok-dit-emoji", tmp_path / "copy", tmp_path / "link"):
+            loaded = ViTokDiTPipeline.from_pretrained(path).vae
+            alone = AutoencoderViTok.from_pretrained(path, subfolder="vae")
+            for weights in (loaded, alone):
+                assert torch.equal(weights.decoder.proj_out.weight, vae.decoder.proj_out.weight)
 
     def test_saves_all_of_it(self, pipe, tmp_path):
         pipe.save_pretrained(tmp_path)

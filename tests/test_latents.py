@@ -74,6 +74,10 @@ class TestStatistics:
             statistics = compute_latent_statistics(vae, make_batches(vae))
             assert statistics.num_items == 6 and len(statistics.channel_std) == 2 and statistics.std > 0
 
+    def test_pictures_that_are_floats(self):
+        with pytest.raises(ValueError, match="must be uint8, from 0 to 255, but are torch.float32"):
+            compute_latent_statistics(make_vae("v1"), [torch.zeros(1, 3, 16, 16)])
+
     def test_nothing(self):
         with pytest.raises(ValueError, match="no pictures"):
             compute_latent_statistics(make_vae("v1"), [])
@@ -90,6 +94,12 @@ class TestFormula:
         torch.testing.assert_close(normalize_latents(latents, vae), (latents - mean) / std * 0.5)
         video = latents.unsqueeze(2)
         torch.testing.assert_close(normalize_latents(video, vae)[:, :, 0], normalize_latents(latents, vae))
+
+    def test_latents_without_a_batch_dimension(self):
+        vae = make_vae("v1", latents_mean=[0.0] * 4, latents_std=[1.0, 2.0, 3.0, 4.0])
+        for shape in ((4, 4, 4), (1, 3, 4, 4)):
+            with pytest.raises(ValueError, match=r"must be \(B, 4, h, w\) or \(B, 4, t, h, w\), but have shape"):
+                normalize_latents(torch.zeros(shape), vae)
 
     def test_dtype(self):
         latents = torch.randn(1, 4, 2, 2).bfloat16()

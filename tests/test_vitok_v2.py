@@ -191,6 +191,7 @@ class TestErrors:
                 "quantization_config: not possible .* Convert them first",
             ),
             ({"variant": VARIANT, "low_cpu_mem_usage": False}, "low_cpu_mem_usage"),
+            ({"variant": VARIANT, "dtype": "bfloat16"}, "must be a dtype, as torch.bfloat16, .* but is 'bfloat16'"),
         ],
     )
     def test_arguments(self, kwargs, message):
@@ -207,7 +208,9 @@ class TestConversion:
     def test_there_and_back(self, author_folder, tmp_path, capsys):
         convert(author_folder, tmp_path / "ours", "--variant", VARIANT, "--max_shard_size", "1MB")
         assert (tmp_path / "ours" / "diffusion_pytorch_model.safetensors.index.json").exists()
-        assert_golden(AutoencoderViTok.from_pretrained(tmp_path / "ours"))
+        vae = AutoencoderViTok.from_pretrained(tmp_path / "ours")
+        assert_golden(vae)
+        vae.half().save_pretrained(tmp_path / "ours", variant="fp16")  # besides, and not taken for the others
         convert("--to_vitok_v2", tmp_path / "ours", tmp_path / "back")
         for file in FILES:
             assert (tmp_path / "back" / file).read_bytes() == (GOLDEN / file).read_bytes()

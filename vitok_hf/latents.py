@@ -14,6 +14,12 @@ def _statistics(vae: ModelMixin, latents: torch.Tensor) -> tuple[torch.Tensor, t
     """Mean and standard deviation that broadcast over (B, c, ...), and the factor."""
     config = vae.config
     mean, std = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
+    channels = latents.shape[1] if mean is None else len(mean)
+    if latents.ndim not in (4, 5) or latents.shape[1] != channels:
+        raise ValueError(
+            f"Latents must be (B, {channels}, h, w) or (B, {channels}, t, h, w), but have shape "
+            f"{tuple(latents.shape)}; add a batch dimension to items of a list."
+        )
     shift = getattr(config, "shift_factor", None) or 0.0
     mean = [shift] if mean is None else mean
     std = [1.0] if std is None else std
@@ -33,6 +39,9 @@ def normalize_latents(latents: torch.Tensor, vae: ModelMixin) -> torch.Tensor:
     Args:
         latents: (B, c, h, w) or (B, c, t, h, w).
         vae: Any diffusers autoencoder.
+
+    Raises:
+        ValueError: If the latents have another number of dimensions, or of channels than there are statistics.
     """
     mean, std, factor = _statistics(vae, latents)
     return ((latents.float() - mean) / std * factor).to(latents.dtype)
@@ -115,10 +124,12 @@ def compute_latent_statistics(vae: ModelMixin, batches: Iterable[torch.Tensor]) 
         batches: Pictures or clips, (B, 3, H, W) or (B, 3, T, H, W) uint8, of sizes that fit the autoencoder.
 
     Raises:
-        ValueError: If there is no batch.
+        ValueError: If there is no batch, or pictures are not uint8.
     """
 
     def encode(batch: torch.Tensor) -> torch.Tensor:
+        if batch.dtype != torch.uint8:
+            raise ValueError(f"Pictures must be uint8, from 0 to 255, but are {batch.dtype}.")
         return encode_mode(vae, to_float(batch.to(vae.device)).to(vae.dtype))
 
     return summarize_latents(map(encode, batches))

@@ -2,7 +2,7 @@ import json
 
 import pytest
 import torch
-from diffusers import AutoModel
+from diffusers import AutoencoderKL, AutoModel
 from safetensors.torch import load_file, save_file
 
 from tests.conftest import TINY, make_input, make_vae
@@ -251,6 +251,15 @@ class TestLoading:
         assert vae.config.scaling_factor == 0.5 and not vae.config.force_upcast and not hasattr(vae, "nothing")
         with pytest.warns(FutureWarning, match="force_upcast"):
             assert vae.force_upcast is False
+
+    def test_derived_entries_of_a_config_are_left_out(self, tmp_path):
+        """As of a config that another class has written, which then does not fit the weights."""
+        vae = make_vae("v1")
+        vae.register_to_config(z_dim=7)
+        assert vae.config.z_dim == 4 and "z_dim" not in dict(vae.config)
+        AutoencoderKL(norm_num_groups=4, block_out_channels=(8,)).save_pretrained(tmp_path)
+        with pytest.raises(ValueError, match="do not fit its config"):
+            AutoencoderViTok.from_pretrained(tmp_path)
 
     def test_auto_model(self, tmp_path):
         vae = make_vae("v1")

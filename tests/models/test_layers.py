@@ -72,7 +72,8 @@ class TestRotaryEmbedding:
 
 class TestRMSNorm:
     @pytest.mark.parametrize(
-        "dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 3e-3)]
+        "dtype, tolerance",
+        [(torch.float64, 1e-5), (torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 3e-3)],
     )
     def test_equals_torch(self, dtype, tolerance):
         x = torch.randn(4, 7, 96) * 30

@@ -20,6 +20,7 @@ from torch._dynamo.testing import CompileCounter
 from tests.dit import assert_close
 from tests.models import test_transformer_vitok_dit as base
 from tests.models.test_transformer_vitok_dit import LABELS, TIMESTEP, make_latents, make_model, run
+from vitok_hf import ViTokDiTModel
 from vitok_hf.models.layers import ViTokAttnProcessor
 
 
@@ -46,6 +47,26 @@ class TestDiffusersFeatures:
             block.attn.to_qkv.register_forward_hook(lambda *_: calls.append(1))
         assert_close(run(model, x), expected)
         assert len(calls) == 2
+
+    def test_fused_projections_after_merging_a_lora(self, model, x):
+        model.fuse_qkv_projections()
+        model.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
+        adapted = run(model, x)
+        model.fuse_lora()
+        model.unload_lora()
+        model.fuse_qkv_projections()
+        assert_close(run(model, x), adapted)
+
+    def test_fused_projections_are_trained_apart(self, model, x, tmp_path):
+        model.eval().fuse_qkv_projections()
+        optimizer = torch.optim.SGD(model.train().parameters(), lr=0.1)
+        with torch.enable_grad():
+            run(model, x).square().mean().backward()
+        assert model.transformer_blocks[0].attn.to_q.weight.grad.any()
+        optimizer.step()
+        model.eval().fuse_qkv_projections()
+        model.save_pretrained(tmp_path)
+        assert_close(run(ViTokDiTModel.from_pretrained(tmp_path), x), run(model, x))
 
     def test_lora(self, model, kind, x, tmp_path):
         expected = run(model, x)

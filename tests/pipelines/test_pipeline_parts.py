@@ -124,11 +124,15 @@ class TestSchedulers:
 
     def test_clipping_is_warned_of(self, monkeypatch):
         messages = []
-        monkeypatch.setattr("vitok_hf.pipelines.pipeline_vitok_dit.logger.warning", messages.append)
+        monkeypatch.setattr("vitok_hf.pipelines.checks.logger.warning", messages.append)
         make_pipeline(scheduler=DDIMScheduler())
         assert len(messages) == 1 and "clip_sample=False" in messages[0]
-        make_pipeline(scheduler=FlowMatchEulerDiscreteScheduler())
+        pipe = make_pipeline(scheduler=FlowMatchEulerDiscreteScheduler())
+        sample(pipe)
         assert len(messages) == 1
+        pipe.scheduler = DDIMScheduler.from_config(DDPMScheduler().config)
+        sample(pipe)
+        assert len(messages) == 2
 
 
 class TestOutputs:

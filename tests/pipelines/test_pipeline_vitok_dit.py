@@ -4,6 +4,7 @@ import torch
 from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
+    DPMSolverMultistepScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
@@ -141,6 +142,15 @@ class TestGuidance:
         assert torch.equal(steps[0][:, 4:], outputs[0][2:, 4:])  # of the half with classes
         without, conditional = outputs[0][:, :4].chunk(2)
         assert_close(steps[0][:, :4], without + 3 * (conditional - without))
+        pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)  # has no use for the entry
+        sample(pipe, **batch)
+
+    @pytest.mark.parametrize("scheduler_class", [DDPMScheduler, DPMSolverMultistepScheduler])
+    def test_learned_variances_that_a_scheduler_or_a_model_does_not_have(self, scheduler_class):
+        scheduler = scheduler_class(variance_type="learned_range")
+        pipe = make_pipeline(scheduler=scheduler, out_channels=4 if scheduler_class is DDPMScheduler else 8)
+        with pytest.raises(ValueError, match='has variance_type="learned_range", but'):
+            sample(pipe)
 
 
 class TestRandomness:
@@ -268,8 +278,10 @@ class TestErrors:
     @pytest.mark.parametrize(
         "arguments, message",
         [
-            ({"guidance_scale": -0.5}, "`guidance_scale` must not be negative, but is -0.5"),
-            ({"guidance_scale": float("nan")}, "must not be negative, but is nan"),
+            ({"guidance_scale": -0.5}, "`guidance_scale` must not be negative or infinite, but is -0.5"),
+            ({"guidance_scale": float("nan")}, "must not be negative or infinite, but is nan"),
+            ({"guidance_scale": float("inf")}, "must not be negative or infinite, but is inf"),
+            ({"eta": 5.0}, "`eta` must be from 0 to 1, but is 5.0"),
             ({"guidance_rescale": 1.5}, "`guidance_rescale` must be from 0 to 1, but is 1.5"),
             ({"num_inference_steps": 0}, "`num_inference_steps` must be positive, but is 0"),
             ({"num_images_per_label": 0}, "`num_images_per_label` must be positive, but is 0"),

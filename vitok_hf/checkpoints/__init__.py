@@ -20,14 +20,15 @@ def list_bundled() -> list[str]:
 def resolve_bundled(name_or_path):
     """The folder of a bundled checkpoint, or the argument itself if it names none, or a folder that there is.
 
-    A bundled pipeline may share the weights of a bundled autoencoder, which the config in its folder `vae` names.
+    A bundled pipeline, or a copy of it, may have no weights in its folder `vae`, but a config that names a bundled
+    autoencoder.
     """
-    root = Path(__file__).parent
-    folder = Path(name_or_path)
+    root, folder, config = Path(__file__).parent, Path(name_or_path), Path(name_or_path, "config.json")
     if str(name_or_path) in list_bundled() and not folder.is_dir():
         return str(root / name_or_path)
-    if folder.name == "vae" and folder.parent.parent == root and not list(folder.glob("*.safetensors")):
-        return str(root / json.loads((folder / "config.json").read_text())["_name_or_path"])
+    if folder.name == "vae" and config.is_file() and not any(folder.glob("diffusion_pytorch_model*")):
+        name = json.loads(config.read_text()).get("_name_or_path")
+        return str(root / name) if name in list_bundled() else name_or_path
     return name_or_path
 
 
@@ -37,7 +38,7 @@ def load_strictly(from_pretrained: Callable, name_or_path: str | os.PathLike, **
         kwargs["local_files_only"] = True
     output_loading_info = kwargs.pop("output_loading_info", False)
     folder = resolve_bundled(name_or_path)
-    if folder != name_or_path and kwargs.get("subfolder"):  # of a bundled pipeline
+    if kwargs.get("subfolder") and Path(folder, kwargs["subfolder"]).is_dir():
         folder = resolve_bundled(Path(folder, kwargs.pop("subfolder")))
     model, info = from_pretrained(folder, output_loading_info=True, **kwargs)
     check_loading_info(info, model.config.get("component"), name_or_path)

@@ -286,6 +286,7 @@ def load_vitok_v2(
         ValueError: If a tensor is missing, unexpected or misshapen, a file is damaged, or the variant is unknown.
         OSError: If a file cannot be found or fetched.
     """
+    hub_kwargs = {name: value for name, value in hub_kwargs.items() if name in HUB_ARGUMENTS or value}
     if unknown := sorted(set(hub_kwargs) - set(HUB_ARGUMENTS)):
         raise ValueError(
             f"{', '.join(unknown)}: not possible with ViTok-v2 weights in the author's layout. Convert them first, "
@@ -293,6 +294,10 @@ def load_vitok_v2(
         )
     if low_cpu_mem_usage is False or use_safetensors is False:
         raise ValueError("The author's ViTok-v2 weights are read with low_cpu_mem_usage and use_safetensors only.")
+    dtype = dtype if dtype is not None else torch_dtype
+    dtype = torch.get_default_dtype() if dtype is None else dtype
+    if dtype != "auto" and not isinstance(dtype, torch.dtype):
+        raise ValueError(f'`dtype` must be a dtype, as torch.bfloat16, or "auto", but is {dtype!r}.')
     if component not in (None, *TOWERS):
         raise ValueError(f'`component` must be "encoder", "decoder" or None (both), but is {component!r}.')
     files = fetch_vitok_v2(name_or_path, [component] if component else TOWERS, **hub_kwargs)
@@ -300,8 +305,6 @@ def load_vitok_v2(
     model = empty_vitok_v2(model_class, name_or_path, headers, variant, hub_kwargs.get("subfolder"))
     check_headers(model, headers, name_or_path)
 
-    dtype = dtype if dtype is not None else torch_dtype
-    dtype = torch.get_default_dtype() if dtype is None else dtype
     device_map = resolve_device_map(model, device_map, max_memory, None if dtype == "auto" else dtype)
     for name, tensor in read_parameters(files, model):
         device = "cpu" if device_map is None else find_device(name, device_map)

@@ -149,7 +149,9 @@ class AutoencoderViTok(ModelMixin, MemoryMixin, AutoencoderMixin, AttentionMixin
                     )
 
     def register_to_config(self, **kwargs):
-        super().register_to_config(**kwargs)
+        """As in diffusers, but for what the config derives from its other entries, which is left out."""
+        derived = [name for name in kwargs if isinstance(getattr(ViTokConfig, name, None), property)]
+        super().register_to_config(**{name: value for name, value in kwargs.items() if name not in derived})
         self._internal_dict = ViTokConfig(self._internal_dict)
 
     @property

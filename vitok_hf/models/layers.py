@@ -125,7 +125,8 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim)) if elementwise_affine else None
 
     def inverse_rms(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        norm = torch.linalg.vector_norm(hidden_states, dim=-1, keepdim=True, dtype=torch.float32)
+        dtype = torch.promote_types(hidden_states.dtype, torch.float32)
+        norm = torch.linalg.vector_norm(hidden_states, dim=-1, keepdim=True, dtype=dtype)
         return torch.rsqrt(norm.square() / hidden_states.shape[-1] + self.eps).to(hidden_states.dtype)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -195,6 +196,18 @@ class ViTokAttention(nn.Module, AttentionModuleMixin):
         self.to_out = nn.ModuleList([nn.Linear(hidden_size, hidden_size, bias=bias)])
         self.window_radius = None
         self.set_processor(ViTokAttnProcessor())
+
+    def fuse_projections(self):
+        """Also anew, if the separate weights have changed since: a LoRA may have been merged into them."""
+        self.unfuse_projections()
+        super().fuse_projections()
+        self.to_qkv.requires_grad_(False)  # a copy, which is not trained
+
+    def train(self, mode: bool = True) -> "ViTokAttention":
+        """Training unfuses the projections, for they are trained and saved apart."""
+        if mode:
+            self.unfuse_projections()
+        return super().train(mode)
 
     def forward(
         self, hidden_states: torch.Tensor, rotary_emb: tuple[torch.Tensor, torch.Tensor], packing: Packing

@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DDPMScheduler, DiffusionPipeline, FasterCacheConfig, ImagePipelineOutput, SchedulerMixin
+from diffusers import DiffusionPipeline, FasterCacheConfig, ImagePipelineOutput, SchedulerMixin
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.configuration_utils import FrozenDict
 from diffusers.guiders.guider_utils import rescale_noise_cfg
-from diffusers.utils import BaseOutput, logging
+from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from diffusers.video_processor import VideoProcessor
 from PIL import Image
@@ -19,14 +19,12 @@ from PIL import Image
 from ..checkpoints import resolve_bundled
 from ..latents import denormalize_latents
 from ..models import AutoencoderViTok, ViTokDiTModel
+from .checks import check_counts, check_guidance, check_scheduler, takes_variance, warn_of_clipping
 from .labels import label_table, to_label_ids
 from .model_card import add_usage
 
 
-logger = logging.get_logger(__name__)
-
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
-LEARNED_VARIANCES = ("learned", "learned_range")
 
 
 @dataclass
@@ -48,7 +46,7 @@ class ViTokDiTPipeline(DiffusionPipeline):
 
     Args:
         transformer (`ViTokDiTModel`): The denoiser. If it has twice as many channels out as in, the second half is
-            the variance that DDPM uses (`variance_type="learned_range"`) and others ignore, as in DiT.
+            the variance that DDPM uses (`variance_type="learned_range"`), as in DiT; others leave it out.
         vae (`AutoencoderViTok`): Decodes the latents; its config has the statistics that they were normalised with.
         scheduler (`SchedulerMixin`): Any of diffusers', DDIM in the paper.
         id2label (`dict[int, str]`, *optional*): Names of the classes, several with commas in between; saved along.
@@ -71,8 +69,8 @@ class ViTokDiTPipeline(DiffusionPipeline):
         id2label = {int(index): text for index, text in (id2label or {}).items()}  # JSON made strings of the ids
         if transformer is not None:
             self._check_models(transformer.config, vae, id2label)
-        if scheduler is not None and scheduler.config.get("clip_sample"):
-            logger.warning("The scheduler cuts latents off at 1: make it with clip_sample=False.")
+        if scheduler is not None:
+            warn_of_clipping(scheduler)
         self.register_modules(transformer=transformer, vae=vae, scheduler=scheduler)
         self.register_to_config(id2label=id2label)
         self.labels = label_table(id2label)
@@ -165,36 +163,6 @@ class ViTokDiTPipeline(DiffusionPipeline):
         frames, height, width = (default if size is None else size for size, _, default in sizes.values())
         return (batch_size, config.in_channels, *((frames // q,) if self.is_video else ()), height // p, width // p)
 
-    def _check_inputs(
-        self,
-        guidance_scale: float,
-        num_inference_steps: int,
-        num_images_per_label: int,
-        guidance_interval: tuple[float, float],
-        guidance_rescale: float,
-        output_type: str,
-    ):
-        if missing := [name for name, component in self.components.items() if component is None]:
-            raise ValueError(f"The pipeline was loaded without {' and '.join(missing)}: load it whole to call it.")
-        if not guidance_scale >= 0:  # nor NaN
-            raise ValueError(
-                f"`guidance_scale` must not be negative, but is {guidance_scale}; up to 1 is no guidance."
-            )
-        if not 0 <= guidance_rescale <= 1:
-            raise ValueError(f"`guidance_rescale` must be from 0 to 1, but is {guidance_rescale}.")
-        counts = {"num_inference_steps": num_inference_steps, "num_images_per_label": num_images_per_label}
-        for name, count in counts.items():
-            if count < 1:
-                raise ValueError(f"`{name}` must be positive, but is {count}.")
-        start, stop = guidance_interval
-        if not 0 <= start <= stop <= 1:
-            raise ValueError(
-                f"`guidance_interval` must be two fractions of the schedule, 0 <= start <= stop <= 1, but is "
-                f"{guidance_interval}."
-            )
-        if output_type not in OUTPUT_TYPES:
-            raise ValueError(f"`output_type` must be one of {', '.join(OUTPUT_TYPES)}, but is {output_type!r}.")
-
     def _check_cache(self, guided: bool, is_image: bool):
         """FasterCache guesses one half of every batch from the other."""
         cache = self.transformer._cache_config
@@ -252,8 +220,6 @@ class ViTokDiTPipeline(DiffusionPipeline):
     def _step_options(self, generator: torch.Generator | list[torch.Generator] | None, eta: float) -> dict[str, Any]:
         """Those that the scheduler's `step` takes."""
         parameters = inspect.signature(self.scheduler.step).parameters
-        if eta and "eta" not in parameters:
-            raise ValueError(f"`eta` is {eta}, but {type(self.scheduler).__name__} takes none: it is DDIM's.")
         options = {"generator": generator, "eta": eta}
         return {name: value for name, value in options.items() if name in parameters}
 
@@ -283,7 +249,7 @@ class ViTokDiTPipeline(DiffusionPipeline):
             if self._guidance_rescale > 0:
                 prediction = rescale_noise_cfg(prediction, conditional, self._guidance_rescale)
             variance = variance.chunk(2)[1]
-        if isinstance(self.scheduler, DDPMScheduler) and self.scheduler.variance_type in LEARNED_VARIANCES:
+        if takes_variance(self.scheduler):
             return torch.cat([prediction, variance], dim=1)
         return prediction
 
@@ -342,10 +308,13 @@ class ViTokDiTPipeline(DiffusionPipeline):
         Raises:
             ValueError: If a class is unknown, or an argument is out of its range or does not fit the others.
         """
-        self._check_inputs(
-            *(guidance_scale, num_inference_steps, num_images_per_label, guidance_interval, guidance_rescale),
-            output_type,
-        )
+        if missing := [name for name, component in self.components.items() if component is None]:
+            raise ValueError(f"The pipeline was loaded without {' and '.join(missing)}: load it whole to call it.")
+        check_counts(num_inference_steps=num_inference_steps, num_images_per_label=num_images_per_label)
+        check_guidance(guidance_scale, guidance_interval, guidance_rescale)
+        check_scheduler(self.scheduler, eta, self.transformer.out_channels == 2 * self.transformer.config.in_channels)
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f"`output_type` must be one of {', '.join(OUTPUT_TYPES)}, but is {output_type!r}.")
         callback_on_step_end_tensor_inputs = callback_on_step_end_tensor_inputs or []
         if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs

@@ -1,7 +1,7 @@
 """Settings of the training runs and their command line. Names are those of diffusers' training examples."""
 
 import sys
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,9 @@ def check_choice(arguments: Any, name: str, *choices: str) -> None:
 class DataArguments:
     """Where training and held-out data come from; see `vitok_hf.training.data`."""
 
-    train_data_dir: list[str] = argument([], "Folders or files, each with an optional weight: DIR or DIR:0.5.")
+    train_data_dir: list[str] = argument(
+        [], "Folders or files, all with a weight, DIR:0.5, or none; then all files alike."
+    )
     dataset_name: str | None = argument(None, "Data set of the Hub, or what else `datasets.load_dataset` takes.")
     dataset_config_name: str | None = argument(None, "Configuration of the data set.")
     dataset_split: str = argument("train", "Split of the data set.")
@@ -69,11 +71,13 @@ class LoopArguments:
     output_dir: str = argument("output", "Folder of checkpoints, samples, logs and the final model.")
     seed: int = argument(0, "Seed of weights, data and noise.")
     max_train_steps: int = argument(100_000, "Optimiser steps.")
-    max_minutes: float | None = argument(None, "Save a checkpoint and stop after this time, to be resumed.")
+    max_minutes: float | None = argument(
+        None, "Save a checkpoint and stop after this time, at the next log, to be resumed."
+    )
     gradient_accumulation_steps: int = argument(1, "Batches an optimiser step.")
     learning_rate: float = argument(1e-4, "Peak learning rate.")
     lr_scheduler: str = argument("cosine", "Schedule of `diffusers.optimization.get_scheduler`.")
-    lr_warmup_steps: int = argument(1000, "Steps of linear warm-up.")
+    lr_warmup_steps: int = argument(1000, "Steps of linear warm-up, if the schedule has any.")
     adam_beta1: float = argument(0.9, "AdamW beta 1.")
     adam_beta2: float = argument(0.95, "AdamW beta 2.")
     adam_epsilon: float = argument(1e-8, "AdamW epsilon.")
@@ -103,6 +107,10 @@ class LoopArguments:
             *("max_train_steps", "gradient_accumulation_steps", "logging_steps", "validation_steps"),
             *("checkpointing_steps", "checkpoints_total_limit"),
         )
+        if not self.max_grad_norm > 0:
+            raise ValueError(
+                f"`max_grad_norm` must be positive, but is {self.max_grad_norm}; infinity (inf) clips nothing."
+            )
         if not 0.0 <= self.ema_decay < 1.0:
             raise ValueError(f"`ema_decay` must be at least 0 and less than 1, but is {self.ema_decay}.")
         schedules = [kind.value for kind in SchedulerType if kind != SchedulerType.PIECEWISE_CONSTANT]
@@ -159,6 +167,10 @@ class AutoencoderArguments(DataArguments, LoopArguments):
         check_positive(
             self, "train_batch_size", "lora_rank", "discriminator_channels", "r1_every", "num_validation_images"
         )
+        for name in ("crop_sizes", "compile"):
+            if self.max_tokens is not None and getattr(self, name):
+                reason = "pictures are not cropped" if name == "crop_sizes" else "every batch has other sizes"
+                raise ValueError(f"`{name}` does not go with `max_tokens` {self.max_tokens}: {reason}; leave one out.")
         if self.stage not in (1, 2):
             raise ValueError(f"`stage` must be 1 or 2, but is {self.stage}.")
         check_choice(self, "gan_loss", "hinge", "non_saturating")
@@ -255,6 +267,18 @@ def read_config(path: str, known: set[str]) -> dict[str, Any]:
     return settings
 
 
+def fit_types(settings: dict[str, Any], arguments_class: type) -> dict[str, Any]:
+    """A single value of a list becomes a list, and `no`, which YAML reads as false, a word again."""
+    fitted = {}
+    for setting in fields(arguments_class):
+        if setting.name in settings:
+            value = settings[setting.name]
+            if setting.default_factory is not MISSING and not isinstance(value, list):
+                value = [] if value is None else [value]
+            fitted[setting.name] = "no" if setting.name == "mixed_precision" and value is False else value
+    return fitted
+
+
 def parse_arguments(arguments_class: type, description: str | None = None, argv: list[str] | None = None):
     """`arguments_class` from the command line and, where that is silent, from `--config settings.yaml`.
 
@@ -266,7 +290,8 @@ def parse_arguments(arguments_class: type, description: str | None = None, argv:
     argv = sys.argv[1:] if argv is None else argv
     known, _ = parser.parse_known_args(argv)
     if known.config is not None:
-        parser.set_defaults(**read_config(known.config, {field.name for field in fields(arguments_class)}))
+        settings = read_config(known.config, {field.name for field in fields(arguments_class)})
+        parser.set_defaults(**fit_types(settings, arguments_class))
     namespace = vars(parser.parse_args(argv))
     del namespace["config"]
     return arguments_class(**namespace)

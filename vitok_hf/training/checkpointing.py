@@ -1,6 +1,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 from contextlib import contextmanager
 from pathlib import Path
@@ -73,18 +74,20 @@ def weights_checksum(module: nn.Module, config: dict | None = None) -> str:
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first."""
-    paths = [path for path in output_dir.glob("checkpoint-*") if not path.suffix]
+    paths = [path for path in output_dir.glob("checkpoint-*") if checkpoint_step(path) is not None]
     return sorted(paths, key=checkpoint_step)
 
 
-def checkpoint_step(path: Path) -> int:
-    return int(path.name.rpartition("-")[2])
+def checkpoint_step(path: Path) -> int | None:
+    """`None` for other names."""
+    match = re.fullmatch(r"checkpoint-(\d+)", path.name)
+    return int(match[1]) if match else None
 
 
 def find_checkpoint(output_dir: Path, name: str) -> Path:
     """The folder of checkpoint `name`, or the newest complete one of `output_dir` for "latest"."""
     if name != "latest":
-        if not (Path(name) / "state").is_dir():
+        if checkpoint_step(Path(name)) is None or not (Path(name) / "state").is_dir():
             raise ValueError(f'`resume_from_checkpoint` "{name}" is no folder checkpoint-<step> with a state/ inside.')
         return Path(name)
     found = list_checkpoints(output_dir)

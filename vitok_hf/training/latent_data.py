@@ -3,6 +3,7 @@
 A batch is a pure function of (seed, index), and from a cache shows the same pictures, mirrored alike, as without.
 """
 
+import os
 import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -28,8 +29,8 @@ def read_classes(path: str | Path) -> list[str]:
 
 
 def class_of(file: Path) -> str:
-    """The name of the folder that holds the file, wherever links lead."""
-    return file.resolve().parent.name
+    """The name of the folder that holds the file, or the link to it."""
+    return os.path.basename(os.path.dirname(os.path.abspath(file)))
 
 
 def limit_each_class(files: list[Path], limit: int) -> list[Path]:

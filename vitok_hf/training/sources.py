@@ -22,7 +22,7 @@ def import_optional(package: str):
 
 
 def parse_source(source: str) -> tuple[str, float | None]:
-    """ "folder:0.5" -> ("folder", 0.5); without a weight, the number of files is the weight."""
+    """ "folder:0.5" -> ("folder", 0.5), "folder" -> ("folder", None)."""
     path, _, weight = source.rpartition(":")
     try:
         return (path, float(weight)) if path else (source, None)

@@ -82,6 +82,7 @@ class DiTTrainer(Trainer):
         if args.latents_dir is not None:
             self.cache = LatentCache(args.latents_dir, verify=self.accelerator.is_local_main_process)
         self.resolution = self._choose_resolution()
+        self.fps = self._choose_fps()
         dataset, self.classes = self._make_dataset()
         self._normalise(dataset)
         model = make_transformer(args, self.vae, self.resolution, len(self.classes))
@@ -122,6 +123,18 @@ class DiTTrainer(Trainer):
             raise ValueError(f"`resolution` {resolution} must be a multiple of the autoencoder's patch_size {p}.")
         return resolution
 
+    def _choose_fps(self) -> float | None:
+        fps = self.args.fps
+        if self.cache is None:
+            return fps
+        cached = self.cache.index["fps"]
+        if fps not in (None, cached):
+            raise ValueError(
+                f"`fps` is {fps}, but the cached latents have {cached or 'all frames'}: leave it out, or write them "
+                "anew."
+            )
+        return cached
+
     def _make_dataset(self) -> tuple[PictureBatches | LatentBatches, list[str]]:
         args, num_frames = self.args, self.vae.config.sample_frames
         classes = None if args.class_file is None else read_classes(args.class_file)
@@ -133,7 +146,7 @@ class DiTTrainer(Trainer):
                 raise ValueError(f'The classes of "{args.latents_dir}" are {data.classes}: leave out `class_file`.')
         sampler = ClassSampler(data.labels, data.classes, args.random_flip, args.no_flip_classes, args.class_balanced)
         if self.cache is None:
-            shape = self.resolution, args.train_batch_size, num_frames, args.fps
+            shape = self.resolution, args.train_batch_size, num_frames, self.fps
             return PictureBatches(data, sampler, *shape, args.seed), data.classes
         return LatentBatches(data, sampler, args.train_batch_size, args.seed), data.classes
 
@@ -164,7 +177,7 @@ class DiTTrainer(Trainer):
         chosen = evenly_spaced(len(files), args.num_validation_images)
         for index in chosen:
             rng = np.random.default_rng(int(index))
-            pixels = to_pixels([load_square(files[index], self.resolution, num_frames, args.fps, rng)])
+            pixels = to_pixels([load_square(files[index], self.resolution, num_frames, self.fps, rng)])
             latents.append(self.vae.encode(to_float(pixels.to(self.vae.device))).latent_dist.mode())
         return normalize_latents(torch.cat(latents), self.vae), torch.from_numpy(files.labels[chosen])
 
