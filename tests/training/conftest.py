@@ -102,6 +102,11 @@ def run(args: AutoencoderArguments) -> AutoencoderTrainer:
     return trainer
 
 
+def next_batches(trainer: AutoencoderTrainer, count: int = 1) -> list:
+    batches = iter(trainer.loader)
+    return [next(batches) for _ in range(count)]
+
+
 def read_log(output_dir: str | Path, key: str = "loss") -> dict[int, float]:
     lines = (Path(output_dir) / "metrics.jsonl").read_text().splitlines()
     return {line["step"]: line[key] for line in map(json.loads, lines) if key in line}

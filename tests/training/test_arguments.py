@@ -77,6 +77,24 @@ class TestConfig:
         assert (args.learning_rate, args.use_ema, args.train_data_dir) == (1e-3, True, ["a", "b"])
         assert parse("--config", tmp_path / "x.yaml").learning_rate == 4e-4
 
+    def test_words_and_lists(self, tmp_path):
+        config = tmp_path / "config.yaml"
+        config.write_text("mixed_precision: no\ntrain_data_dir: photos\nvariant: S-B/16\ncrop_sizes:\n")
+        args = parse_arguments(AutoencoderArguments, argv=["--config", str(config)])
+        assert args.mixed_precision == "no" and args.train_data_dir == ["photos"] and args.crop_sizes == []
+
+    @pytest.mark.parametrize(
+        "overrides, message",
+        [
+            ({"max_grad_norm": 0.0}, r"must be positive, but is 0.0; infinity \(inf\) clips nothing"),
+            ({"max_tokens": 64, "compile": True}, "`compile` does not go with `max_tokens` 64"),
+            ({"max_tokens": 64, "crop_sizes": ["16"]}, "`crop_sizes` does not go with `max_tokens` 64"),
+        ],
+    )
+    def test_settings_that_do_not_fit(self, overrides, message):
+        with pytest.raises(ValueError, match=message):
+            AutoencoderArguments(variant="S-B/16", **overrides)
+
     def test_unknown_settings(self, tmp_path):
         (tmp_path / "x.yaml").write_text("learning_rat: 4e-4\n")
         with pytest.raises(ValueError, match=r"x.yaml\" has settings that do not exist: \['learning_rat'\]"):

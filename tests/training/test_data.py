@@ -30,7 +30,7 @@ class TestCropBatches:
 
     def test_crops_stay_what_they_were(self):
         settings = CropSettings([(32, 32, 1.0), (16, 64, 2.0)], 8 * 32 * 32)
-        dataset = CropBatches([f"{ASSETS}/coffee.png:2", str(ASSETS)], settings)
+        dataset = CropBatches([f"{ASSETS}/coffee.png:2", f"{ASSETS}:4"], settings)
         means = [dataset[index].pixels.float().mean().item() for index in range(4)]
         assert means == pytest.approx([94.61, 99.04, 104.07, 109.33], abs=0.1)
 
@@ -86,6 +86,19 @@ class TestSources:
     def test_weights_that_make_no_distribution(self):
         with pytest.raises(ValueError, match="must not be negative nor all 0"):
             CropBatches([f"{ASSETS}:0"], CropSettings([(8, 8, 1.0)], 64))
+
+    @pytest.mark.parametrize(
+        "weights, shares", [(("", ""), (4, 1)), (("", ":0.5"), (2, 1)), ((":3", ""), (3, 1)), ((":1", ":9"), (1, 9))]
+    )
+    def test_weights_that_are_left_out(self, weights, shares):
+        sources = [str(path) + weight for path, weight in zip((ASSETS, ASSETS / "coffee.png"), weights)]
+        dataset = CropBatches(sources, CropSettings([(8, 8, 1.0)], 64))
+        assert dataset.source_probabilities.tolist() == pytest.approx([share / sum(shares) for share in shares])
+
+    def test_pictures_whose_crop_is_rounded_to_more_than_they_have(self, tmp_path):
+        write_noise(tmp_path, 1, (116, 150))
+        dataset = CropBatches([str(tmp_path)], CropSettings([(224, 224, 1.0)], 224 * 224))
+        assert dataset[0].pixels.shape == (1, 3, 224, 224)
 
 
 class TestVideos:

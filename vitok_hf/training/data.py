@@ -31,13 +31,13 @@ class CropBatches(Dataset):
 
     Args:
         sources: Folders or files, each with an optional weight ("DIR:0.5"), or sequences of `Item`s; the weight is
-            the share of the pictures and videos that come from there. Without any, the numbers of files are.
+            the share of the pictures and videos that come from there, 1 if only others have one; if none has, all
+            files are as likely.
         settings: How batches are cut.
         cache_bytes: Bound of the memory for decoded pictures, in each worker.
 
     Raises:
-        ValueError: If a source is empty, some but not all have weights, or no weights are positive; from items, if 100
-            in a row cannot be read.
+        ValueError: If a source is empty or no weights are positive; from items, if 100 in a row cannot be read.
     """
 
     def __init__(self, sources: list[str | Sequence[Item]], settings: CropSettings, cache_bytes: int = 2**30):
@@ -46,12 +46,9 @@ class CropBatches(Dataset):
         self.sources = [
             FolderFiles(source, settings.num_frames) if isinstance(source, str) else source for source, _ in parsed
         ]
-        weights = [weight for _, weight in parsed]
-        if None in weights:
-            if set(weights) != {None}:
-                raise ValueError(f"Give all sources a weight, as DIR:0.5, or none of them: {sources}.")
-            weights = [len(source) for source in self.sources]
-        weights = np.array(weights)
+        weighted = any(weight is not None for _, weight in parsed)
+        defaults = [1.0 if weighted else len(source) for source in self.sources]
+        weights = np.array([default if weight is None else weight for default, (_, weight) in zip(defaults, parsed)])
         if not len(weights) or weights.min() < 0 or weights.sum() <= 0:
             raise ValueError(f"The weights of the sources must not be negative nor all 0: {sources}.")
         self.source_probabilities = weights / weights.sum()

@@ -1,0 +1,159 @@
+"""Checkpoints, and going on from them."""
+
+import logging
+import shutil
+from pathlib import Path
+from unittest.mock import Mock
+
+import pytest
+import torch
+
+from tests.training.conftest import next_batches, read_log, run
+from vitok_hf import AutoencoderViTok
+from vitok_hf.training.autoencoder import AutoencoderTrainer
+
+
+class TestResume:
+    @pytest.mark.parametrize("stage, precision", [(1, "no"), (1, "bf16"), (2, "no")])
+    def test_continues_with_the_same_losses(self, arguments, stage2, tmp_path, stage, precision):
+        make = arguments if stage == 1 else stage2
+        overrides = {"use_ema": True, "mixed_precision": precision, "lecam_weight": 0.1, "r1_weight": 1.0}
+        reference = run(make(output_dir=str(tmp_path / "whole"), **overrides))
+        first = AutoencoderTrainer(make(output_dir=str(tmp_path / "parts"), **overrides))
+        for batch in next_batches(first, 3):
+            first.training_step([batch])
+            first.step += 1
+            first.average.update()
+        first.save()
+        resumed = run(make(output_dir=str(tmp_path / "parts"), resume_from_checkpoint="latest", **overrides))
+        keys = ["loss", "grad_norm", "learning_rate"]
+        for key in keys if stage == 1 else [*keys, "discriminator_loss", "logits_real", "lecam"]:
+            expected, values = read_log(tmp_path / "whole", key), read_log(tmp_path / "parts", key)
+            assert sorted(values) == [4, 5, 6] and sorted(expected) == [1, 2, 3, 4, 5, 6]
+            assert all(values[step] == pytest.approx(expected[step], rel=1e-6) for step in values)
+        for name, trained in resumed.models.items():
+            for ours, theirs in zip(trained.model.parameters(), reference.models[name].model.parameters()):
+                torch.testing.assert_close(ours, theirs)
+        for ours, theirs in zip(resumed.average.shadow_params, reference.average.shadow_params):
+            torch.testing.assert_close(ours, theirs)
+        assert resumed.average.optimization_step == 6
+
+    def test_noise_goes_on_where_it_was(self, arguments):
+        """Of the posterior: a resumed run must not repeat the first samples."""
+        trainer = AutoencoderTrainer(arguments())
+        (batch,) = next_batches(trainer)
+        trainer.training_step([batch])
+        state = torch.get_rng_state()
+        trainer.step = 1
+        trainer.save()
+        AutoencoderTrainer(arguments(resume_from_checkpoint="latest"))
+        assert torch.equal(torch.get_rng_state(), state)
+
+    def test_checkpoints_are_models(self, arguments):
+        args = arguments(use_ema=True, ema_decay=0.5)
+        trainer = run(args)
+        folder = Path(args.output_dir) / "checkpoint-6"
+        averages = trainer.average.shadow_params
+        for path, expected in (
+            (folder / "vae", trainer.vae.parameters()),
+            (folder / "vae_ema", averages),
+            (Path(args.output_dir) / "vae", averages),
+        ):
+            loaded = AutoencoderViTok.from_pretrained(path)
+            for ours, theirs in zip(loaded.parameters(), expected):
+                assert torch.equal(ours, theirs)
+
+    def test_number_of_checkpoints(self, arguments):
+        args = arguments(checkpointing_steps=1, checkpoints_total_limit=2)
+        run(args)
+        found = sorted(path.name for path in Path(args.output_dir).glob("checkpoint-*"))
+        assert found == ["checkpoint-5", "checkpoint-6"]
+
+    def test_an_interrupted_save_leaves_the_last_checkpoint(self, arguments, monkeypatch):
+        trainer = AutoencoderTrainer(arguments())
+        trainer.save()
+
+        def full_disk(*args, **kwargs):
+            raise OSError("no space left")
+
+        monkeypatch.setattr(AutoencoderViTok, "save_pretrained", full_disk)
+        trainer.step = 1
+        with pytest.raises(OSError):
+            trainer.save()
+        monkeypatch.undo()
+        assert AutoencoderTrainer(arguments(resume_from_checkpoint="latest")).step == 0
+
+    def test_errors(self, arguments, tmp_path):
+        with pytest.raises(ValueError, match="There is no checkpoint"):
+            AutoencoderTrainer(arguments(resume_from_checkpoint="latest"))
+        with pytest.raises(ValueError, match="is no folder checkpoint"):
+            AutoencoderTrainer(arguments(resume_from_checkpoint=str(tmp_path)))
+
+    def test_stops_in_time_and_can_be_resumed(self, arguments):
+        args = arguments(max_train_steps=1000, max_minutes=0.0, checkpointing_steps=1000)
+        assert run(args).step == 1
+        assert not (Path(args.output_dir) / "vae").exists()
+        assert AutoencoderTrainer(arguments(max_train_steps=1000, resume_from_checkpoint="latest")).step == 1
+
+    def test_resuming_a_finished_run_writes_its_result_again(self, arguments, caplog):
+        run(arguments(max_train_steps=3))
+        args = run(arguments(resume_from_checkpoint="latest")).args
+        shutil.copytree(
+            Path(args.output_dir) / "checkpoint-3" / "vae", Path(args.output_dir) / "vae", dirs_exist_ok=True
+        )
+        with caplog.at_level(logging.WARNING):
+            run(arguments(resume_from_checkpoint="latest"))
+        assert "the checkpoint is at step 6 of 6" in caplog.text
+        result, last = (
+            AutoencoderViTok.from_pretrained(Path(args.output_dir, name)) for name in ("vae", "checkpoint-6/vae")
+        )
+        assert torch.equal(result.decoder.proj_out.weight, last.decoder.proj_out.weight)
+
+    def test_settings_that_change(self, arguments, stage2):
+        args = stage2(use_ema=True)
+        AutoencoderTrainer(args).save()
+        changed = {"adam_beta1": 0.5, "adam_weight_decay": 0.3, "ema_decay": 0.7, "gradient_accumulation_steps": 2}
+        trainer = AutoencoderTrainer(stage2(use_ema=True, resume_from_checkpoint="latest", **changed))
+        for trained in trainer.models.values():
+            (group,) = trained.optimizer.param_groups
+            assert group["betas"] == (0.5, 0.95) and group["weight_decay"] == 0.3
+        assert trainer.average.decay == 0.7
+
+    def test_more_accumulation_than_before(self, arguments):
+        trainer = run(arguments(max_train_steps=3))
+        overrides = {"gradient_accumulation_steps": 2, "resume_from_checkpoint": "latest", "max_train_steps": 4}
+        trainer = AutoencoderTrainer(arguments(**overrides))
+        before, batches = trainer.vae.decoder.proj_out.weight.clone(), next_batches(trainer, 2)
+        logs = trainer.training_step(batches)
+        assert [("grad_norm" in log) for log in logs] == [False, True]
+        assert not torch.equal(trainer.vae.decoder.proj_out.weight, before)
+
+    def test_later_checkpoints_are_not_mixed_with_new_ones(self, arguments):
+        args = run(arguments()).args
+        with pytest.raises(ValueError, match="has checkpoint-6, later than checkpoint-3: delete them"):
+            AutoencoderTrainer(arguments(resume_from_checkpoint=f"{args.output_dir}/checkpoint-3"))
+        other = arguments(resume_from_checkpoint=f"{args.output_dir}/checkpoint-3", output_dir=args.output_dir + "2")
+        assert AutoencoderTrainer(other).step == 3
+
+    def test_other_names_are_no_checkpoints(self, arguments):
+        args = run(arguments()).args
+        best = Path(args.output_dir) / "checkpoint-best"
+        shutil.copytree(Path(args.output_dir) / "checkpoint-3", best)
+        assert AutoencoderTrainer(arguments(resume_from_checkpoint="latest")).step == 6
+        with pytest.raises(ValueError, match="is no folder checkpoint-<step>"):
+            AutoencoderTrainer(arguments(resume_from_checkpoint=str(best)))
+
+    def test_another_run_is_not_overwritten(self, arguments):
+        run(arguments(max_train_steps=2))
+        with pytest.raises(ValueError, match="has checkpoint-2 of another run: go on"):
+            AutoencoderTrainer(arguments())
+
+    def test_a_run_that_broke_off_at_its_end_is_finished(self, arguments, monkeypatch):
+        with monkeypatch.context() as patch:
+            patch.setattr(AutoencoderTrainer, "evaluate", Mock(side_effect=OSError("disk full")))
+            with pytest.raises(OSError):
+                run(arguments(validation_steps=100))
+        trainer = run(arguments(resume_from_checkpoint="latest"))
+        saved = AutoencoderViTok.from_pretrained(Path(trainer.output_dir) / "vae").state_dict()
+        assert trainer.step == 6
+        assert all(torch.equal(saved[name], value) for name, value in trainer.vae.state_dict().items())
