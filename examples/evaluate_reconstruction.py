@@ -108,6 +108,10 @@ def rows(
     for num_latents, patch_size in codes.items():
         if "pca" in args.baselines:
             components = num_latents * patch_size**2 // args.resolution**2
+            if components < 1:
+                raise ValueError(
+                    f"{num_latents} numbers are less than one for each {patch_size} x {patch_size} pixels."
+                )
             pca = fit_pca(args, patch_size, components, data.protocol)
             costs = {"E": num_latents, "compression": 3 * patch_size**2 / components, "bytes": 2 * num_latents}
             yield f"PCA, {components} of {patch_size} x {patch_size} pixels", pca.reconstruct, costs
@@ -139,8 +143,9 @@ def main():
             results.append(result)
             if accelerator.is_main_process:
                 row_folder = folder / re.sub(r"[^\w.-]+", "_", name).strip("_")
-                save_examples(row_folder, data, codec, values["psnr"], args.num_examples)
+                folder.mkdir(parents=True, exist_ok=True)
                 save_results(folder / "results.json", results)
+                save_examples(row_folder, data, codec, values["psnr"], args.num_examples)
             check_comparable([result, *earlier])
         if accelerator.is_main_process:
             table = markdown_table(results + earlier)

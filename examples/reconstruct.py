@@ -19,11 +19,11 @@ from accelerate import PartialState
 from PIL import Image
 
 from vitok_hf import AutoencoderViTok
-from vitok_hf.evaluation.metrics import psnr, ssim
+from vitok_hf.evaluation.metrics import SSIM_MIN_SIZE, psnr, ssim
 from vitok_hf.evaluation.pixels import fold_frames
 from vitok_hf.evaluation.reconstruction import reconstruct, save_comparison, side_by_side
 from vitok_hf.evaluation.visuals import VideoWriter
-from vitok_hf.training.media import VIDEO_SUFFIXES, iterate_frames, list_files, load_image, probe_video
+from vitok_hf.training.media import VIDEO_SUFFIXES, iterate_frames, list_files, load_image, probe_rate
 
 
 def timed_reconstruction(vae: AutoencoderViTok, images: torch.Tensor) -> tuple[torch.Tensor, float]:
@@ -36,7 +36,15 @@ def report(name: str, size: torch.Size, scores: list[tuple[torch.Tensor, ...]], 
     height, width = size
     padded = " (padded)" if height % p or width % p else ""
     mean_psnr, mean_ssim = (torch.cat(values).mean() for values in zip(*scores))
-    print(f"{name}: {width}x{height}{padded}  PSNR {mean_psnr:.2f} dB  SSIM {mean_ssim:.4f}  {seconds:.2f} s")
+    similarity = f"{mean_ssim:.4f}" if min(height, width) >= SSIM_MIN_SIZE else f"needs {SSIM_MIN_SIZE} pixels a side"
+    print(f"{name}: {width}x{height}{padded}  PSNR {mean_psnr:.2f} dB  SSIM {similarity}  {seconds:.2f} s")
+
+
+def measure(reconstructions: torch.Tensor, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """PSNR and SSIM of each picture, (B,); no numbers for the SSIM of pictures that are too small for it."""
+    psnrs = psnr(reconstructions, images)
+    fits = min(images.shape[2:]) >= SSIM_MIN_SIZE
+    return psnrs, ssim(reconstructions, images) if fits else torch.full_like(psnrs, torch.nan)
 
 
 def reconstruct_image(vae: AutoencoderViTok, path: Path, target: str) -> None:
@@ -44,7 +52,7 @@ def reconstruct_image(vae: AutoencoderViTok, path: Path, target: str) -> None:
     reconstruction, seconds = timed_reconstruction(vae, image)
     Image.fromarray(reconstruction[0].permute(1, 2, 0).numpy()).save(f"{target}_reconstruction.png")
     save_comparison(f"{target}_comparison.png", image, reconstruction)
-    scores = [(psnr(reconstruction, image), ssim(reconstruction, image))]
+    scores = [measure(reconstruction, image)]
     report(path.name, image.shape[2:], scores, seconds, vae.spatial_compression_ratio)
 
 
@@ -52,7 +60,7 @@ def reconstruct_video(vae: AutoencoderViTok, path: Path, target: str) -> None:
     """Clip by clip, so that the memory does not grow with the length of the video."""
     clip_frames = 8 if vae.is_image_model else max(vae.config.sample_frames, vae.temporal_compression_ratio)
     scores, seconds = [], 0.0
-    rate = Fraction(probe_video(path)[1]).limit_denominator(1001)  # which also tells what is no video
+    rate = Fraction(probe_rate(path)).limit_denominator(1001)  # which also tells what is no video
     with ExitStack() as stack:
         names = (f"{target}_{name}.mp4" for name in ("reconstruction", "comparison"))
         writers = [stack.enter_context(VideoWriter(name, rate)) for name in names]
@@ -62,7 +70,7 @@ def reconstruct_video(vae: AutoencoderViTok, path: Path, target: str) -> None:
             reconstruction, elapsed = timed_reconstruction(vae, video)
             seconds += elapsed
             pair = fold_frames(video), fold_frames(reconstruction)  # (T, 3, H, W)
-            scores.append((psnr(*pair), ssim(*pair)))
+            scores.append(measure(pair[1], pair[0]))
             writers[0].write(pair[1].permute(0, 2, 3, 1))
             writers[1].write(side_by_side(*pair))
         if not scores:

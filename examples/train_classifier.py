@@ -87,6 +87,7 @@ def main():
     args = parser.parse_args()
 
     accelerator = Accelerator(mixed_precision=args.mixed_precision)
+    args.output.parent.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
     train, test = (
         list_pictures(folders, limit)

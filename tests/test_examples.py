@@ -45,7 +45,9 @@ class TestReconstruct:
         assert Image.open(tmp_path / "reconstructions" / "astronaut_comparison.png").size == (1024, 512)
 
     def test_folder_and_padding(self, run_example, model, tmp_path):
-        out = run_example("reconstruct.py", "--input", ASSETS, "--model", model, "--output_dir", "out")
+        Image.new("RGB", (300, 5)).save(tmp_path / "bar.png")
+        out = run_example("reconstruct.py", "--input", "bar.png", ASSETS, "--model", model, "--output_dir", "out")
+        assert "bar.png: 300x5 (padded)" in out and "SSIM needs 11 pixels a side" in out
         assert "chelsea.png: 451x300 (padded)" in out and "rocket.jpg" in out
         assert Image.open(tmp_path / "out" / "chelsea_reconstruction.png").size == (451, 300)
 

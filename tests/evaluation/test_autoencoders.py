@@ -170,7 +170,9 @@ class TestReconstruct:
             reconstruct(vae, images, 0)
 
     def test_a_model_of_one_size_says_so(self):
-        with pytest.raises(ValueError, match="AutoencoderRAE gives .*bring the pictures to 16 x 16"):
+        with pytest.raises(
+            ValueError, match="AutoencoderRAE gives \\(1, 3, 16, 16\\) for .* bring the pictures to what it gives"
+        ):
             reconstruct(MODELS["rae"](), torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
 
 

@@ -8,7 +8,7 @@ from PIL import Image
 from tests.conftest import ASSETS, make_vae, run_on_two_processes
 from tests.evaluation.test_distributions import colour_and_logits
 from tests.training.conftest import write_video
-from vitok_hf.evaluation.codecs import ImageCodec
+from vitok_hf.evaluation.codecs import ImageCodec, decode
 from vitok_hf.evaluation.data import EvaluationData
 from vitok_hf.evaluation.evaluator import ReconstructionEvaluator
 from vitok_hf.evaluation.metrics import psnr, ssim
@@ -146,12 +146,17 @@ class TestImageCodec:
         for image in images:
             data = codec.compress(image)
             assert len(data) <= 1500
-            picture, sizes = Image.fromarray(image.permute(1, 2, 0).numpy()), []
-            for quality in range(1, codec.QUALITIES[file_format] + 1):
-                file = io.BytesIO()
-                picture.save(file, file_format, quality=quality, optimize=True)
-                sizes.append(len(file.getvalue()))
-            assert len(data) == max(size for size in sizes if size <= 1500)
+            picture, errors = Image.fromarray(image.permute(1, 2, 0).numpy()), []
+            for settings in codec.SETTINGS[file_format]:
+                within = []
+                for quality in range(1, 101):
+                    file = io.BytesIO()
+                    picture.save(file, file_format, quality=quality, optimize=True, **settings)
+                    within += [file.getvalue()] if len(file.getvalue()) <= 1500 else []
+                decoded = torch.from_numpy(decode(max(within, key=len))).permute(2, 0, 1)
+                errors.append(psnr(decoded[None], image[None]).item())
+            best = torch.from_numpy(decode(data)).permute(2, 0, 1)
+            assert psnr(best[None], image[None]).item() == max(errors)
         assert codec.num_items == 4 and codec.num_above_budget == 0 and 4 * 1000 < codec.num_bytes <= 4 * 1500
 
     def test_above_the_budget(self):

@@ -67,6 +67,13 @@ class TestNearestNeighbours:
         assert indices.tolist() == [14, 12, 10]
         assert distances.abs().max() < 0.5
 
+    def test_copies_among_many_are_at_no_distance(self):
+        images = thumbnails(pictures(40))
+        search = NearestNeighbours(images)
+        search.update(images, range(40))
+        distances, indices = search.compute()
+        assert distances.max() < 1e-4 and indices.tolist() == list(range(40))
+
     @pytest.mark.parametrize("difference", [3, 40])
     def test_is_in_grey_levels(self, difference):
         references = torch.full((1, 3, 32, 32), 100, dtype=torch.uint8)

@@ -55,6 +55,14 @@ class TestFiles:
         several = LabelledFiles([str(folder / "dog"), str(folder / "cat")])
         assert several.classes == ["cat", "dog"] and len(several) == 9
 
+    def test_links_are_of_the_class_they_are_in(self, folder, tmp_path):
+        """As in the cache of the Hub, where they lead to files without a class."""
+        source = next((folder / "cat").iterdir())
+        for name in ("dog", "flag"):
+            (tmp_path / "links" / name).mkdir(parents=True)
+            (tmp_path / "links" / name / "x.png").symlink_to(source)
+        assert LabelledFiles([tmp_path / "links"]).classes == ["dog", "flag"]
+
     def test_given_classes(self, folder, tmp_path):
         (tmp_path / "classes.txt").write_text("flag\ncat\nbird\n\ndog\n")
         classes = read_classes(tmp_path / "classes.txt")

@@ -1,3 +1,7 @@
+import struct
+from io import BytesIO
+
+import av
 import fsspec
 import numpy as np
 import pytest
@@ -13,6 +17,7 @@ from vitok_hf.training.media import (
     load_clip,
     load_evaluation_images,
     load_image,
+    probe_rate,
     probe_video,
     short_names,
 )
@@ -28,6 +33,8 @@ class TestFiles:
             (tmp_path / name).parent.mkdir(exist_ok=True)
             (tmp_path / name).touch()
         assert [file.name for file in list_files(tmp_path)] == ["one.png", "two.JPG", "film.mp4"]
+        (tmp_path / "folder.png").mkdir()
+        assert len(list_files(tmp_path)) == 3
         (tmp_path / "empty").mkdir()
         with pytest.raises(ValueError, match="holds no file"):
             list_files(tmp_path / "empty")
@@ -41,6 +48,11 @@ class TestFiles:
         turned[ExifTags.Base.Orientation] = 6  # to be shown turned clockwise
         Image.fromarray(pixels).save(tmp_path / "x.png", exif=turned)
         assert np.array_equal(load_image(tmp_path / "x.png"), np.rot90(pixels, -1))
+
+    def test_greys_of_16_bits_are_scaled(self, tmp_path):
+        ramp = np.linspace(0, 65535, 64 * 64).astype(np.uint16).reshape(64, 64)
+        Image.fromarray(ramp).save(tmp_path / "x.png")
+        assert np.array_equal(load_image(tmp_path / "x.png")[..., 1], ramp // 256)
 
     def test_transparent_pictures_are_put_on_white(self, tmp_path):
         picture = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
@@ -119,6 +131,30 @@ class TestVideo:
         content[start : start + 200] = bytes(200)
         with pytest.raises(ValueError, match="^clip: cannot be read as a video .*remove or replace it"):
             list(iterate_frames(bytes(content), "clip"))
+
+    def test_frames_are_upright(self, video):
+        """The matrix of the track's header, by which players turn the picture, says: clockwise."""
+        content = bytearray(video.read_bytes())
+        start = content.index(b"tkhd") + 44
+        content[start : start + 36] = struct.pack(">9i", 0, 2**16, 0, -(2**16), 0, 0, 0, 0, 2**30)
+        expected = np.rot90(load_clip(video, 0.4, 3), -1, axes=(1, 2))
+        assert expected.shape == (3, 64, 48, 3)
+        assert np.array_equal(load_clip(bytes(content), 0.4, 3), expected)
+        assert np.array_equal(list(iterate_frames(bytes(content)))[10], expected[0])
+
+    def test_without_a_duration(self):
+        """As what browsers record: written to a stream."""
+        stream = BytesIO()
+        stream.seekable = lambda: False
+        with av.open(stream, "w", format="webm", options={"live": "1"}) as container:
+            track = container.add_stream("libvpx", rate=25)
+            track.width, track.height, track.pix_fmt = 64, 48, "yuv420p"
+            for _ in range(8):
+                container.mux(track.encode(av.VideoFrame.from_ndarray(np.zeros((48, 64, 3), np.uint8))))
+            container.mux(track.encode())
+        assert probe_rate(stream.getvalue()) == 25.0 and len(list(iterate_frames(stream.getvalue()))) == 8
+        with pytest.raises(ValueError, match="does not tell its duration"):
+            probe_video(stream.getvalue())
 
     def test_end_of_the_video(self, video):
         assert probe_video(video)[0] == pytest.approx(2.0, abs=0.05)

@@ -16,6 +16,12 @@ from ..models import AutoencoderViTok
 from .macs import count_macs, without_storage
 
 
+UNSUPPORTED = {
+    "AutoencoderKLAllegro": "it has no pass without tiles",
+    "AutoencoderKLTemporalDecoder": "it encodes pictures and decodes videos",
+}
+
+
 def load_autoencoder(name_or_path: str | os.PathLike, subfolder: str | None = None, **kwargs: Any) -> ModelMixin:
     """The autoencoder of a folder or Hub id, of the diffusers class that its config names, or a ViTok of any source.
 
@@ -25,7 +31,7 @@ def load_autoencoder(name_or_path: str | os.PathLike, subfolder: str | None = No
         kwargs: Other arguments of `from_pretrained`, as `dtype`.
 
     Raises:
-        ValueError: If the config names no autoencoder of diffusers, or the weights do not fit it.
+        ValueError: If the config names no autoencoder of diffusers, or one of `UNSUPPORTED`; or weights do not fit.
         OSError: If nothing can be found or fetched under this name.
     """
     source = resolve_bundled(name_or_path)
@@ -41,6 +47,8 @@ def load_autoencoder(name_or_path: str | os.PathLike, subfolder: str | None = No
             f'"{name_or_path}" holds a model of class {class_name}, which has no `encode` and `decode` in diffusers '
             f'{diffusers.__version__}: name an autoencoder, in a pipeline by `subfolder="vae"`.'
         )
+    if class_name in UNSUPPORTED:
+        raise ValueError(f'"{name_or_path}" is a {class_name}, which is not supported: {UNSUPPORTED[class_name]}.')
     return load_strictly(cls.from_pretrained, name_or_path, **place, **kwargs)
 
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from ..training.media import Item, evenly_spaced, load_clip, load_image, probe_video, resize_and_crop
+from ..training.media import Item, evenly_spaced, load_clip, load_image, probe_rate, resize_and_crop
 from .protocol import Protocol
 
 
@@ -47,7 +47,7 @@ class EvaluationData:
     def frame_rate(self, index: int) -> float:
         """Frames a second of a clip."""
         item = self.items[self.indices[index]]
-        return self.protocol.fps or probe_video(item.source, item.name)[1]
+        return self.protocol.fps or probe_rate(item.source, item.name)
 
     def batches(self, indices: Sequence[int], batch_size: int) -> Iterator[torch.Tensor]:
         """(B, 3, [T,] H, W), in the order of `indices`; neighbours of different sizes go apart."""

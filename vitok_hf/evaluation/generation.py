@@ -80,20 +80,21 @@ class NearestNeighbours:
     """
 
     def __init__(self, images: torch.Tensor):
-        self.images = images.flatten(1)
-        self.distances = torch.full((len(images),), float("inf"), device=images.device)
+        self.images = images.flatten(1).double()
+        self.distances = torch.full((len(images),), float("inf"), device=images.device).double()
         self.indices = torch.full((len(images),), -1, device=images.device)
 
     def update(self, references: torch.Tensor, indices: Sequence[int]) -> None:
         """Adds references (B, 3, H, W) float32, and the numbers they go by."""
         for pictures in (references, references.flip(-1)):
-            distances, nearest = torch.cdist(self.images, pictures.flatten(1)).min(dim=1)
+            # in float32, the products that it sums up would leave nothing of small distances
+            distances, nearest = torch.cdist(self.images, pictures.flatten(1).to(self.images)).min(dim=1)
             numbers = torch.tensor(indices, device=nearest.device)[nearest]
             self.indices = torch.where(distances < self.distances, numbers, self.indices)
             self.distances = torch.minimum(distances, self.distances)
 
     def compute(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Root mean square differences in grey levels (0 to 255), (N,) float32, and numbers of references, (N,)."""
+        """Root mean square differences in grey levels (0 to 255), (N,) float64, and numbers of references, (N,)."""
         distances, process = gather_rows(self.distances[None]).min(dim=0)
         indices = gather_rows(self.indices[None]).gather(0, process[None])[0]
         return distances / self.images.shape[1] ** 0.5, indices

@@ -30,9 +30,9 @@ def ssim(images: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
     """
     check_size("SSIM", SSIM_MIN_SIZE, images)
     values = []
-    for pair in zip(images.float().split(1), references.float().split(1)):  # one at a time: bounded memory
+    for pair in zip(images.double().split(1), references.double().split(1)):  # one at a time: bounded memory
         _, similarity = structural_similarity_index_measure(*pair, data_range=255.0, return_full_image=True)
-        values.append(similarity[..., 5:-5, 5:-5].double().mean())  # the library pads by half a window
+        values.append(similarity[..., 5:-5, 5:-5].mean())  # the library pads by half a window
     return torch.stack(values)
 
 

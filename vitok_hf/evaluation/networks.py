@@ -9,11 +9,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from .metrics import check_size
 from .pixels import to_float
 
 
 DINO = "facebook/dinov2-large"
 LPIPS_TRUNK = "alex"
+LPIPS_MIN_SIZES = {"alex": 31, "vgg": 16, "squeeze": 17}  # pixels a side that leave something on the coarsest scale
 
 
 class NetworkUnavailableError(Exception):
@@ -118,13 +120,14 @@ def load_i3d(path: str | Path | None = None) -> FeatureNetwork:
 
 
 class LPIPSDistance(nn.Module):
-    """Two batches of uint8 pictures -> their distances, (B,)."""
+    """Two batches of uint8 pictures -> their distances, (B,); `ValueError` for sides below `min_size` pixels."""
 
-    def __init__(self, network: nn.Module):
+    def __init__(self, network: nn.Module, min_size: int = 1):
         super().__init__()
-        self.network = network
+        self.network, self.min_size = network, min_size
 
     def forward(self, images: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
+        check_size("LPIPS", self.min_size, images)
         return self.network(to_float(images), to_float(references)).flatten()
 
 
@@ -147,7 +150,9 @@ def load_lpips(path: str | Path | None = None, trunk: str = LPIPS_TRUNK) -> Feat
                 f'"{path}" has no {missing[0]}: it holds no weights of {trunk} as torchvision names them.'
             )
         network.net.load_state_dict({name: weights[there] for name, there in names.items()})
-    return FeatureNetwork(f"LPIPS 0.1, {trunk}", freeze(LPIPSDistance(network)), weights_sha256(network))
+    return FeatureNetwork(
+        f"LPIPS 0.1, {trunk}", freeze(LPIPSDistance(network, LPIPS_MIN_SIZES[trunk])), weights_sha256(network)
+    )
 
 
 LOADERS: dict[str, Callable[..., FeatureNetwork]] = {

@@ -16,7 +16,7 @@ class Protocol:
         fps: Frames a second of clips; `None`: all frames of the video.
         crop: Which part of the picture is kept.
         resize_filter: Filter that brings it to `resolution`.
-        value_range: In which pixels are compared.
+        value_range: In which, and in what precision, pixels are compared.
         rounding: What happens to a model's output before anything is measured.
         averaging: PSNR, SSIM, MS-SSIM and LPIPS are means of values of single pictures, for clips of the means over
             their frames.
@@ -30,7 +30,7 @@ class Protocol:
     fps: float | None = None
     crop: str = "central square"
     resize_filter: str = "bicubic, antialiased (Pillow)"
-    value_range: str = "0 to 255, RGB"
+    value_range: str = "0 to 255, RGB, float64"
     rounding: str = "clipped and rounded to uint8"
     averaging: str = "mean over frames, then over items"
     statistics: str = "float64; unbiased covariances; IS of 10 splits, shuffled; precision and recall of 3 neighbours"

@@ -36,8 +36,8 @@ def reconstruct(vae, images: torch.Tensor, latent_bits: int | None = None) -> to
     sample = run_autoencoder(vae, pixels if len(fitted) == 5 else fold_frames(pixels), latent_bits)
     if sample.shape != fitted:
         raise ValueError(
-            f"{type(vae).__name__} gives {tuple(sample.shape)} for {fitted}: it has one size of its own; bring the "
-            f"pictures to {sample.shape[-2]} x {sample.shape[-1]}."
+            f"{type(vae).__name__} gives {tuple(sample.shape)} for {fitted}: it has sizes or numbers of frames of its "
+            "own; bring the pictures to what it gives."
         )
     sample = to_uint8(sample if len(fitted) == 5 else unfold_frames(sample, frames))
     sample = sample[:, :, :frames, :height, :width].to(images.device)

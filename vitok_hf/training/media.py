@@ -63,13 +63,15 @@ def _errors_name(name: str, kind: str):
 
 
 def load_image(source: Source, name: str | None = None) -> np.ndarray:
-    """(H, W, 3) uint8, upright; transparent pictures are put on white.
+    """(H, W, 3) uint8, upright; transparent pictures are put on white, 16-bit greys are scaled to 8 bits.
 
     Raises:
         ValueError: "name: reason", if it is no picture; `name` is the path by default.
     """
     with _errors_name(name or _describe(source), "picture"), Image.open(_open(source)) as image:
         ImageOps.exif_transpose(image, in_place=True)  # cameras store pictures as the sensor lies
+        if image.mode.startswith("I;16"):  # which `convert` would cut off at 255
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -81,10 +83,15 @@ def resize(image: np.ndarray, size: tuple[int, int], box: tuple[float, float, fl
     return np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC, box, reducing_gap=3.0))
 
 
+def _upright(frame: av.VideoFrame) -> np.ndarray:
+    """(H, W, 3) uint8; telephones store videos as the sensor lies."""
+    return np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90))
+
+
 def load_clip(
     source: Source, start: float, num_frames: int, fps: float | None = None, name: str | None = None
 ) -> np.ndarray:
-    """`num_frames` frames (T, H, W, 3) uint8 from second `start` on, at `fps` (`None`: every frame of the video).
+    """`num_frames` frames (T, H, W, 3) uint8, upright, from second `start` on, at `fps` (`None`: every frame).
 
     An `fps` above the video's rate repeats frames.
     Decodes from the key frame before `start` on, not from the beginning.
@@ -103,7 +110,7 @@ def load_clip(
             # half a frame of tolerance: time stamps are rounded
             shown = frame.pts * stream.time_base - origin + 0.5 / stream.average_rate
             while shown >= due:  # more than once, if `fps` is above the video's rate
-                frames.append(frame.to_ndarray(format="rgb24"))
+                frames.append(_upright(frame))
                 if len(frames) == num_frames:
                     return np.stack(frames)
                 if not fps:
@@ -114,14 +121,24 @@ def load_clip(
 
 
 def iterate_frames(source: Source, name: str | None = None) -> Iterator[np.ndarray]:
-    """Every frame of a video, (H, W, 3) uint8, decoded as it is asked for.
+    """Every frame of a video, (H, W, 3) uint8, upright, decoded as it is asked for.
 
     Raises:
         ValueError: "name: reason", if it is no video or breaks off.
     """
     with _errors_name(name or _describe(source), "video"), av.open(_open(source)) as container:
         for frame in container.decode(video=0):
-            yield frame.to_ndarray(format="rgb24")
+            yield np.ascontiguousarray(_upright(frame))
+
+
+def probe_rate(source: Source, name: str | None = None) -> float:
+    """Frames a second, as the container tells them, without decoding.
+
+    Raises:
+        ValueError: "name: reason", if it is no video.
+    """
+    with _errors_name(name or _describe(source), "video"), av.open(_open(source)) as container:
+        return float(container.streams.video[0].average_rate)
 
 
 def probe_video(source: Source, name: str | None = None) -> tuple[float, float]:
@@ -159,7 +176,7 @@ def list_files(path: str | Path, suffixes: frozenset[str] = IMAGE_SUFFIXES | VID
     if not path.exists():
         raise ValueError(f'"{path}" does not exist: name a folder or a file.')
     files = [path] if path.is_file() else sorted(path.rglob("*"))
-    files = [file for file in files if file.suffix.lower() in suffixes]
+    files = [file for file in files if file.suffix.lower() in suffixes and not file.is_dir()]
     if not files:
         raise ValueError(f'"{path}" holds no file that ends in {", ".join(sorted(suffixes))}.')
     return files
