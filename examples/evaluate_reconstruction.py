@@ -73,6 +73,8 @@ def parse_args() -> argparse.Namespace:
         parser.error("--baselines are for pictures of one --resolution")
     if "pca" in args.baselines and not args.pca_data_dir:
         parser.error("--baselines pca needs --pca_data_dir")
+    if args.latent_bits is not None and not 1 <= args.latent_bits <= 16:
+        parser.error(f"--latent_bits must be from 1 to 16, but is {args.latent_bits}")
     if args.networks is None:
         args.networks = [name for name in LOADERS if name != "i3d" or args.num_frames > 1]
     return args
@@ -97,11 +99,12 @@ def rows(
     """Name, codec and known costs: of the models, then of the baselines that have as many numbers or bytes."""
     codes = {}  # latents -> patch size
     for name in args.models:
+        title = name if args.dtype == "float32" else f"{name}, {args.dtype}"
         options = {"subfolder": args.subfolder, "dtype": getattr(torch, args.dtype)}
         vae = load_autoencoder(name, **options | ({"variant": args.variant} if args.variant else {}))
         for bits in (None, args.latent_bits) if args.latent_bits else (None,):
             codec, costs = autoencoder_codec(vae.to(device), tuple(data[0].shape), bits)
-            yield name if bits is None else f"{name}, {bits}-bit latents", codec, costs
+            yield title if bits is None else f"{title}, {bits}-bit latents", codec, costs
         patch_size = codes.setdefault(costs["E"], spatial_ratio(vae))
         if "pca" in args.baselines and args.resolution % patch_size:
             raise ValueError(f"PCA needs a --resolution that is a multiple of {patch_size}, not {args.resolution}.")

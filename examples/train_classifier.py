@@ -112,6 +112,8 @@ def main():
         optimizer.zero_grad()
         bar.set_postfix(loss=f"{loss.item():.3f}")
 
+    if not accelerator.is_main_process:
+        return
     classifier.eval().save(args.output)
     right = total = 0
     with torch.no_grad():

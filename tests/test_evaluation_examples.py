@@ -116,6 +116,7 @@ class TestEvaluateReconstruction:
             ((), "either --data_dir or --dataset_name"),
             (("--data_dir", "x", "--baselines", "pca"), "needs --pca_data_dir"),
             (("--data_dir", "x", "--baselines", "jpeg", "--num_frames", 4), "pictures of one --resolution"),
+            (("--data_dir", "x", "--latent_bits", 20), "--latent_bits must be from 1 to 16, but is 20"),
         ],
     )
     def test_wrong_arguments(self, run_example, options, message, capsys):

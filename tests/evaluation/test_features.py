@@ -51,3 +51,7 @@ class TestFrechetDistance:
             for images in (pictures(1), pictures(2), pictures(2, mean=180))
         )
         assert same < 1e-3 < near < far
+
+    def test_needs_two(self, classifier):
+        with pytest.raises(ValueError, match=r"sets of two or more, but they have \(1, 40\)"):
+            frechet_distance(pictures(1, 1), pictures(1), classifier)

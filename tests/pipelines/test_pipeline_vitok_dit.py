@@ -305,6 +305,13 @@ class TestErrors:
         with pytest.raises(ValueError, match="`height` must be a positive multiple of 16, but is 24"):
             make_pipeline(patch_size=2)("cat", height=24)
 
+    def test_an_autoencoder_without_a_decoder(self):
+        pipe = make_pipeline()
+        pipe.vae.register_to_config(component="encoder")
+        with pytest.raises(ValueError, match="but the autoencoder has no decoder"):
+            pipe("cat")
+        assert sample(pipe).shape[1] == 4
+
     @pytest.mark.parametrize("missing", ["transformer", "vae", "scheduler"])
     def test_parts_can_be_left_out(self, tmp_path, missing):
         make_pipeline().save_pretrained(tmp_path)

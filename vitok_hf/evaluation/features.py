@@ -65,7 +65,14 @@ def frechet_distance(
     """Frechet distance of the classifier's features of two sets of uint8 pictures, (N, 3, H, W) each.
 
     Like any Frechet distance of few pictures it is biased upwards: compare sets of equal sizes only.
+
+    Raises:
+        ValueError: If a set has less than two pictures.
     """
+    if min(len(images), len(references)) < 2:
+        raise ValueError(
+            f"A Frechet distance needs sets of two or more, but they have {len(images), len(references)}."
+        )
     from .distributions import SetMetrics  # here: training a classifier does without its packages
 
     metrics = SetMetrics(classifier.features)

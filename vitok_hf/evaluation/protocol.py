@@ -29,7 +29,7 @@ class Protocol:
     num_frames: int = 1
     fps: float | None = None
     crop: str = "central square"
-    resize_filter: str = "bicubic, antialiased (Pillow)"
+    resize_filter: str = "bicubic, antialiased (Pillow, reducing_gap 3)"
     value_range: str = "0 to 255, RGB, float64"
     rounding: str = "clipped and rounded to uint8"
     averaging: str = "mean over frames, then over items"

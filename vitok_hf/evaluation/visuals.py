@@ -83,7 +83,12 @@ class VideoWriter:
         odd = [(0, 0), *((0, side % 2) for side in frames.shape[1:3]), (0, 0)]
         pictures = np.pad(frames.numpy(), odd, mode="edge")
         if not self.stream.codec_context.is_open:
+            context = self.stream.codec_context
             self.stream.height, self.stream.width = pictures.shape[1:3]
+            context.colorspace, context.color_range = (
+                6,
+                1,
+            )  # BT.601, as converted here; players would guess by the size
         for picture in pictures:
             self.container.mux(self.stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
 

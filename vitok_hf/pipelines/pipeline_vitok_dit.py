@@ -315,6 +315,8 @@ class ViTokDiTPipeline(DiffusionPipeline):
         check_scheduler(self.scheduler, eta, self.transformer.out_channels == 2 * self.transformer.config.in_channels)
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"`output_type` must be one of {', '.join(OUTPUT_TYPES)}, but is {output_type!r}.")
+        if output_type != "latent" and self.vae.config.get("component") == "encoder":
+            raise ValueError(f'`output_type` is {output_type!r}, but the autoencoder has no decoder: take "latent".')
         callback_on_step_end_tensor_inputs = callback_on_step_end_tensor_inputs or []
         if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
