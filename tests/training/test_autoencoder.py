@@ -99,11 +99,13 @@ class TestStep:
         finally:
             torch.set_float32_matmul_precision(before)
 
-    def test_a_loss_that_is_no_number_ends_the_run(self, arguments, monkeypatch):
-        trainer = AutoencoderTrainer(arguments())
+    @pytest.mark.parametrize("logging_steps, step", [(1, 1), (50, 3)])
+    def test_a_loss_that_is_no_number_ends_the_run(self, arguments, logging_steps, step):
+        """Before a checkpoint has it."""
+        trainer = AutoencoderTrainer(arguments(logging_steps=logging_steps))
         with torch.no_grad():
             trainer.vae.decoder.proj_out.bias.fill_(float("nan"))
-        with pytest.raises(ValueError, match="The loss is nan at step 1: lower `learning_rate`"):
+        with pytest.raises(ValueError, match=f"The loss is nan at step {step}: lower `learning_rate`"):
             trainer.train()
         assert not list(Path(trainer.args.output_dir).glob("checkpoint-*"))
 

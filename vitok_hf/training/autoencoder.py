@@ -109,18 +109,19 @@ class AutoencoderTrainer(Trainer):
         if args.compile:
             compile_blocks(vae)
         resolution = args.resolution or self.config.sample_size
-        self.loss = ReconstructionLoss(
-            self.config.patch_size,
-            args.mse_weight,
-            args.l1_weight,
-            args.charbonnier_weight,
-            args.ssim_weight,
-            args.lpips_weight,
-            args.dino_weight,
-            0.0 if args.freeze_encoder else args.kl_weight,
-            args.patch_border_weight,
-            args.dino_model_name_or_path,
-        ).to(self.accelerator.device)
+        with self.accelerator.local_main_process_first():  # which downloads networks for all
+            self.loss = ReconstructionLoss(
+                self.config.patch_size,
+                args.mse_weight,
+                args.l1_weight,
+                args.charbonnier_weight,
+                args.ssim_weight,
+                args.lpips_weight,
+                args.dino_weight,
+                0.0 if args.freeze_encoder else args.kl_weight,
+                args.patch_border_weight,
+                args.dino_model_name_or_path,
+            ).to(self.accelerator.device)
         trained = TrainedModel(vae, self.accelerator, args, args.learning_rate, args.lr_warmup_steps)
         self.models = {"vae": trained}
         self.adversary = None

@@ -196,6 +196,8 @@ class Trainer:
                 log.write(self.step, values | self._learning_rates() | {"skipped": self._total_skipped()})
                 window = Window()
             if self.step % args.checkpointing_steps == 0 or stop:
+                if window.logs:  # since the last check
+                    self._check_finite(window.means(self.accelerator))
                 self.save()
             if self.step % args.validation_steps == 0 or finished:
                 self._evaluate(log)
@@ -280,6 +282,8 @@ class Trainer:
                 'there, or name another output_dir, or resume from "latest".'
             )
         self.accelerator.load_state(str(path / "state"))
+        if not (path / "state" / f"random_states_{self.accelerator.process_index}.pkl").exists():
+            set_seed(args.seed + self.step, device_specific=True)  # there are more processes than before
         self.accelerator.step = 0  # batches of the current step, whose number may have changed
         for trained in self.models.values():
             trained.configure(args)  # settings may differ from those of the checkpoint
