@@ -31,7 +31,7 @@ def main():
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--output", type=Path, default=Path("samples.png"))
     args = parser.parse_args()
-    if args.output.suffix.lower() not in Image.registered_extensions():
+    if Image.registered_extensions().get(args.output.suffix.lower()) not in Image.SAVE:
         raise ValueError(f"--output {args.output} must end as a picture does, for example in .png.")
 
     pipe = ViTokDiTPipeline.from_pretrained(args.model, dtype=getattr(torch, args.dtype))

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
+from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 
 from tests.hub_server import hub as hub
 from vitok_hf import AutoencoderViTok
@@ -46,9 +47,11 @@ ARCHITECTURES = {
 
 
 @pytest.fixture(autouse=True)
-def fresh_accelerate():
-    """Accelerate keeps its settings for the life of a process; every test starts without."""
+def fresh_settings():
+    """accelerate keeps its settings and diffusers its attention backend for the life of a process; tests start anew."""
+    backend, _ = _AttentionBackendRegistry.get_active_backend()
     yield
+    _AttentionBackendRegistry.set_active_backend(backend)
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
 

@@ -14,10 +14,10 @@ def _statistics(vae: ModelMixin, latents: torch.Tensor) -> tuple[torch.Tensor, t
     """Mean and standard deviation that broadcast over (B, c, ...), and the factor."""
     config = vae.config
     mean, std = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
-    channels = latents.shape[1] if mean is None else len(mean)
-    if latents.ndim not in (4, 5) or latents.shape[1] != channels:
+    counts = {len(values) for values in (mean, std) if values is not None} - {1}
+    if counts and (latents.ndim not in (4, 5) or latents.shape[1] not in counts):
         raise ValueError(
-            f"Latents must be (B, {channels}, h, w) or (B, {channels}, t, h, w), but have shape "
+            f"Latents must be (B, {max(counts)}, h, w) or (B, {max(counts)}, t, h, w), but have shape "
             f"{tuple(latents.shape)}; add a batch dimension to items of a list."
         )
     shift = getattr(config, "shift_factor", None) or 0.0

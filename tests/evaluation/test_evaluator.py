@@ -161,8 +161,12 @@ class TestImageCodec:
 
     def test_above_the_budget(self):
         codec = ImageCodec("JPEG", 100)
-        codec(load_evaluation_images(ASSETS, 64, 2))
+        images = load_evaluation_images(ASSETS, 64, 2)
+        codec(images)
         assert codec.num_above_budget == 2
+        picture, file = Image.fromarray(images[0].permute(1, 2, 0).numpy()), io.BytesIO()
+        picture.save(file, "JPEG", quality=1, optimize=True, subsampling="4:2:0")
+        assert len(codec.compress(images[0])) == len(file.getvalue())
 
     def test_wrong_arguments(self):
         with pytest.raises(ValueError, match='no codec "PNG": choose from JPEG, WEBP'):

@@ -157,6 +157,7 @@ class TestFusedProjections:
         vae.fuse_qkv_projections()
         assert_close(vae(x).sample, expected)
         vae.unload_lora()
+        vae.fuse_qkv_projections()
         assert "attn.to_qkv" in linear_calls(vae, x)
 
     def test_save_and_load(self, vae, x, tmp_path):

@@ -48,14 +48,31 @@ class TestDiffusersFeatures:
         assert_close(run(model, x), expected)
         assert len(calls) == 2
 
-    def test_fused_projections_after_merging_a_lora(self, model, x):
+    @pytest.mark.parametrize("loaded", [False, True])
+    def test_fused_projections_after_merging_a_lora(self, model, kind, x, loaded, tmp_path):
         model.fuse_qkv_projections()
-        model.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
+        config = LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False)
+        if loaded:
+            other = make_model(kind)
+            other.add_adapter(config)
+            other.save_lora_adapter(tmp_path)
+            model.load_lora_adapter(tmp_path, prefix=None, use_safetensors=True)
+        else:
+            model.add_adapter(config)
         adapted = run(model, x)
         model.fuse_lora()
         model.unload_lora()
-        model.fuse_qkv_projections()
         assert_close(run(model, x), adapted)
+        model.fuse_qkv_projections()
+        assert model.transformer_blocks[0].attn.fused_projections
+        assert_close(run(model, x), adapted)
+
+    def test_fused_projections_are_fused_once(self, model, x):
+        model.fuse_qkv_projections()
+        expected = run(model, x)
+        model.enable_layerwise_casting(torch.float8_e4m3fn, torch.float32)
+        model.fuse_qkv_projections()
+        assert (run(model, x) - expected).abs().max() < 0.3 * expected.abs().max()
 
     def test_fused_projections_are_trained_apart(self, model, x, tmp_path):
         model.eval().fuse_qkv_projections()

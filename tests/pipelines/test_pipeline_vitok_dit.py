@@ -142,6 +142,16 @@ class TestGuidance:
         assert torch.equal(steps[0][:, 4:], outputs[0][2:, 4:])  # of the half with classes
         without, conditional = outputs[0][:, :4].chunk(2)
         assert_close(steps[0][:, :4], without + 3 * (conditional - without))
+
+        class Own(DDPMScheduler):
+            def __init__(self, *args, **kwargs):
+                super().__init__(*args, **kwargs)
+
+        samples = []
+        for scheduler_class in (DDPMScheduler, Own):
+            pipe.scheduler = scheduler_class(clip_sample=False, variance_type="learned_range")
+            samples.append(sample(pipe, **batch))
+        assert torch.equal(*samples)
         pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)  # has no use for the entry
         sample(pipe, **batch)
 

@@ -79,9 +79,12 @@ class TestConfig:
 
     def test_words_and_lists(self, tmp_path):
         config = tmp_path / "config.yaml"
-        config.write_text("mixed_precision: no\ntrain_data_dir: photos\nvariant: S-B/16\ncrop_sizes:\n")
+        config.write_text(
+            "mixed_precision: no\ntrain_data_dir: photos\nvariant: S-B/16\ncrop_sizes: [128, 64x256]\ntrain_shards:\n"
+        )
         args = parse_arguments(AutoencoderArguments, argv=["--config", str(config)])
-        assert args.mixed_precision == "no" and args.train_data_dir == ["photos"] and args.crop_sizes == []
+        assert args.mixed_precision == "no" and args.train_data_dir == ["photos"]
+        assert args.crop_sizes == ["128", "64x256"] and args.train_shards == []
 
     @pytest.mark.parametrize(
         "overrides, message",

@@ -132,15 +132,34 @@ class TestVideo:
         with pytest.raises(ValueError, match="^clip: cannot be read as a video .*remove or replace it"):
             list(iterate_frames(bytes(content), "clip"))
 
-    def test_frames_are_upright(self, video):
-        """The matrix of the track's header, by which players turn the picture, says: clockwise."""
-        content = bytearray(video.read_bytes())
-        start = content.index(b"tkhd") + 44
-        content[start : start + 36] = struct.pack(">9i", 0, 2**16, 0, -(2**16), 0, 0, 0, 0, 2**30)
-        expected = np.rot90(load_clip(video, 0.4, 3), -1, axes=(1, 2))
-        assert expected.shape == (3, 64, 48, 3)
-        assert np.array_equal(load_clip(bytes(content), 0.4, 3), expected)
-        assert np.array_equal(list(iterate_frames(bytes(content)))[10], expected[0])
+    @pytest.mark.parametrize(
+        "matrix, show",
+        [
+            ((0, 1, -1, 0), lambda frame: np.rot90(frame, -1)),  # clockwise
+            ((-1, 0, 0, -1), lambda frame: np.rot90(frame, 2)),
+            ((-1, 0, 0, 1), lambda frame: frame[:, ::-1]),
+            ((1, 0, 0, -1), lambda frame: frame[::-1]),
+            ((0, 1, 1, 0), lambda frame: frame.transpose(1, 0, 2)),
+            ((0, 0, 0, 0), lambda frame: frame),
+        ],
+    )
+    def test_frames_are_upright(self, tmp_path, matrix, show):
+        """By the matrix in the track's header: pixel (x, y) is shown at (a x + c y, b x + d y)."""
+        path = tmp_path / "ramp.mp4"
+        with av.open(str(path), "w") as container:
+            stream = container.add_stream("libx264", rate=25)
+            stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+            picture = np.zeros((48, 64, 3), np.uint8)
+            picture[:16, :16] = 200  # a corner
+            for _ in range(4):
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+            container.mux(stream.encode())
+        content, (a, b, c, d) = bytearray(path.read_bytes()), matrix
+        start, one = content.index(b"tkhd") + 44, 2**16
+        content[start : start + 36] = struct.pack(">9i", a * one, b * one, 0, c * one, d * one, 0, 0, 0, 2**30)
+        expected = show(load_clip(path, 0.0, 1)[0])
+        assert np.array_equal(load_clip(bytes(content), 0.0, 1)[0], expected)
+        assert np.array_equal(next(iterate_frames(bytes(content))), expected)
 
     def test_without_a_duration(self):
         """As what browsers record: written to a stream."""

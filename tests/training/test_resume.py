@@ -112,7 +112,7 @@ class TestResume:
     def test_settings_that_change(self, arguments, stage2):
         args = stage2(use_ema=True)
         AutoencoderTrainer(args).save()
-        changed = {"adam_beta1": 0.5, "adam_weight_decay": 0.3, "ema_decay": 0.7, "gradient_accumulation_steps": 2}
+        changed = {"adam_beta1": 0.5, "adam_weight_decay": 0.3, "ema_decay": 0.7}
         trainer = AutoencoderTrainer(stage2(use_ema=True, resume_from_checkpoint="latest", **changed))
         for trained in trainer.models.values():
             (group,) = trained.optimizer.param_groups

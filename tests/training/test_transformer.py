@@ -181,13 +181,18 @@ class TestLatents:
         cached = DiTTrainer(arguments(latents_dir=str(tmp_path / "cache")))
         assert cached.vae.config.latents_std == pytest.approx(fresh.vae.config.latents_std, rel=0.1)
 
-    def test_rate_of_cached_clips(self, arguments, tmp_path):
+    def test_rate_of_cached_clips(self, arguments, tmp_path, monkeypatch):
         trainer = DiTTrainer(arguments(no_flip_classes=["flag"]))
         files = LabelledFiles(trainer.args.train_data_dir)
         write_latents(trainer.vae, "vae", files, tmp_path / "cache", 16, fps=5.0)
-        assert DiTTrainer(arguments(latents_dir=str(tmp_path / "cache"))).fps == 5.0
+        monkeypatch.setattr(DiTTrainer, "start", lambda self: None)
+        trainer = DiTTrainer(arguments(latents_dir=str(tmp_path / "cache"), fps=8.0))
+        assert trainer.fps == 8.0  # of pictures it means nothing
+        trainer.vae.register_to_config(sample_frames=4)
         with pytest.raises(ValueError, match="`fps` is 8.0, but the cached latents have 5.0"):
-            DiTTrainer(arguments(latents_dir=str(tmp_path / "cache"), fps=8.0))
+            trainer._choose_fps()
+        trainer.args.fps = None
+        assert trainer._choose_fps() == 5.0
 
     def test_caches_that_do_not_fit(self, arguments, tmp_path):
         args = arguments()

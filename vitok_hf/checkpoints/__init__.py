@@ -1,6 +1,5 @@
 """The weights that are installed with the package, one `from_pretrained` folder each."""
 
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -26,9 +25,9 @@ def resolve_bundled(name_or_path):
     root, folder, config = Path(__file__).parent, Path(name_or_path), Path(name_or_path, "config.json")
     if str(name_or_path) in list_bundled() and not folder.is_dir():
         return str(root / name_or_path)
-    if folder.name == "vae" and config.is_file() and not any(folder.glob("diffusion_pytorch_model*")):
-        name = json.loads(config.read_text()).get("_name_or_path")
-        return str(root / name) if name in list_bundled() else name_or_path
+    if folder.absolute().name == "vae" and config.is_file() and not any(folder.glob("diffusion_pytorch_model*")):
+        named = [name for name in list_bundled() if f'"_name_or_path": "{name}"' in config.read_text()]
+        return str(root / named[0]) if named else name_or_path
     return name_or_path
 
 

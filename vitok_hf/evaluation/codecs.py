@@ -71,8 +71,8 @@ class ImageCodec:
             self._fill_budget(Image.fromarray(pixels), **settings) for settings in self.SETTINGS[self.file_format]
         ]
 
-        def rank(data: bytes) -> tuple[bool, float]:
-            return len(data) > self.max_bytes, np.square(decode(data) - pixels.astype(np.float32)).mean()
+        def rank(data: bytes) -> tuple[int, float]:
+            return max(len(data), self.max_bytes), np.square(decode(data) - pixels.astype(np.float32)).mean()
 
         best = min(files, key=rank)
         self.num_items += 1

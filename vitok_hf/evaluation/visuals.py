@@ -85,10 +85,9 @@ class VideoWriter:
         if not self.stream.codec_context.is_open:
             context = self.stream.codec_context
             self.stream.height, self.stream.width = pictures.shape[1:3]
-            context.colorspace, context.color_range = (
-                6,
-                1,
-            )  # BT.601, as converted here; players would guess by the size
+            # BT.601, limited range, as converted here: without the tags, players guess by the size
+            context.colorspace = 6
+            context.color_range = 1
         for picture in pictures:
             self.container.mux(self.stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
 

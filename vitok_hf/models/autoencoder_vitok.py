@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
-from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.attention import AttentionMixin
 from diffusers.models.autoencoders.vae import AutoencoderMixin, DecoderOutput
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
@@ -18,12 +17,12 @@ from ..checkpoints import load_strictly, resolve_bundled
 from ..checkpoints.vitok_v2 import HUB_ARGUMENTS, is_vitok_v2, load_vitok_v2
 from ..presets import V2_PATTERN, variant_to_config
 from .configuration import ViTokConfig, check_config, check_input
-from .layers import ViTokTower, patchify, unpatchify
+from .layers import LoraMixin, ViTokTower, patchify, unpatchify
 from .memory import MemoryMixin, apply_tiled, make_tiling
 from .posterior import PosteriorList, ViTokOutput, ViTokPosterior
 
 
-class AutoencoderViTok(ModelMixin, MemoryMixin, AutoencoderMixin, AttentionMixin, ConfigMixin, PeftAdapterMixin):
+class AutoencoderViTok(ModelMixin, MemoryMixin, AutoencoderMixin, AttentionMixin, ConfigMixin, LoraMixin):
     r"""
     Vision-transformer autoencoder for images and videos (ViTok, arXiv 2501.09755).
 
@@ -149,7 +148,7 @@ class AutoencoderViTok(ModelMixin, MemoryMixin, AutoencoderMixin, AttentionMixin
                     )
 
     def register_to_config(self, **kwargs):
-        """As in diffusers, but for what the config derives from its other entries, which is left out."""
+        """As in diffusers; ignores entries that the config derives from others."""
         derived = [name for name in kwargs if isinstance(getattr(ViTokConfig, name, None), property)]
         super().register_to_config(**{name: value for name, value in kwargs.items() if name not in derived})
         self._internal_dict = ViTokConfig(self._internal_dict)

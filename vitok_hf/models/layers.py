@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.attention import AttentionModuleMixin, FeedForward
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from einops import rearrange
@@ -161,11 +162,10 @@ class ViTokAttnProcessor:
         rotary_emb: tuple[torch.Tensor, torch.Tensor],
         packing: Packing,
     ) -> torch.Tensor:
-        projections = (attn.to_q, attn.to_k, attn.to_v)
-        if attn.fused_projections and all(isinstance(x, nn.Linear) for x in projections):  # none has a LoRA
+        if attn.fused_projections:
             query, key, value = attn.to_qkv(hidden_states).chunk(3, dim=-1)
         else:
-            query, key, value = (projection(hidden_states) for projection in projections)
+            query, key, value = (projection(hidden_states) for projection in (attn.to_q, attn.to_k, attn.to_v))
         query, key, value = (x.unflatten(-1, (attn.heads, -1)) for x in (query, key, value))  # (B, L, heads, head_dim)
         query, key = attn.norm_q(query, rotary_emb), attn.norm_k(key, rotary_emb)
         attend = partial(dispatch_attention_fn, backend=self._attention_backend, parallel_config=self._parallel_config)
@@ -198,10 +198,10 @@ class ViTokAttention(nn.Module, AttentionModuleMixin):
         self.set_processor(ViTokAttnProcessor())
 
     def fuse_projections(self):
-        """Also anew, if the separate weights have changed since: a LoRA may have been merged into them."""
-        self.unfuse_projections()
-        super().fuse_projections()
-        self.to_qkv.requires_grad_(False)  # a copy, which is not trained
+        """For inference: the fused projection is a copy, which gets no gradients. Not where one has a LoRA."""
+        if all(isinstance(projection, nn.Linear) for projection in (self.to_q, self.to_k, self.to_v)):
+            super().fuse_projections()
+            self.to_qkv.requires_grad_(False)
 
     def train(self, mode: bool = True) -> "ViTokAttention":
         """Training unfuses the projections, for they are trained and saved apart."""
@@ -213,6 +213,18 @@ class ViTokAttention(nn.Module, AttentionModuleMixin):
         self, hidden_states: torch.Tensor, rotary_emb: tuple[torch.Tensor, torch.Tensor], packing: Packing
     ) -> torch.Tensor:
         return self.processor(self, hidden_states, rotary_emb, packing)
+
+
+class LoraMixin(PeftAdapterMixin):
+    """diffusers' adapters; adding one unfuses the projections, whose weights it changes."""
+
+    def add_adapter(self, *args: Any, **kwargs: Any) -> None:
+        self.unfuse_qkv_projections()
+        super().add_adapter(*args, **kwargs)
+
+    def load_lora_adapter(self, *args: Any, **kwargs: Any) -> None:
+        self.unfuse_qkv_projections()
+        super().load_lora_adapter(*args, **kwargs)
 
 
 def feed_forward(hidden_size: int, mlp_ratio: float, bias: bool) -> FeedForward:

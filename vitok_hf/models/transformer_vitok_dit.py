@@ -6,7 +6,6 @@ import torch
 from diffusers import ConfigMixin, FasterCacheConfig, ModelMixin
 from diffusers.configuration_utils import FrozenDict, register_to_config
 from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
-from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.attention import AttentionMixin
 from diffusers.models.cache_utils import CacheMixin
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
@@ -17,6 +16,7 @@ from torch.nn import functional as F
 from ..checkpoints import load_strictly
 from ..presets import dit_variant_to_config
 from .layers import (
+    LoraMixin,
     Packing,
     RMSNorm,
     ViTokAttention,
@@ -97,7 +97,7 @@ class ViTokDiTBlock(nn.Module):
 TransformerBlockRegistry.register(ViTokDiTBlock, TransformerBlockMetadata(return_hidden_states_index=0))
 
 
-class ViTokDiTModel(ModelMixin, AttentionMixin, CacheMixin, PeftAdapterMixin, ConfigMixin):
+class ViTokDiTModel(ModelMixin, AttentionMixin, CacheMixin, LoraMixin, ConfigMixin):
     r"""
     Class-conditional diffusion transformer on the latents of a ViTok (arXiv 2501.09755, section 4.4).
 

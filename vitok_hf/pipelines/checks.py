@@ -31,7 +31,8 @@ def check_guidance(scale: float, interval: tuple[float, float], rescale: float) 
 
 def own_config(scheduler: SchedulerMixin) -> dict[str, Any]:
     """The entries that its class has a use for: `from_config` keeps those of the scheduler before, too."""
-    parameters = inspect.signature(type(scheduler)).parameters
+    constructors = [vars(cls)["__init__"] for cls in type(scheduler).__mro__ if "__init__" in vars(cls)]
+    parameters = {name for constructor in constructors for name in inspect.signature(constructor).parameters}
     return {name: value for name, value in scheduler.config.items() if name in parameters}
 
 
@@ -62,4 +63,3 @@ def check_scheduler(scheduler: SchedulerMixin, eta: float, predicts_variance: bo
             f'{name} has variance_type="{scheduler.config.variance_type}", but {reason}: make it with another, '
             '"fixed_small" for DDPM, None for others.'
         )
-    warn_of_clipping(scheduler)

@@ -69,13 +69,16 @@ class ViTokDiTPipeline(DiffusionPipeline):
         id2label = {int(index): text for index, text in (id2label or {}).items()}  # JSON made strings of the ids
         if transformer is not None:
             self._check_models(transformer.config, vae, id2label)
-        if scheduler is not None:
-            warn_of_clipping(scheduler)
         self.register_modules(transformer=transformer, vae=vae, scheduler=scheduler)
         self.register_to_config(id2label=id2label)
         self.labels = label_table(id2label)
         self.processor = VideoProcessor(do_resize=False)
         self._interrupt = False
+
+    def __setattr__(self, name: str, value: Any):
+        super().__setattr__(name, value)
+        if name == "scheduler" and value is not None:
+            warn_of_clipping(value)
 
     @staticmethod
     def _check_models(config: FrozenDict, vae: AutoencoderViTok | None, id2label: dict[int, str]) -> None:

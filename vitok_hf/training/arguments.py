@@ -268,13 +268,14 @@ def read_config(path: str, known: set[str]) -> dict[str, Any]:
 
 
 def fit_types(settings: dict[str, Any], arguments_class: type) -> dict[str, Any]:
-    """A single value of a list becomes a list, and `no`, which YAML reads as false, a word again."""
+    """A single value for a list becomes a list of one; what YAML reads as numbers, and `no` as false, words again."""
     fitted = {}
     for setting in fields(arguments_class):
         if setting.name in settings:
             value = settings[setting.name]
-            if setting.default_factory is not MISSING and not isinstance(value, list):
-                value = [] if value is None else [value]
+            if setting.default_factory is not MISSING:
+                items = value if isinstance(value, list) else [] if value is None else [value]
+                value = [str(item) for item in items]
             fitted[setting.name] = "no" if setting.name == "mixed_precision" and value is False else value
     return fitted
 

@@ -33,7 +33,7 @@ def compile_blocks(model: ModelMixin) -> None:
 
     Towers, training and evaluation, batches of one, and LoRA are more kinds together than PyTorch allows by itself.
     """
-    torch.compiler.config.recompile_limit = 64
+    torch.compiler.config.recompile_limit = max(64, torch.compiler.config.recompile_limit)
     model.compile_repeated_blocks(fullgraph=True, dynamic=True)
 
 
@@ -279,7 +279,7 @@ class Trainer:
         if later := [other.name for other in list_checkpoints(self.output_dir) if checkpoint_step(other) > self.step]:
             raise ValueError(
                 f'"{self.output_dir}" has {", ".join(later)}, later than {path.name}: delete them to go on from '
-                'there, or name another output_dir, or resume from "latest".'
+                'there, name another output_dir, or resume from "latest".'
             )
         self.accelerator.load_state(str(path / "state"))
         if not (path / "state" / f"random_states_{self.accelerator.process_index}.pkl").exists():

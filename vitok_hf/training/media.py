@@ -1,5 +1,6 @@
 """Reading pictures and clips from files, from bytes and from addresses."""
 
+import struct
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from io import BytesIO
@@ -84,8 +85,14 @@ def resize(image: np.ndarray, size: tuple[int, int], box: tuple[float, float, fl
 
 
 def _upright(frame: av.VideoFrame) -> np.ndarray:
-    """(H, W, 3) uint8; telephones store videos as the sensor lies."""
-    return np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90))
+    """(H, W, 3) uint8, turned and mirrored as players show it: telephones store videos as the sensor lies."""
+    pixels, matrix = frame.to_ndarray(format="rgb24"), frame.side_data.get("DISPLAYMATRIX")
+    if matrix is None:
+        return pixels
+    a, b, _, c, d = struct.unpack_from("=5i", bytes(matrix))
+    if a * d == b * c:  # nothing that can be shown
+        return pixels
+    return np.rot90(pixels[::-1] if a * d < b * c else pixels, round(frame.rotation / 90))
 
 
 def load_clip(

@@ -125,7 +125,7 @@ class DiTTrainer(Trainer):
 
     def _choose_fps(self) -> float | None:
         fps = self.args.fps
-        if self.cache is None:
+        if self.cache is None or self.vae.config.sample_frames == 1:
             return fps
         cached = self.cache.index["fps"]
         if fps not in (None, cached):
