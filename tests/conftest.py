@@ -48,7 +48,7 @@ ARCHITECTURES = {
 
 @pytest.fixture(autouse=True)
 def fresh_settings():
-    """accelerate keeps its settings and diffusers its attention backend for the life of a process; tests start anew."""
+    """What accelerate and diffusers keep for the life of a process is the same at the start of every test."""
     backend, _ = _AttentionBackendRegistry.get_active_backend()
     yield
     _AttentionBackendRegistry.set_active_backend(backend)
