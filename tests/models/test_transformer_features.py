@@ -14,7 +14,7 @@ from diffusers import (
 )
 from diffusers.hooks.group_offloading import ModuleGroup
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
-from peft import LoraConfig
+from peft import LoraConfig, inject_adapter_in_model
 from torch._dynamo.testing import CompileCounter
 
 from tests.dit import assert_close
@@ -66,6 +66,12 @@ class TestDiffusersFeatures:
         model.fuse_qkv_projections()
         assert model.transformer_blocks[0].attn.fused_projections
         assert_close(run(model, x), adapted)
+
+    def test_fused_projections_stay_apart_where_peft_puts_a_lora(self, model, x):
+        expected = run(model, x)
+        model.fuse_qkv_projections()
+        inject_adapter_in_model(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False), model)
+        assert (run(model, x) - expected).abs().max() > 1e-3
 
     def test_fused_projections_are_fused_once(self, model, x):
         model.fuse_qkv_projections()

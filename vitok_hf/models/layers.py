@@ -162,10 +162,11 @@ class ViTokAttnProcessor:
         rotary_emb: tuple[torch.Tensor, torch.Tensor],
         packing: Packing,
     ) -> torch.Tensor:
-        if attn.fused_projections:
+        projections = (attn.to_q, attn.to_k, attn.to_v)
+        if attn.fused_projections and all(isinstance(x, nn.Linear) for x in projections):  # PEFT has put no LoRA there
             query, key, value = attn.to_qkv(hidden_states).chunk(3, dim=-1)
         else:
-            query, key, value = (projection(hidden_states) for projection in (attn.to_q, attn.to_k, attn.to_v))
+            query, key, value = (projection(hidden_states) for projection in projections)
         query, key, value = (x.unflatten(-1, (attn.heads, -1)) for x in (query, key, value))  # (B, L, heads, head_dim)
         query, key = attn.norm_q(query, rotary_emb), attn.norm_k(key, rotary_emb)
         attend = partial(dispatch_attention_fn, backend=self._attention_backend, parallel_config=self._parallel_config)
