@@ -183,7 +183,7 @@ def list_files(path: str | Path, suffixes: frozenset[str] = IMAGE_SUFFIXES | VID
     if not path.exists():
         raise ValueError(f'"{path}" does not exist: name a folder or a file.')
     files = [path] if path.is_file() else sorted(path.rglob("*"))
-    files = [file for file in files if file.suffix.lower() in suffixes and not file.is_dir()]
+    files = [file for file in files if file.suffix.lower() in suffixes]
     if not files:
         raise ValueError(f'"{path}" holds no file that ends in {", ".join(sorted(suffixes))}.')
     return files
