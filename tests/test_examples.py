@@ -58,6 +58,7 @@ class TestReconstruct:
         out = run_example("reconstruct.py", "--input", "ramp.mp4", "--model", "model", "--output_dir", "out")
         assert "ramp.mp4, 50 frames: 64x48  PSNR" in out
         with av.open(str(tmp_path / "out" / "ramp_comparison.mp4")) as container:
+            assert container.streams.video[0].codec_context.colorspace == 6  # BT.601 is told, and not left to guesses
             frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
         assert len(frames) == 50 and frames[0].shape == (48, 128, 3)
         assert abs(frames[30][:, :60].mean() - 150) < 4  # the original is on the left

@@ -210,10 +210,13 @@ class TestConversion:
         assert (tmp_path / "ours" / "diffusion_pytorch_model.safetensors.index.json").exists()
         vae = AutoencoderViTok.from_pretrained(tmp_path / "ours")
         assert_golden(vae)
+        vae.fuse_qkv_projections()
+        vae.save_pretrained(tmp_path / "fused")
         vae.half().save_pretrained(tmp_path / "ours", variant="fp16")  # besides, and not taken for the others
-        convert("--to_vitok_v2", tmp_path / "ours", tmp_path / "back")
-        for file in FILES:
-            assert (tmp_path / "back" / file).read_bytes() == (GOLDEN / file).read_bytes()
+        for name in ("ours", "fused"):
+            convert("--to_vitok_v2", tmp_path / name, tmp_path / f"{name}-back")
+            for file in FILES:
+                assert (tmp_path / f"{name}-back" / file).read_bytes() == (GOLDEN / file).read_bytes()
 
     def test_dtypes_are_kept(self, author_folder, tmp_path):
         def mix(tensors):

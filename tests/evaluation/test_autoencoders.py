@@ -103,6 +103,10 @@ class TestLoad:
             up_block_types=("UpBlock2D",),
             norm_num_groups=4,
         ).save_pretrained(tmp_path / "unet")
+        (tmp_path / "svd").mkdir()
+        (tmp_path / "svd" / "config.json").write_text('{"_class_name": "AutoencoderKLTemporalDecoder"}')
+        with pytest.raises(ValueError, match="not supported: it encodes pictures and decodes videos"):
+            load_autoencoder(tmp_path / "svd")
         with pytest.raises(ValueError, match="class UNet2DModel, which has no `encode` and `decode`"):
             load_autoencoder(tmp_path / "unet")
         MODELS["tiny"]().save_pretrained(tmp_path / "tiny")

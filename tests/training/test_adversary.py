@@ -114,6 +114,11 @@ class TestStage2:
 
 
 class TestWeight:
+    def test_before_the_start_it_is_where_the_losses_are(self, stage2):
+        adversary = AutoencoderTrainer(stage2(gan_start_step=3)).adversary
+        _, logs = adversary.generator_loss([], torch.zeros((), device="meta"), step=0)
+        assert logs["gan_weight"].device.type == "meta"
+
     def test_start_and_ramp(self, stage2):
         trainer = AutoencoderTrainer(stage2(gan_start_step=2, gan_ramp_steps=3, gan_weight=0.4))
         weights = [trainer.adversary.weight(step) for step in range(8)]

@@ -91,6 +91,22 @@ class TestStep:
         assert compiled.vae.encoder.transformer_blocks[0]._compiled_call_impl is not None
         assert losses[0] == pytest.approx(losses[1], rel=1e-2)
 
+    def test_compilation_of_many_kinds_of_calls(self, stage2):
+        """Both towers, with and without gradients, in training and evaluation, and batches of one."""
+        args = stage2(
+            compile=True,
+            gradient_accumulation_steps=2,
+            crop_sizes=["16", "32"],
+            train_batch_size=4,
+            mixed_precision="bf16",
+            use_ema=True,
+            validation_data_dir=[str(ASSETS)],
+            validation_resolution=32,
+            num_validation_images=5,
+            validation_steps=2,
+        )
+        assert run(args).step == 6
+
     def test_tf32(self, arguments):
         before = torch.get_float32_matmul_precision()
         try:
