@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from vitok_hf import AutoencoderViTok, list_bundled
 from vitok_hf.evaluation.macs import count_macs
 from vitok_hf.evaluation.peers import make_peer
+from vitok_hf.precision import DTYPES, choose_dtype
 
 
 class RecordProducts(TorchDispatchMode):
@@ -77,12 +78,13 @@ def main():
     parser.add_argument("--variant", default="S-B/16", help="variant or bundled name")
     parser.add_argument("--size", type=int, default=256, help="height and width in pixels")
     parser.add_argument("--batch_size", type=int, default=4)
-    parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--dtype", default="auto", choices=DTYPES)
     parser.add_argument("--rounds", type=int, default=15, help="the median of so many timings counts")
     parser.add_argument("--peer_rounds", type=int, default=2, help="timings of the AutoencoderKL; 0 leaves it out")
     parser.add_argument("--no_compile", action="store_true", help="leave out torch.compile")
     parser.add_argument("--train", action="store_true", help="forward and backward, float32 weights under autocast")
     args = parser.parse_args()
+    args.dtype = choose_dtype(args.dtype)
     with torch.inference_mode(not args.train):
         benchmark(args)
 

@@ -18,6 +18,7 @@ from benchmark import RecordProducts, time_in_turns
 from diffusers import DiTTransformer2DModel
 
 from vitok_hf import ViTokDiTModel
+from vitok_hf.precision import DTYPES, choose_dtype
 
 
 def randomize(model: torch.nn.Module) -> torch.nn.Module:
@@ -71,10 +72,11 @@ def main():
     parser.add_argument("--variants", nargs="+", default=["B", "XL"], help="of S, B, L and XL")
     parser.add_argument("--sample_size", type=int, default=16, help="side of the latents; a token each")
     parser.add_argument("--batch_size", type=int, default=2, help="2 is one guided sample")
-    parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--dtype", default="auto", choices=DTYPES)
     parser.add_argument("--rounds", type=int, default=15, help="the median of so many timings counts")
     parser.add_argument("--no_compile", action="store_true", help="leave out torch.compile")
     args = parser.parse_args()
+    args.dtype = choose_dtype(args.dtype)
     for variant in args.variants:
         benchmark(variant, args)
 

@@ -1,6 +1,6 @@
 """Times and memory of large pictures: ViTok with full and with local attention, and diffusers' tiled `AutoencoderKL`.
 
-Each measurement has a process of its own, encodes and decodes one random picture in bfloat16, and prints seconds and
+Each measurement has a process of its own, encodes and decodes one random picture, and prints seconds and
 how far the largest resident set (Linux) rose above that of the loaded model. Weights are random: they cost the same.
 
     python examples/benchmark_sizes.py --variant S-B/16 --sizes 1024 2048 4096 --radius 16
@@ -17,6 +17,7 @@ from accelerate import PartialState
 from vitok_hf import AutoencoderViTok
 from vitok_hf.evaluation.memory import peak_memory, reset_peak_memory
 from vitok_hf.evaluation.peers import make_peer
+from vitok_hf.precision import DTYPES, choose_dtype
 
 
 MODES = ("full attention", "sliding window", "tiled AutoencoderKL")
@@ -34,10 +35,10 @@ def make_model(mode: str, variant: str, radius: int) -> torch.nn.Module:
 
 
 @torch.inference_mode()
-def measure(mode: str, variant: str, radius: int, size: int) -> None:
+def measure(mode: str, variant: str, radius: int, size: int, dtype: torch.dtype) -> None:
     device = PartialState().default_device
-    vae = make_model(mode, variant, radius).to(device, torch.bfloat16).eval()
-    x = torch.rand(1, 3, size, size, device=device, dtype=torch.bfloat16) * 2 - 1
+    vae = make_model(mode, variant, radius).to(device, dtype).eval()
+    x = torch.rand(1, 3, size, size, device=device, dtype=dtype) * 2 - 1
     before, began = reset_peak_memory(device), time.perf_counter()
     latents = vae.encode(x).latent_dist.mode()
     encoded = time.perf_counter()
@@ -55,14 +56,17 @@ def main():
     parser.add_argument("--variant", default="S-B/16")
     parser.add_argument("--sizes", type=int, nargs="+", default=[1024, 2048, 4096], help="height and width in pixels")
     parser.add_argument("--radius", type=int, default=16, help="of the window, in tokens")
+    parser.add_argument("--dtype", default="auto", choices=DTYPES)
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     args = parser.parse_args()
+    dtype = choose_dtype(args.dtype)
     if len(args.sizes) == len(args.modes) == 1:
-        measure(args.modes[0], args.variant, args.radius, args.sizes[0])
+        measure(args.modes[0], args.variant, args.radius, args.sizes[0], getattr(torch, dtype))
         return
     for size in args.sizes:
         for mode in args.modes:
-            options = ["--variant", args.variant, "--radius", str(args.radius), "--sizes", str(size), "--modes", mode]
+            options = ["--variant", args.variant, "--radius", str(args.radius), "--dtype", dtype]
+            options += ["--sizes", str(size), "--modes", mode]
             subprocess.run([sys.executable, __file__, *options], check=True)
 
 

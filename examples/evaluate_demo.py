@@ -20,6 +20,7 @@ from vitok_hf import AutoencoderViTok
 from vitok_hf.evaluation.metrics import psnr, ssim
 from vitok_hf.evaluation.pca import PatchPCA
 from vitok_hf.evaluation.reconstruction import evaluate_reconstruction, patch_border_ratio, reconstruct_in_tiles
+from vitok_hf.precision import DTYPES, choose_dtype
 from vitok_hf.training.cropping import CropSettings
 from vitok_hf.training.data import CropBatches, iterate_pixels
 from vitok_hf.training.media import evenly_spaced, list_files, load_evaluation_images, load_image
@@ -68,13 +69,13 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="vitok-tiny-f8x8", help="what `from_pretrained` takes")
     parser.add_argument("--data_dir", type=Path, required=True, help="output of prepare_demo_data.py")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--dtype", default="auto", choices=DTYPES)
     parser.add_argument("--limit", type=int, default=200, help="pictures a set")
     parser.add_argument("--pca_batches", type=int, default=40, help="batches of 2 ** 20 training pixels for PCA")
     parser.add_argument("--output_dir", type=Path, default=Path("evaluation"))
     args = parser.parse_args()
 
-    vae = AutoencoderViTok.from_pretrained(args.model, dtype=getattr(torch, args.dtype))
+    vae = AutoencoderViTok.from_pretrained(args.model, dtype=getattr(torch, choose_dtype(args.dtype)))
     vae = vae.to(PartialState().default_device)
     p = vae.config.patch_size
     sources = [f"{args.data_dir}/train/{name}:{weight}" for name, weight in TRAIN_WEIGHTS.items()]

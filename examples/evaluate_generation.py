@@ -39,6 +39,7 @@ from vitok_hf.evaluation.processes import gather_rows, share_of
 from vitok_hf.evaluation.protocol import Protocol
 from vitok_hf.evaluation.reconstruction import reconstruct
 from vitok_hf.evaluation.results import Result, save_results
+from vitok_hf.precision import DTYPES, choose_dtype
 from vitok_hf.training.checkpointing import claim_folder, weights_checksum
 from vitok_hf.training.latent_data import LabelledFiles
 
@@ -86,10 +87,12 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--guidance_rescale", type=float, default=1.0, help="0 is none")
     parser.add_argument("--num_inference_steps", type=int, default=50)
     parser.add_argument("--batch_size", type=int, default=32)
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--dtype", default="auto", choices=DTYPES)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output_dir", type=Path, default=Path("evaluation"))
-    return parser.parse_args()
+    args = parser.parse_args()
+    args.dtype = choose_dtype(args.dtype)
+    return args
 
 
 def open_pictures(folders: list[str | Path], classes: list[str], limit: int | None, side: int) -> Labelled:

@@ -30,6 +30,7 @@ from vitok_hf.evaluation.pca import PatchPCA
 from vitok_hf.evaluation.protocol import Protocol
 from vitok_hf.evaluation.results import Result, check_comparable, load_results, markdown_table, save_results, write_csv
 from vitok_hf.evaluation.visuals import save_examples
+from vitok_hf.precision import DTYPES, choose_dtype
 from vitok_hf.training.media import short_names
 from vitok_hf.training.sources import FolderFiles, HubRows
 
@@ -41,7 +42,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--variant", help="of the weights (fp16), or the architecture of the author's ViTok-v2 weights"
     )
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--dtype", default="auto", choices=DTYPES)
     parser.add_argument("--latent_bits", type=int, help="adds a row of each model with latents quantized to so many")
     parser.add_argument("--data_dir", nargs="*", default=[], help="folders or files, a table each")
     parser.add_argument("--dataset_name", help="data set of the Hub")
@@ -67,6 +68,7 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--output_dir", type=Path, default=Path("evaluation"))
     args = parser.parse_args()
+    args.dtype = choose_dtype(args.dtype)
     if bool(args.data_dir) == bool(args.dataset_name):
         parser.error("give either --data_dir or --dataset_name")
     if args.baselines and (args.num_frames > 1 or args.resolution == 0):

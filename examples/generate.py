@@ -17,6 +17,7 @@ from PIL import Image
 
 from vitok_hf import ViTokDiTPipeline
 from vitok_hf.evaluation.generation import generate_samples
+from vitok_hf.precision import DTYPES, choose_dtype
 
 
 def main():
@@ -28,13 +29,13 @@ def main():
     parser.add_argument("--guidance_scale", type=float, default=2.5, help="1 is none")
     parser.add_argument("--guidance_rescale", type=float, default=1.0, help="0 is none")
     parser.add_argument("--seed", type=int, default=0, help="of the first sample; the next ones follow")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--dtype", default="auto", choices=DTYPES)
     parser.add_argument("--output", type=Path, default=Path("samples.png"))
     args = parser.parse_args()
     if Image.registered_extensions().get(args.output.suffix.lower()) not in Image.SAVE:
         raise ValueError(f"--output {args.output} must end as a picture does, for example in .png.")
 
-    pipe = ViTokDiTPipeline.from_pretrained(args.model, dtype=getattr(torch, args.dtype))
+    pipe = ViTokDiTPipeline.from_pretrained(args.model, dtype=getattr(torch, choose_dtype(args.dtype)))
     pipe.to(PartialState().default_device)
     names, count = pipe.config.id2label, args.num_images_per_label
     given = args.class_labels or ()

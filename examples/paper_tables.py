@@ -22,6 +22,7 @@ from vitok_hf.evaluation.autoencoders import count_cost
 from vitok_hf.evaluation.macs import count_macs
 from vitok_hf.evaluation.peers import PEERS, make_peer
 from vitok_hf.evaluation.reconstruction import reconstruct
+from vitok_hf.precision import DTYPES, choose_dtype
 from vitok_hf.presets import V1_SIZES
 
 
@@ -104,9 +105,10 @@ def main():
     known = dict.fromkeys([*(name for _, variants in PAPER_MODELS.values() for name in variants), *PEERS])
     parser.add_argument("--models", nargs="+", choices=known, help="rows of Tables 3 to 5; default: all")
     parser.add_argument("--time", action="store_true", help="also measure; minutes on a CPU")
-    parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--dtype", default="auto", choices=DTYPES)
     parser.add_argument("--rounds", type=int, default=3, help="the median of so many timings counts")
     args = parser.parse_args()
+    args.dtype = choose_dtype(args.dtype)
     print_table_1()
     print_models(args)
 

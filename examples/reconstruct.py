@@ -23,6 +23,7 @@ from vitok_hf.evaluation.metrics import SSIM_MIN_SIZE, psnr, ssim
 from vitok_hf.evaluation.pixels import fold_frames
 from vitok_hf.evaluation.reconstruction import reconstruct, save_comparison, side_by_side
 from vitok_hf.evaluation.visuals import VideoWriter
+from vitok_hf.precision import DTYPES, choose_dtype
 from vitok_hf.training.media import VIDEO_SUFFIXES, iterate_frames, list_files, load_image, probe_rate
 
 
@@ -87,11 +88,11 @@ def main():
     )
     parser.add_argument("--model", default="vitok-tiny-f8x8", help="folder, Hub id or bundled name")
     parser.add_argument("--subfolder", help="folder of the model inside --model")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--dtype", default="auto", choices=DTYPES)
     parser.add_argument("--output_dir", type=Path, default=Path("reconstructions"))
     args = parser.parse_args()
 
-    dtype = getattr(torch, args.dtype)
+    dtype = getattr(torch, choose_dtype(args.dtype))
     vae = AutoencoderViTok.from_pretrained(args.model, subfolder=args.subfolder, dtype=dtype)
     vae = vae.to(PartialState().default_device)
     config = vae.config

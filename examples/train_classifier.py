@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from vitok_hf.evaluation.features import Classifier
+from vitok_hf.precision import MIXED_PRECISIONS, choose_mixed_precision
 from vitok_hf.training.latent_data import class_of, limit_each_class
 from vitok_hf.training.media import IMAGE_SUFFIXES, list_files, load_image, resize, resize_and_crop
 
@@ -80,13 +81,13 @@ def main():
     parser.add_argument("--max_train_steps", type=int, default=600)
     parser.add_argument("--train_batch_size", type=int, default=64)
     parser.add_argument("--learning_rate", type=float, default=2e-3)
-    parser.add_argument("--mixed_precision", default=None, choices=["no", "bf16", "fp16"])
+    parser.add_argument("--mixed_precision", default="auto", choices=MIXED_PRECISIONS)
     parser.add_argument("--dataloader_num_workers", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("classifier.safetensors"))
     args = parser.parse_args()
 
-    accelerator = Accelerator(mixed_precision=args.mixed_precision)
+    accelerator = Accelerator(mixed_precision=choose_mixed_precision(args.mixed_precision))
     args.output.parent.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
     train, test = (

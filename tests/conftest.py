@@ -12,7 +12,7 @@ from accelerate.state import AcceleratorState, GradientState
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 
 from tests.hub_server import hub as hub
-from vitok_hf import AutoencoderViTok
+from vitok_hf import AutoencoderViTok, precision
 
 
 GOLDEN = Path(__file__).parent / "golden" / "vitok_v2_tiny"
@@ -47,13 +47,19 @@ ARCHITECTURES = {
 
 
 @pytest.fixture(autouse=True)
-def fresh_settings():
-    """What accelerate and diffusers keep for the life of a process is the same at the start of every test."""
+def fresh_settings(monkeypatch):
+    """The same for every test on any machine: the precision, and what accelerate and diffusers keep for a process."""
+    monkeypatch.setattr(precision, "multiplies_bfloat16", lambda device: False)
     backend, _ = _AttentionBackendRegistry.get_active_backend()
     yield
     _AttentionBackendRegistry.set_active_backend(backend)
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
+
+
+def assert_close(actual, expected, atol: float = 1e-5) -> None:
+    """Equal up to the rounding of float32 products, which depends on where weights lie in memory."""
+    torch.testing.assert_close(actual, expected, rtol=0, atol=atol)
 
 
 def _enter(rank: int, port: int, function: Callable, args: tuple) -> None:

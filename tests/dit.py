@@ -54,7 +54,3 @@ def record_batches(pipe):
         lambda _, args, kwargs: batches.append(kwargs["class_labels"].tolist()), with_kwargs=True
     )
     return batches
-
-
-def assert_close(actual, expected, atol=1e-4):
-    torch.testing.assert_close(actual, expected, rtol=0, atol=atol)

@@ -7,11 +7,11 @@ import torch
 from diffusers import DiffusionPipeline
 
 import vitok_hf
-from tests.conftest import ASSETS
+from tests.conftest import ASSETS, assert_close
 from vitok_hf import AutoencoderViTok, ViTokDiTPipeline, checkpoints
 from vitok_hf.evaluation.generation import generate_samples
-from vitok_hf.evaluation.metrics import high_frequency_energy
-from vitok_hf.evaluation.reconstruction import evaluate_reconstruction, patch_border_ratio, reconstruct_in_tiles
+from vitok_hf.evaluation.metrics import high_frequency_energy, psnr
+from vitok_hf.evaluation.reconstruction import patch_border_ratio, reconstruct, reconstruct_in_tiles
 from vitok_hf.training.media import list_files, load_evaluation_images, load_image
 
 
@@ -40,6 +40,16 @@ def vae():
     return AutoencoderViTok.from_pretrained("vitok-tiny-f8x8")
 
 
+@pytest.fixture(scope="module")
+def photographs():
+    return load_evaluation_images(ASSETS, 256, 4)
+
+
+@pytest.fixture(scope="module")
+def reconstructions(vae, photographs):
+    return reconstruct(vae, photographs)
+
+
 class TestTiny:
     def test_files(self):
         folder = Path(checkpoints.resolve_bundled("vitok-tiny-f8x8"))
@@ -58,24 +68,13 @@ class TestTiny:
         monkeypatch.setattr(socket, "getaddrinfo", refuse)
         AutoencoderViTok.from_pretrained("vitok-tiny-f8x8")
 
-    @pytest.mark.parametrize("name", ["astronaut", "chelsea", "coffee", "rocket"])
-    def test_reconstructs_photographs(self, vae, name):
-        (file,) = [file for file in list_files(ASSETS) if file.stem == name]
-        image = load_evaluation_images(file, 256, 1)
-        metrics, _ = evaluate_reconstruction(vae, image)
-        assert metrics["psnr"] > PSNR[name] - 0.1
+    def test_reconstructs_photographs(self, photographs, reconstructions):
+        assert [file.stem for file in list_files(ASSETS)] == list(PSNR)
+        assert (psnr(reconstructions, photographs) > torch.tensor(list(PSNR.values())) - 0.1).all()
 
-    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-    def test_half_precision_costs_little(self, vae, dtype):
-        images = load_evaluation_images(ASSETS, 256, 4)
-        half = AutoencoderViTok.from_pretrained("vitok-tiny-f8x8", dtype=dtype)
-        difference = evaluate_reconstruction(vae, images)[0]["psnr"] - evaluate_reconstruction(half, images)[0]["psnr"]
-        assert abs(difference) < 0.3
-
-    def test_latents_have_the_recorded_statistics(self, vae):
-        images = load_evaluation_images(ASSETS, 256, 4).float() / 127.5 - 1.0
+    def test_latents_have_the_recorded_statistics(self, vae, photographs):
         with torch.no_grad():
-            latents = vae.encode(images).latent_dist.mode()
+            latents = vae.encode(photographs.float() / 127.5 - 1.0).latent_dist.mode()
         mean, std = (torch.tensor(vae.config[name]).view(1, -1, 1, 1) for name in ("latents_mean", "latents_std"))
         normalized = (latents - mean) / std
         assert normalized.mean().abs() < 0.3
@@ -83,13 +82,12 @@ class TestTiny:
 
     def test_quality_does_not_depend_on_the_size(self, vae):
         image = torch.from_numpy(load_image(ASSETS / "astronaut.png").copy()).permute(2, 0, 1)[None]
-        psnr = {}
+        values = {}
         for height, width in ((64, 64), (256, 256), (512, 512), (128, 512)):
             tiles = reconstruct_in_tiles(vae, image, height, width, batch_size=max(1, 2**18 // (height * width)))
-            error = (tiles.double() - image.double()).square().mean()
-            psnr[height, width] = (10 * torch.log10(255**2 / error)).item()
+            values[height, width] = psnr(tiles, image).item()
             assert patch_border_ratio(image, tiles, 8) < 1.15
-        assert min(psnr.values()) > psnr[64, 64] - 0.2
+        assert min(values.values()) > values[64, 64] - 0.2
 
 
 class TestTinyGan:
@@ -102,12 +100,11 @@ class TestTinyGan:
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
         assert stage2.config.latents_std == vae.config.latents_std
 
-    def test_is_sharper_and_costs_less_than_a_decibel(self, vae, stage2):
-        images = load_evaluation_images(ASSETS, 256, 4)
-        energy = high_frequency_energy(images)
-        (first, blurred), (second, sharp) = (evaluate_reconstruction(model, images) for model in (vae, stage2))
-        assert 1.3 * high_frequency_energy(blurred) < high_frequency_energy(sharp) < energy
-        assert second["psnr"] > first["psnr"] - 1.0
+    def test_is_sharper_and_costs_less_than_a_decibel(self, photographs, reconstructions, stage2):
+        sharp = reconstruct(stage2, photographs)
+        first, second, original = map(high_frequency_energy, (reconstructions, sharp, photographs))
+        assert 1.3 * first < second < original
+        assert psnr(sharp, photographs).mean() > psnr(reconstructions, photographs).mean() - 1.0
 
 
 class TestGenerator:
@@ -152,11 +149,11 @@ class TestGenerator:
         again = DiffusionPipeline.from_pretrained(tmp_path)
         options = {"class_labels": "flag", "num_inference_steps": 2, "output_type": "np", "return_dict": False}
         images = [p(generator=torch.Generator().manual_seed(0), **options)[0] for p in (pipe, again)]
-        assert (images[0] == images[1]).all()
+        assert_close(images[0], images[1], atol=1e-4)
 
     def test_knows_its_classes(self, pipe):
         """Flags fill the picture, or nearly, and are of few colours; hands are on white, and of the colour of skin."""
-        images = generate_samples(pipe, ["flag"] * 4 + ["hand"] * 4, num_inference_steps=20).float()
+        images = generate_samples(pipe, ["flag"] * 4 + ["hand"] * 4, num_inference_steps=10).float()
         corners = images[:, :, [0, 0, -1, -1], [0, -1, 0, -1]]  # (8, 3, 4)
         assert (corners[4:] > 240).float().mean() > 0.9
         centres = images[4:, :, 40:88, 40:88].mean(dim=(0, 2, 3))

@@ -17,7 +17,7 @@ from torch._dynamo.testing import CompileCounter
 from torch.export import Dim
 from torchao.quantization import Int8Tensor, Int8WeightOnlyConfig
 
-from tests.conftest import ASSETS, make_input, make_vae
+from tests.conftest import ASSETS, assert_close, make_input, make_vae
 from vitok_hf import AutoencoderViTok
 from vitok_hf.evaluation.metrics import psnr
 from vitok_hf.evaluation.reconstruction import reconstruct
@@ -66,10 +66,6 @@ def run(vae, x, before=lambda: None):
 def inputs_of_sizes(vae, mode):
     inputs = [make_input(vae, *size) for size in SIZES]
     return [MODES["encode"](vae, x) for x in inputs] if mode == "decode" else inputs
-
-
-def assert_close(actual, expected, atol=1e-5):
-    torch.testing.assert_close(actual, expected, rtol=0, atol=atol)
 
 
 def relative_error(actual, expected):
@@ -131,7 +127,7 @@ class TestAttention:
         vae.set_attn_processor(Doubled())
         doubled = vae(x).sample
         vae.set_attn_processor(dict(originals))
-        assert torch.equal(vae(x).sample, expected)
+        assert_close(vae(x).sample, expected)
         for name, weight in vae.named_parameters():
             weight.mul_(2 if "to_out" in name else 1)
         assert_close(vae(x).sample, doubled)
@@ -146,7 +142,7 @@ class TestFusedProjections:
         assert_close(vae(x).sample, expected)
         vae.unfuse_qkv_projections()
         assert linear_calls(vae, x) == sorted(LINEARS * 4)
-        assert torch.equal(vae(x).sample, expected)
+        assert_close(vae(x).sample, expected)
 
     @pytest.mark.parametrize("lora_first", [True, False])
     def test_lora_has_an_effect(self, vae, x, lora_first):
@@ -175,19 +171,20 @@ class TestLora:
         vae.disable_adapters()
         assert_close(run(vae, x), base)
         vae.enable_adapters()
-        assert torch.equal(vae(x).sample, moved[2])
+        assert_close(vae(x).sample, moved[2])
 
     def test_several(self, vae, x):
         base = vae(x).sample
         first, second = (add_lora(vae, seed, name=name)(x).sample for seed, name in enumerate("ab"))
         vae.set_adapters("a")
-        assert torch.equal(vae(x).sample, first)
+        assert_close(vae(x).sample, first)
         vae.set_adapters(["a", "b"], [0.0, 1.0])
         assert_close(vae(x).sample, second)
         vae.delete_adapters("a")
-        assert list(vae.peft_config) == ["b"] and torch.equal(vae(x).sample, second)
+        assert list(vae.peft_config) == ["b"]
+        assert_close(vae(x).sample, second)
         vae.unload_lora()
-        assert torch.equal(vae(x).sample, base)
+        assert_close(vae(x).sample, base)
 
     def test_merging(self, vae, x):
         linear = vae.decoder.transformer_blocks[0].attn.to_q
@@ -258,7 +255,7 @@ class TestOffloading:
             for parameter in vae.parameters():
                 parameter.data.fill_(torch.nan)
 
-        assert_close(run(vae, x, before=poison), expected, atol=0)
+        assert_close(run(vae, x, before=poison), expected)
 
     @pytest.mark.parametrize("level", ["block_level", "leaf_level"])
     def test_groups_of_one_tower_at_a_time(self, vae, x, level, monkeypatch):
@@ -281,7 +278,7 @@ class TestOffloading:
         expected = run(vae, x)
         cpu_offload(vae, execution_device=CPU)
         assert {parameter.device.type for parameter in vae.parameters()} == {"meta"}
-        assert_close(run(vae, x), expected, atol=0)
+        assert_close(run(vae, x), expected)
 
     def test_accelerate_whole_model(self, vae, x, monkeypatch):
         _, hook = cpu_offload_with_hook(vae, execution_device=CPU)
@@ -296,7 +293,7 @@ class TestOffloading:
         options = {"offload_folder": tmp_path / "offload", "max_memory": {"cpu": 250_000}}
         loaded = AutoencoderViTok.from_pretrained(tmp_path, device_map=device_map, **options)
         assert {parameter.device.type for parameter in loaded.parameters()} == {"cpu", "meta"}
-        assert_close(run(loaded, x), run(vae, x), atol=0)
+        assert_close(run(loaded, x), run(vae, x))
 
     def test_blocks_stay_together(self, vae):
         for memory in range(20_000, 400_000, 20_000):
@@ -322,7 +319,7 @@ class TestPrecision:
         sample = quantized(x).sample
         assert 0.001 < relative_error(sample, vae(x).sample) < 0.05
         quantized.save_pretrained(tmp_path / "int8")
-        assert torch.equal(AutoencoderViTok.from_pretrained(tmp_path / "int8", dtype=torch.float32)(x).sample, sample)
+        assert_close(AutoencoderViTok.from_pretrained(tmp_path / "int8", dtype=torch.float32)(x).sample, sample)
 
     @pytest.mark.parametrize("precision, loss", [("float16", 0.01), ("bfloat16", 0.05), ("int8", 0.1), ("fp8", 0.1)])
     def test_decibels_that_it_costs_the_bundled_model(self, precision, loss):
@@ -358,7 +355,7 @@ class TestTraining:
         average.step(vae.parameters())
         average.save_pretrained(tmp_path)
         EMAModel.from_pretrained(tmp_path, AutoencoderViTok).copy_to(vae.parameters())
-        assert torch.equal(AutoencoderViTok.from_pretrained(tmp_path)(x).sample, vae(x).sample)
+        assert_close(AutoencoderViTok.from_pretrained(tmp_path)(x).sample, vae(x).sample)
         assert relative_error(vae(x).sample, start(x).sample) > 0.01
 
     @torch.enable_grad()
@@ -380,7 +377,8 @@ class TestObjects:
         copies = copy.deepcopy(vae), pickle.loads(pickle.dumps(vae)), torch.load(file, weights_only=False)
         vae.encoder.proj_in.weight.zero_()
         for other in copies:
-            assert torch.equal(other(x).sample, expected) and other.config == vae.config
+            assert_close(other(x).sample, expected)
+            assert other.config == vae.config
 
     def test_memory(self, vae):
         count = sum(parameter.numel() for parameter in vae.parameters())
@@ -390,11 +388,12 @@ class TestObjects:
     def test_layouts_of_the_input(self, vae, x):
         channels_last = x.to(memory_format=torch.channels_last if x.ndim == 4 else torch.channels_last_3d)
         for other in (channels_last, x.mT.contiguous().mT, torch.stack([x, x], dim=-1)[..., 0]):
-            assert not other.is_contiguous() and torch.equal(vae(other).sample, vae(x).sample)
+            assert not other.is_contiguous()
+            assert_close(vae(other).sample, vae(x).sample)
 
     def test_inference_mode(self, vae, x):
         expected = run(vae, x)
         with torch.inference_mode():
             actual = run(vae, x)
         assert all(tensor.is_inference() for tensor in actual)
-        assert_close(actual, expected, atol=0)
+        assert_close(actual, expected)

@@ -17,7 +17,7 @@ from diffusers.models.attention_dispatch import AttentionBackendName, _Attention
 from peft import LoraConfig, inject_adapter_in_model
 from torch._dynamo.testing import CompileCounter
 
-from tests.dit import assert_close
+from tests.conftest import assert_close
 from tests.models import test_transformer_vitok_dit as base
 from tests.models.test_transformer_vitok_dit import LABELS, TIMESTEP, make_latents, make_model, run
 from vitok_hf import ViTokDiTModel

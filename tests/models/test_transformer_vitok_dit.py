@@ -3,7 +3,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from tests.dit import TRANSFORMER, assert_close, make_transformer
+from tests.conftest import assert_close
+from tests.dit import TRANSFORMER, make_transformer
 from vitok_hf import ViTokDiTModel
 
 

@@ -13,7 +13,8 @@ from diffusers import (
 from diffusers.callbacks import PipelineCallback
 from diffusers.utils.torch_utils import randn_tensor
 
-from tests.dit import NULL, assert_close, make_pipeline, record_batches, sample, seeds
+from tests.conftest import assert_close
+from tests.dit import NULL, make_pipeline, record_batches, sample, seeds
 from vitok_hf import ViTokDiTPipeline
 
 

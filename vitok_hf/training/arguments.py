@@ -10,6 +10,8 @@ from accelerate.tracking import get_available_trackers
 from diffusers.optimization import SchedulerType
 from transformers import HfArgumentParser
 
+from ..precision import MIXED_PRECISIONS
+
 
 def argument(default: Any, help: str):
     if isinstance(default, list):
@@ -85,7 +87,9 @@ class LoopArguments:
     max_grad_norm: float = argument(1.0, "Gradients are clipped to this norm.")
     use_ema: bool = argument(False, "Keep an exponential moving average of the weights, evaluated and saved too.")
     ema_decay: float = argument(0.9999, "Decay of the average after its warm-up, (1 + step) / (10 + step).")
-    mixed_precision: str | None = argument(None, "no, bf16 or fp16; default: accelerate's configuration.")
+    mixed_precision: str = argument(
+        "auto", "no, bf16, fp16, or auto: accelerate's configuration, else bf16 where the hardware has it."
+    )
     allow_tf32: bool = argument(False, "TensorFloat-32 for float32 matrix products.")
     compile: bool = argument(False, "Compile the transformer blocks.")
     gradient_checkpointing: bool = argument(False, "Recompute activations in the backward pass, for less memory.")
@@ -107,6 +111,7 @@ class LoopArguments:
             *("max_train_steps", "gradient_accumulation_steps", "logging_steps", "validation_steps"),
             *("checkpointing_steps", "checkpoints_total_limit"),
         )
+        check_choice(self, "mixed_precision", *MIXED_PRECISIONS)
         if not self.max_grad_norm > 0:
             raise ValueError(
                 f"`max_grad_norm` must be positive, but is {self.max_grad_norm}; infinity (inf) clips nothing."

@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
 
+from ..precision import choose_mixed_precision
 from .arguments import LoopArguments
 from .checkpointing import atomic_folder, checkpoint_step, find_checkpoint, list_checkpoints, remove_folder
 from .cropping import Batch
@@ -129,7 +130,7 @@ class Trainer:
     def __init__(self, args: LoopArguments):
         self.args, self.output_dir, self.step, self.num_skipped = args, Path(args.output_dir), 0, 0
         self.accelerator = Accelerator(
-            mixed_precision=args.mixed_precision,
+            mixed_precision=choose_mixed_precision(args.mixed_precision),
             gradient_accumulation_steps=args.gradient_accumulation_steps,
             log_with=None if args.report_to == "none" else args.report_to,
             project_config=ProjectConfiguration(args.output_dir, str(self.output_dir / args.logging_dir)),
