@@ -99,7 +99,7 @@ def benchmark(args: argparse.Namespace) -> None:
         if not args.train:
             model(x)
             return
-        with torch.autocast(device.type, dtype):
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             sample = model(x).sample
         torch.nn.functional.mse_loss(sample.float(), x).backward()
 

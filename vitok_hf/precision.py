@@ -5,13 +5,20 @@ import os
 import time
 
 import torch
-from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 
 
 logger = logging.getLogger(__name__)
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 MIXED_PRECISIONS = ("auto", "no", "bf16", "fp16")
+
+
+def default_device() -> torch.device:
+    """That of accelerate, whose state the first `Accelerator` of a process sets up."""
+    if parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available():
+        return torch.device("cpu")
+    return torch.accelerator.current_accelerator()
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:
@@ -54,7 +61,7 @@ def choose_dtype(name: str = "auto", device: torch.device | None = None) -> str:
     """
     if name not in DTYPES:
         raise ValueError(f"`dtype` must be one of {', '.join(DTYPES)}, but is {name!r}.")
-    device = PartialState().device if device is None else device
+    device = default_device() if device is None else device
     if name == "auto":
         return "bfloat16" if multiplies_bfloat16(device) else "float32"
     _warn_of_emulation(name == "bfloat16", device)
@@ -74,7 +81,7 @@ def choose_mixed_precision(name: str = "auto", device: torch.device | None = Non
     """
     if name not in MIXED_PRECISIONS:
         raise ValueError(f"`mixed_precision` must be one of {', '.join(MIXED_PRECISIONS)}, but is {name!r}.")
-    device = PartialState().device if device is None else device
+    device = default_device() if device is None else device
     if name == "auto" and (name := os.environ.get("ACCELERATE_MIXED_PRECISION", "no")) == "no":
         return "bf16" if multiplies_bfloat16(device) else "no"
     _warn_of_emulation(name == "bf16", device)
