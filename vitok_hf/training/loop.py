@@ -170,7 +170,8 @@ class Trainer:
     def train(self) -> None:
         """Trains to `max_train_steps`, or for `max_minutes`; ends with a checkpoint and, after all steps, `finish`."""
         args = self.args
-        log = Log(self.accelerator, self.output_dir, args.tracker_project_name, vars(args))
+        settings = vars(args) | {"mixed_precision": self.accelerator.mixed_precision}  # what "auto" stands for
+        log = Log(self.accelerator, self.output_dir, args.tracker_project_name, settings)
         finished = stop = self.step >= args.max_train_steps
         if finished:  # a run that may have broken off after its last checkpoint
             logger.warning(
