@@ -67,6 +67,27 @@ class TestTiling:
         vae.enable_tiling(64)
         torch.testing.assert_close(vae(x).sample, expected, rtol=0, atol=1e-6)
 
+    @pytest.mark.parametrize(
+        "q, factor, overlap", [(8, 0.25, 1), (4, 0.25, 1), (2, 0.25, 2), (8, 0.0, 0), (16, 0.5, 0)]
+    )
+    def test_tiles_of_two_latent_frames_overlap(self, q, factor, overlap):
+        vae = make_vae("video", temporal_patch_size=q, sample_frames=16, sample_size=8)
+        vae.enable_tiling(tile_overlap_factor=factor)
+        assert vae.tiling.sizes == (16 // q, 2, 2)
+        assert vae.tiling.overlaps == (overlap, *[1 if factor else 0] * 2)
+
+    @torch.no_grad()
+    def test_blended_codes_are_normalized(self):
+        """As all codes of v2 are: each latent has zero mean and unit variance over its channels."""
+        vae = make_vae("v2", temporal_patch_size=2, sample_frames=4)
+        video = torch.rand(1, 3, 8, 24, 24) * 2 - 1
+        vae.enable_tiling(16, 4, 0.5)
+        latents = vae.encode(video).latent_dist.mode()
+        assert latents.shape == (1, 4, 4, 3, 3)
+        for codes in (latents, vae.encode([video[0]]).latent_dist.mode()[0][None], *vae.encode_stream([video])):
+            assert codes.mean(dim=1).abs().max() < 1e-5
+            assert (codes.var(dim=1, unbiased=False) - 1).abs().max() < 1e-3
+
     @torch.no_grad()
     def test_lists_and_slices(self, vae):
         vae.enable_tiling(16, tile_overlap_factor=0.5)

@@ -3,6 +3,7 @@ import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch.distributions import Normal, kl_divergence
 
+from tests.conftest import make_input, make_vae
 from vitok_hf.models.posterior import ViTokPosterior
 
 
@@ -41,6 +42,23 @@ class TestGaussian:
         batch = posterior.sample([torch.Generator().manual_seed(seed) for seed in (1, 2)])
         alone = ViTokPosterior(parameters[1:]).sample([torch.Generator().manual_seed(2)])
         torch.testing.assert_close(batch[1:], alone)
+
+    @torch.no_grad()
+    @pytest.mark.parametrize("sample_posterior", [True, False])
+    def test_compiled_for_other_sizes(self, sample_posterior):
+        vae = make_vae("v1")
+
+        def run(x):
+            posterior = vae.encode(x).latent_dist
+            return posterior.sample(), vae(x, sample_posterior=sample_posterior).sample, posterior.kl()
+
+        compiled = torch.compile(run, backend="eager", fullgraph=True)
+        for height, width in ((16, 16), (24, 32), (8, 40)):
+            outputs = []
+            for function in (run, compiled):
+                torch.manual_seed(0)
+                outputs.append(function(make_input(vae, 2, height, width)))
+            torch.testing.assert_close(*outputs)
 
     def test_half_precision_is_computed_in_float32(self, parameters):
         posterior = ViTokPosterior(parameters.bfloat16() * 8)

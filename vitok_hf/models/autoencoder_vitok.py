@@ -117,7 +117,6 @@ class AutoencoderViTok(ModelMixin, MemoryMixin, AutoencoderMixin, AttentionMixin
                 encoder_num_attention_heads,
                 mlp_ratio,
                 final_norm,
-                normalize_output=latent_norm,
                 **block_kwargs,
             )
         if component != "encoder":
@@ -288,7 +287,6 @@ class AutoencoderViTok(ModelMixin, MemoryMixin, AutoencoderMixin, AttentionMixin
         items = dict(zip(itertools.chain(*groups.values()), itertools.chain(*outputs)))
         return [items[index] for index in range(len(x))]
 
-    @apply_forward_hook
     def encode(
         self, x: torch.Tensor | list[torch.Tensor], return_dict: bool = True
     ) -> AutoencoderKLOutput | tuple[ViTokPosterior]:
@@ -308,6 +306,16 @@ class AutoencoderViTok(ModelMixin, MemoryMixin, AutoencoderMixin, AttentionMixin
         Raises:
             ValueError: If the number of channels, the height, the width or the number of frames does not fit.
         """
+        parameters = self._encode(x)
+        if isinstance(x, torch.Tensor):
+            posterior = self._posterior(parameters)
+        else:
+            posterior = PosteriorList([self._posterior(item.unsqueeze(0)) for item in parameters])
+        return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
+
+    @apply_forward_hook
+    def _encode(self, x: torch.Tensor | list[torch.Tensor]) -> torch.Tensor | list[torch.Tensor]:
+        """The parameters of the posteriors."""
         self._check_component("encoder")
         config, p = self.config, self.config.patch_size
         if not isinstance(x, torch.Tensor):
@@ -315,14 +323,14 @@ class AutoencoderViTok(ModelMixin, MemoryMixin, AutoencoderMixin, AttentionMixin
         check_input(
             "x", x, config.in_channels, (config.temporal_patch_size, p), needs_frames=config.temporal_patch_size > 1
         )
-        parameters = self._run(self.encoder, x, self._pixel_steps, (1, 1, 1))
-        if isinstance(x, torch.Tensor):
-            posterior = ViTokPosterior(parameters, deterministic=not config.variational)
-        else:
-            posterior = PosteriorList(
-                [ViTokPosterior(item.unsqueeze(0), deterministic=not config.variational) for item in parameters]
-            )
-        return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
+        return self._run(self.encoder, x, self._pixel_steps, (1, 1, 1))
+
+    def _posterior(self, parameters: torch.Tensor) -> ViTokPosterior:
+        """Of (B, 2 c, ...), or (B, c, ...) if it is deterministic."""
+        if self.config.latent_norm:  # here and not in the tower: blends of normalised codes are not normalised
+            normalized = F.layer_norm(parameters.movedim(1, -1).float(), (self.config.latent_channels,), eps=1e-6)
+            parameters = normalized.movedim(-1, 1).to(parameters.dtype)
+        return ViTokPosterior(parameters, deterministic=not self.config.variational)
 
     @apply_forward_hook
     def decode(

@@ -17,7 +17,6 @@ from diffusers.models.attention import AttentionModuleMixin, FeedForward
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from einops import rearrange
 from torch import nn
-from torch.nn import functional as F
 
 
 def patchify(video: torch.Tensor, temporal_patch_size: int, patch_size: int, frames_per_item: int) -> torch.Tensor:
@@ -291,11 +290,9 @@ class ViTokTower(nn.Module):
         num_heads: int,
         mlp_ratio: float,
         final_norm: bool,
-        normalize_output: bool = False,
         **block_kwargs: Any,
     ):
         super().__init__()
-        self.normalize_output = normalize_output
         self.head_dim = hidden_size // num_heads
         self.proj_in = nn.Linear(in_features, hidden_size)
         self.transformer_blocks = nn.ModuleList(
@@ -325,7 +322,4 @@ class ViTokTower(nn.Module):
                 hidden_states = self._gradient_checkpointing_func(block, hidden_states, rotary_emb, packing)
             else:
                 hidden_states = block(hidden_states, rotary_emb, packing)
-        output = self.proj_out(self.norm_out(hidden_states))
-        if self.normalize_output:
-            output = F.layer_norm(output.float(), output.shape[-1:], eps=1e-6).to(output.dtype)
-        return unpack(output, packing)
+        return unpack(self.proj_out(self.norm_out(hidden_states)), packing)

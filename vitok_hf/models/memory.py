@@ -112,7 +112,7 @@ def make_tiling(
     if not 0.0 <= overlap_factor <= 0.5:
         raise ValueError(f"`tile_overlap_factor` must be from 0 to 0.5, but is {overlap_factor}.")
     sizes = (frames // config.temporal_patch_size, size // config.patch_size, size // config.patch_size)
-    overlaps = [int(overlap_factor * tokens) for tokens in sizes]
+    overlaps = [max(int(overlap_factor * tokens), min(tokens // 2, 1)) if overlap_factor else 0 for tokens in sizes]
     return Tiling(sizes, (0 if config.is_image_model else overlaps[0], *overlaps[1:]))
 
 
@@ -134,7 +134,8 @@ class MemoryMixin:
             tile_sample_min_size: Height and width of a tile in pixels, by default twice `config.sample_size`.
             tile_sample_min_frames: Frames of a tile, by default `config.sample_frames`, or 16 for an image model,
                 whose frames are independent and do not overlap.
-            tile_overlap_factor: The share of a tile that it has in common with the next, at most 0.5.
+            tile_overlap_factor: The share of a tile that it has in common with the next, at most 0.5; rounded down to
+                whole tokens, but at least one where a tile has two, unless it is 0.
 
         Raises:
             ValueError: If a tile is smaller than a patch, or the overlap is negative or more than a half.
@@ -156,7 +157,8 @@ class MemoryMixin:
             Modes of the posterior, (B, c, t, H/p, W/p), that follow one another in time.
         """
         steps = (self.config.temporal_patch_size, 1, 1), (1, 1, 1)
-        yield from self._stream(lambda window: self.encode(window).latent_dist.mode(), pieces, *steps)
+        for parameters in self._stream(self._encode, pieces, *steps):
+            yield self._posterior(parameters).mode()
 
     def decode_stream(self, pieces: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
         """Decodes latents of any length in memory that does not grow with it; see `encode_stream`.

@@ -28,7 +28,11 @@ class ViTokPosterior(DiagonalGaussianDistribution):
         """A sample (B, c, ...); a list holds one generator for each item of the batch."""
         if self.deterministic:
             return self.mode()
-        noise = randn_tensor(self.mean.shape, generator=generator, device=self.mean.device, dtype=self.mean.dtype)
+        options = {"device": self.mean.device, "dtype": self.mean.dtype}
+        if generator is None:  # `randn_tensor` breaks compilation for other sizes
+            noise = torch.randn(self.mean.shape, **options)
+        else:
+            noise = randn_tensor(self.mean.shape, generator=generator, **options)
         return (self.mean + self.std * noise).to(self.parameters.dtype)
 
     def mode(self) -> torch.Tensor:
