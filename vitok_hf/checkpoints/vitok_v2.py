@@ -155,8 +155,8 @@ def guess_variant(headers: dict[str, Header]) -> str | None:
     else:
         pixels, channels = headers["decoder"]["to_pixels.weight"][0], headers["decoder"]["decoder_embed.weight"][1]
     some_size = next(iter(sizes.values()))
-    encoder, decoder = sizes.get("encoder", some_size), sizes.get("decoder", some_size)
-    return f"{encoder}-{decoder}/1x{round((pixels / 3) ** 0.5)}x{channels}"
+    towers = dict.fromkeys(sizes.get(tower, some_size) for tower in TOWERS)  # equal ones are named once
+    return f"{'-'.join(towers)}/1x{round((pixels / 3) ** 0.5)}x{channels}"
 
 
 def find_variant(name_or_path: str | os.PathLike, subfolder: str | None, headers: dict[str, Header]) -> str:

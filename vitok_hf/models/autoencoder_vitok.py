@@ -191,8 +191,8 @@ class AutoencoderViTok(ModelMixin, MemoryMixin, AutoencoderMixin, AttentionMixin
         """A model with random weights by its published name.
 
         Args:
-            variant: `"S-B/16"` or `"S-B/4x8"` (the paper: ENC-DEC/p, ENC-DEC/qxp), or `"Ld4-Ld24/1x16x64"`
-                (ViTok-v2: ENC-DEC/qxpxc).
+            variant: `"S-B/16"` or `"S-B/4x8"` (the paper: ENC-DEC/p, ENC-DEC/qxp), or `"Ld4-Ld24/1x16x64"` or
+                `"B/1x16x64"` (ViTok-v2: ENC-DEC/qxpxc, or one size for both towers).
             kwargs: Constructor arguments, which take precedence.
 
         Raises:
