@@ -95,6 +95,14 @@ class TestVariant:
         with pytest.raises(ValueError, match="cannot be told from its name"):
             find_variant("someone/ViTok-v2-350M-f16x320", None, {"encoder": {}})
 
+    @pytest.mark.parametrize(
+        "name", ["ViTok-v2-350M-f16x64-video", "my-ViTok-v2-350M-f16x64", "ViTok-v2-350M-f16x64/runs/1/a"]
+    )
+    def test_part_of_a_name_tells_nothing(self, name):
+        """A model of 4 x 8 x 8 pixels has the shapes of one of 1 x 16 x 16."""
+        with pytest.raises(ValueError, match="cannot be told from its name"):
+            find_variant(f"someone/{name}", None, {"encoder": {}})
+
     @pytest.mark.parametrize("towers", [["encoder", "decoder"], ["encoder"], ["decoder"]])
     def test_guess(self, towers):
         guess = guess_variant({tower: read_header(GOLDEN / f"{tower}.safetensors") for tower in towers})
