@@ -187,7 +187,7 @@ class Trainer:
         checkpoint = find_checkpoint(self.output_dir, resumed) if resumed else None
         changes = note_inputs(self.output_dir, *self.inputs(), checkpoint and checkpoint.parent)
         if changes:
-            logger.warning('"%s" was trained with %s.', checkpoint, "; ".join(changes))
+            logger.warning('Going on from "%s", but its run was last started with %s.', checkpoint, "; ".join(changes))
 
     def train(self) -> None:
         """Trains to `max_train_steps`, or for `max_minutes`; ends with a checkpoint and, after all steps, `finish`."""
