@@ -7,7 +7,7 @@ in class folders, and a short live-action clip. Unless `--include_share_alike` i
 pictures under CC0, CC-BY, Apache-2.0, MIT or in the public domain; the test side is always full. `CREDITS.md` lists
 sources and licences. Finished files are skipped, so a stopped run can be repeated, with the same options.
 
-Needs this package, `pip install av pillow tqdm resvg-py==0.5.0`, `npm` for emoji, `apt-get` and `dpkg-deb` for photos and the clip.
+Needs this package, `resvg-py==0.5.0` and `npm` for emoji, `apt-get` and `dpkg-deb` for photos and the clip.
 """
 
 import argparse

@@ -119,16 +119,9 @@ def write_latents(
         ValueError: If the folder has a cache of other files or settings, or a finished shard has changed.
     """
     folder, num_frames = Path(folder), vae.config.sample_frames
-    settings = {
-        "format": FORMAT,
-        "vae_sha256": fingerprint(vae),
-        "classes": files.classes,
-        "resolution": resolution,
-        "num_frames": num_frames,
-        "fps": fps,
-        "dtype": str(dtype).removeprefix("torch."),
-        "shard_size": shard_size,
-    }
+    settings = {"format": FORMAT, "vae_sha256": fingerprint(vae), "classes": files.classes}
+    settings |= {"resolution": resolution, "num_frames": num_frames, "fps": fps}
+    settings |= {"dtype": str(dtype).removeprefix("torch."), "shard_size": shard_size}
     index = {"vae": name} | settings | {"num_shards": -(-len(files) // shard_size), "shards": {}}
     path, paths = folder / "index.json", [item.source for item in files.items]
     if path.is_file() and (stored := json.loads(path.read_text())).get("format") == FORMAT:
