@@ -1,5 +1,7 @@
 """Writes the latents of pictures by class, for `train_dit.py --latents_dir`; goes on where it was interrupted.
 
+Files and settings must then be the same; data that were moved as a whole are. What could not be read is tried again.
+
     python examples/cache_latents.py --vae_name_or_path vitok-tiny-f8x8 --train_data_dir pictures --resolution 64 \
         --output_dir latents
 
@@ -53,7 +55,8 @@ def main():
         getattr(torch, args.dtype),
         args.num_workers,
     )
-    items, skipped = (sum(shard[key] for shard in index["shards"].values()) for key in ("num_items", "skipped"))
+    shards = index["shards"].values()
+    items, skipped = sum(shard["num_items"] for shard in shards), sum(len(shard["skipped"]) for shard in shards)
     print(f"{items} latents of {len(files.classes)} classes in {args.output_dir}; {skipped} files could not be read")
 
 

@@ -40,7 +40,8 @@ from vitok_hf.evaluation.protocol import Protocol
 from vitok_hf.evaluation.reconstruction import reconstruct
 from vitok_hf.evaluation.results import Result, save_results
 from vitok_hf.precision import DTYPES, choose_dtype
-from vitok_hf.training.checkpointing import claim_folder, weights_checksum
+from vitok_hf.training.checkpointing import weights_checksum
+from vitok_hf.training.claims import claim_folder
 from vitok_hf.training.latent_data import LabelledFiles
 
 
@@ -128,8 +129,12 @@ def generate(pipe: ViTokDiTPipeline, counts: np.ndarray, args: argparse.Namespac
     """The folder with `counts[label]` samples of each class; those of an interrupted run count."""
     options = {name: getattr(args, name) for name in ("guidance_scale", "guidance_rescale", "num_inference_steps")}
     settings = options | {"seed": args.seed, "dtype": args.dtype, "counts": counts.tolist()}
-    settings["transformer_sha256"] = weights_checksum(pipe.transformer, dict(pipe.scheduler.config))
-    settings["vae_sha256"] = weights_checksum(pipe.vae)
+    scheduler = {name: value for name, value in pipe.scheduler.config.items() if not name.startswith("_")}
+    settings |= {"scheduler": {"name": type(pipe.scheduler).__name__} | scheduler, "id2label": pipe.config.id2label}
+    settings |= {
+        f"{name}_sha256": weights_checksum(pipe.components[name], pipe.components[name].config)
+        for name in ("transformer", "vae")
+    }
     folder = args.output_dir / "samples"
     claim_folder(folder, settings)
     class_ids = np.repeat(np.arange(len(counts)), counts).tolist()

@@ -5,9 +5,9 @@
 Four sets with fixed splits (tables in `examples/demo_data/`): frames of the film Big Buck Bunny, photos, emoji
 in class folders, and a short live-action clip. Unless `--include_share_alike` is given, the training side holds only
 pictures under CC0, CC-BY, Apache-2.0, MIT or in the public domain; the test side is always full. `CREDITS.md` lists
-sources and licences. Finished files are skipped, so a stopped run can be repeated.
+sources and licences. Finished files are skipped, so a stopped run can be repeated, with the same options.
 
-Needs `pip install av pillow tqdm resvg-py==0.5.0`, `npm` for emoji, `apt-get` and `dpkg-deb` for photos and the clip.
+Needs this package, `resvg-py==0.5.0` and `npm` for emoji, `apt-get` and `dpkg-deb` for photos and the clip.
 """
 
 import argparse
@@ -26,6 +26,8 @@ from demo_data.download import cannot_build, debian_tree, fetch, save_as
 from demo_data.emoji import EMOJI_STYLES, prepare_emoji
 from PIL import Image
 from tqdm import tqdm
+
+from vitok_hf.training.claims import claim_folder
 
 
 TABLES = Path(__file__).parent / "demo_data"
@@ -179,6 +181,9 @@ def main() -> None:
     for name in ("frame_stride", "emoji_size", "num_workers"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} is {getattr(args, name)}; give at least 1")
+    settings = {name: getattr(args, name) for name in ("frame_stride", "emoji_size", "include_share_alike")}
+    packages = [FILM_SDIST, CLIP_PACKAGE, *(package for package, *_ in EMOJI_STYLES.values())]
+    claim_folder(args.output_dir, settings | {"packages": packages})
     cache = args.output_dir.resolve() / ".downloads"
     cache.mkdir(parents=True, exist_ok=True)
 

@@ -19,7 +19,7 @@ from demo_data.download import save_as
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from vitok_hf.training.checkpointing import claim_folder
+from vitok_hf.training.claims import claim_folder
 from vitok_hf.training.media import IMAGE_SUFFIXES, list_files, load_image
 
 
@@ -102,7 +102,7 @@ def main():
         raise ValueError(f'`exclude` {args.exclude} leaves no drawing of "{args.drawings}": name fewer.')
 
     settings = {name: getattr(args, name) for name in ("seed", "num_frames", "size")}
-    claim_folder(args.output_dir, settings | {"drawings": len(drawings)})
+    claim_folder(args.output_dir, settings, drawings)
     for number, motion in enumerate(MOTIONS):
         for index in tqdm(range(args.clips_per_class), desc=motion):
             rng = np.random.default_rng((args.seed, number, index))

@@ -35,10 +35,12 @@ from PIL import Image
 from vitok_hf import AutoencoderViTok
 from vitok_hf.evaluation.features import Classifier, frechet_distance
 from vitok_hf.evaluation.reconstruction import evaluate_reconstruction
-from vitok_hf.training.checkpointing import claim_folder, list_checkpoints, write_json
+from vitok_hf.training.checkpointing import list_checkpoints, write_json
+from vitok_hf.training.claims import claim_folder
 from vitok_hf.training.cropping import CropSettings
 from vitok_hf.training.data import iterate_pixels, make_dataset
-from vitok_hf.training.media import load_evaluation_images
+from vitok_hf.training.media import list_files, load_evaluation_images
+from vitok_hf.training.sources import parse_source
 
 
 SIZE = 64  # pixels a side
@@ -86,16 +88,17 @@ METRICS = {
     "log2_frechet_distance": "log2 of Frechet distance",
 }
 
-SETTINGS = (
-    "train_data_dir",
-    "num_crops",
-    "max_train_steps",
-    "train_batch_size",
-    "learning_rate",
-    "test_data_dir",
-    "limit",
-    "classifier",
-)
+SETTINGS = ("num_crops", "max_train_steps", "train_batch_size", "learning_rate", "limit")
+
+
+def claim(args: argparse.Namespace) -> None:
+    """Raises `ValueError` if the output folder has runs of other settings or pictures."""
+    sources = [parse_source(source) for source in args.train_data_dir]
+    places = [folder for folder, _ in sources] + args.test_data_dir
+    files = [file for place in places for file in list_files(place)]
+    settings = {name: getattr(args, name) for name in SETTINGS}
+    settings |= {"weights": [weight for _, weight in sources], "classifier": args.classifier is not None}
+    claim_folder(args.output_dir, settings, files + [args.classifier] * settings["classifier"])
 
 
 def cut_crops(args: argparse.Namespace) -> Path:
@@ -281,7 +284,7 @@ def main():
     parser.add_argument("--max_minutes", type=float, help="stop after this time; the same command goes on")
     parser.add_argument("--output_dir", type=Path, default=Path("study"))
     args = parser.parse_args()
-    claim_folder(args.output_dir, {name: getattr(args, name) for name in SETTINGS})
+    claim(args)
     left = run(args)
     report(args)
     print(f"{left} runs are left: run the same command again." if left else "All runs are finished.")

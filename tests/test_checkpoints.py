@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -7,8 +8,9 @@ import torch
 from diffusers import DiffusionPipeline
 
 import vitok_hf
-from tests.conftest import ASSETS, assert_close
-from vitok_hf import AutoencoderViTok, ViTokDiTPipeline, checkpoints
+from tests.conftest import ASSETS, assert_close, make_vae
+from vitok_hf import AutoencoderViTok, ViTokDiTModel, ViTokDiTPipeline, checkpoints
+from vitok_hf.evaluation.autoencoders import load_autoencoder
 from vitok_hf.evaluation.generation import generate_samples
 from vitok_hf.evaluation.metrics import high_frequency_energy, psnr
 from vitok_hf.evaluation.reconstruction import patch_border_ratio, reconstruct, reconstruct_in_tiles
@@ -29,6 +31,85 @@ def test_folders_go_before_bundled_names(tmp_path, monkeypatch):
     assert Path(checkpoints.resolve_bundled(Path("vitok-tiny-f8x8"))).is_dir()
     Path("vitok-tiny-f8x8").mkdir()
     assert checkpoints.resolve_bundled("vitok-tiny-f8x8") == "vitok-tiny-f8x8"
+
+
+class TestStandIn:
+    """A folder without weights that names a bundled model."""
+
+    @pytest.fixture
+    def copy(self, tmp_path):
+        """A copy of the bundled pipeline, and a function that changes the config of its autoencoder."""
+        shutil.copytree(checkpoints.resolve_bundled("vitok-dit-emoji"), tmp_path / "copy")
+        path = tmp_path / "copy" / "vae" / "config.json"
+
+        def change(**values):
+            config = json.loads(path.read_text()) | values
+            path.write_text(json.dumps({key: value for key, value in config.items() if value != "left out"}))
+
+        return tmp_path / "copy", change
+
+    @pytest.mark.parametrize(
+        "key, value, bundled",
+        [
+            ("latents_std", [9.0] * 8, r"\[1.287\d*, .*\]"),
+            ("decoder_num_layers", 7, "5"),
+            ("mlp_ratio", "left out", "2.6"),
+        ],
+    )
+    def test_a_config_that_differs(self, copy, key, value, bundled):
+        folder, change = copy
+        change(**{key: value})
+        shown = None if value == "left out" else re.escape(str(value))
+        message = f'takes those of the bundled "vitok-tiny-f8x8".* differ: {key} is {shown}, bundled {bundled}'
+        for load in (ViTokDiTPipeline.from_pretrained, DiffusionPipeline.from_pretrained):
+            with pytest.raises(ValueError, match=message):
+                load(folder)
+        for place in ({"subfolder": "vae"}, {}):
+            with pytest.raises(ValueError, match=message):
+                AutoencoderViTok.from_pretrained(folder if place else folder / "vae", **place)
+
+    def test_only_the_key_counts(self, copy):
+        """Not the name that diffusers notes, nor that of the folder."""
+        folder, change = copy
+        change(_name_or_path="elsewhere", sample_frames=1)
+        (folder / "vae").rename(folder / "autoencoder")
+        assert AutoencoderViTok.from_pretrained(folder, subfolder="autoencoder").config.latents_std[0] > 1.28
+        (folder / "autoencoder").rename(folder / "vae")
+        change(_name_or_path="vitok-tiny-f8x8", _bundled="left out")
+        with pytest.raises(OSError, match="diffusion_pytorch_model"):
+            AutoencoderViTok.from_pretrained(folder, subfolder="vae")
+        change(_bundled="vitok-tiny")
+        with pytest.raises(ValueError, match=r'has "_bundled": "vitok-tiny" .* there is only \[.*"?vitok-tiny-f8x8'):
+            AutoencoderViTok.from_pretrained(folder, subfolder="vae")
+
+    def test_weights_go_first(self, copy):
+        folder, change = copy
+        make_vae("v1").save_pretrained(folder / "vae")
+        change(_bundled="vitok-tiny-f8x8")
+        assert AutoencoderViTok.from_pretrained(folder, subfolder="vae").config.latent_channels == 4
+
+
+class TestPlaces:
+    @pytest.fixture
+    def folder(self, tmp_path):
+        make_vae("v1").save_pretrained(tmp_path)
+        make_vae("v1", latents_mean=[3.0] * 4).save_pretrained(tmp_path / "vae")
+        return tmp_path
+
+    @pytest.mark.parametrize("load", [AutoencoderViTok.from_pretrained, load_autoencoder])
+    def test_a_subfolder_that_is_not_there(self, folder, load):
+        assert load(folder, subfolder="vae").config.latents_mean == [3.0] * 4
+        with pytest.raises(ValueError, match=r"""has no folder "vea": `subfolder` may be one of \['vae'\]"""):
+            load(folder, subfolder="vea")
+
+    def test_of_a_transformer(self):
+        with pytest.raises(ValueError, match=r"""no folder "dit": .* \['transformer', 'vae'\]"""):
+            ViTokDiTModel.from_pretrained("vitok-dit-emoji", subfolder="dit")
+
+    @pytest.mark.parametrize("load", [AutoencoderViTok, ViTokDiTModel])
+    def test_a_pipeline_is_no_model(self, load):
+        with pytest.raises(ValueError, match=r"""is a pipeline: .* by `subfolder`, one of \['transformer', 'vae'\]"""):
+            load.from_pretrained("vitok-dit-emoji")
 
 
 # what the checkpoint reaches at 256 pixels, in dB
@@ -119,11 +200,9 @@ class TestGenerator:
     def test_files(self):
         folder = Path(checkpoints.resolve_bundled("vitok-dit-emoji"))
         assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) < 40 * 2**20
-        # its own statistics would be ignored: the weights and the config are those of the autoencoder
         config = json.loads((folder / "vae" / "config.json").read_text())
-        assert config == json.loads(
-            Path(checkpoints.resolve_bundled(config["_name_or_path"]), "config.json").read_text()
-        )
+        assert config.pop("_bundled") == "vitok-tiny-f8x8"
+        assert config == json.loads(Path(checkpoints.resolve_bundled("vitok-tiny-f8x8"), "config.json").read_text())
 
     def test_shares_the_autoencoder(self, pipe, vae):
         assert set(pipe.labels) == {"face", "hand", "person", "animal", "food", "transport", "place", "flag"}
@@ -140,12 +219,15 @@ class TestGenerator:
         monkeypatch.chdir(folder.parent)
         for path in ("vitok-dit-emoji", "../checkpoints/vitok-dit-emoji", tmp_path / "copy", tmp_path / "link"):
             loaded = ViTokDiTPipeline.from_pretrained(path).vae
+            by_diffusers = DiffusionPipeline.from_pretrained(path).vae
             alone = AutoencoderViTok.from_pretrained(path, subfolder="vae")
-            for weights in (loaded, alone):
+            direct = AutoencoderViTok.from_pretrained(Path(path, "vae"))
+            for weights in (loaded, by_diffusers, alone, direct):
                 assert torch.equal(weights.decoder.proj_out.weight, vae.decoder.proj_out.weight)
 
     def test_saves_all_of_it(self, pipe, tmp_path):
         pipe.save_pretrained(tmp_path)
+        assert "_bundled" not in json.loads((tmp_path / "vae" / "config.json").read_text())
         again = DiffusionPipeline.from_pretrained(tmp_path)
         options = {"class_labels": "flag", "num_inference_steps": 2, "output_type": "np", "return_dict": False}
         images = [p(generator=torch.Generator().manual_seed(0), **options)[0] for p in (pipe, again)]

@@ -175,6 +175,14 @@ class TestGenerate:
 
         with pytest.raises(ValueError, match="num_inference_steps 2, not 3: name another folder"):
             run_example(*command, "--num_inference_steps", "3")
+        vae = AutoencoderViTok.from_pretrained(pipeline / "vae")
+        std = vae.config.latents_std
+        vae.register_to_config(latents_std=[9.0] * 4)  # with the same weights, other pictures
+        vae.save_pretrained(pipeline / "vae")
+        with pytest.raises(ValueError, match=r'samples" has results with vae_sha256 \w{64}, not \w{64}: name another'):
+            run_example(*command)
+        vae.register_to_config(latents_std=std)
+        vae.save_pretrained(pipeline / "vae")
         launched = launch_example(*command, "--output_dir", "shared", "--batch_size", "2", folder=tmp_path)
         numbers = [re.findall(r"\d+\.\d+", text) for text in (out, launched)]
         assert len(numbers[0]) > 10
@@ -292,6 +300,15 @@ class TestDemoData:
         assert picture.size == (8, 8)
         assert picture.getpixel((1, 4)) == (255, 0, 0) and picture.getpixel((6, 4)) == (255, 255, 255)
         assert "empty" in render_emoji((svg.replace(b"#f00", b"#fff"), tmp_path / "y.png", 8))
+
+    def test_other_options_in_one_folder(self, run_example, tmp_path, monkeypatch):
+        """Finished files are skipped: they must be what is asked for."""
+        monkeypatch.setattr("demo_data.emoji.prepare_emoji", lambda *args: [])
+        command = ("prepare_demo_data.py", "--output_dir", tmp_path / "data", "--sets", "emoji")
+        for _ in range(2):
+            assert "0 problems" in run_example(*command, "--emoji_size", 64)
+        with pytest.raises(ValueError, match="has results with emoji_size 64, not 256: name another folder"):
+            run_example(*command)
 
     def test_missing_tools_are_named(self, tmp_path, monkeypatch):
         from demo_data.download import run

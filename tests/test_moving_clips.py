@@ -67,6 +67,13 @@ class TestClips:
                 *("prepare_moving_clips.py", "--drawings", drawings, "--output_dir", "one", "--clips_per_class", 2),
                 *("--seed", 5),
             )
+        mirrored = Image.fromarray(make_drawing()[:, ::-1])
+        mirrored.save(drawings / "a_face.png")
+        with pytest.raises(ValueError, match=r"has results with other files, 1 changed \(a_face.png\)"):
+            run_example(
+                *("prepare_moving_clips.py", "--drawings", drawings, "--output_dir", "one", "--clips_per_class", 2),
+                *("--seed", 3),
+            )
         one, same, other = (load_evaluation_images(tmp_path / name, 64, 12, 8) for name in ("one", "same", "other"))
         assert one.shape == (12, 3, 8, 64, 64)
         assert torch.equal(one, same) and not torch.equal(one, other)

@@ -75,6 +75,20 @@ class TestV2:
         assert config["encoder_num_attention_heads"] == 8 and config["mlp_ratio"] == 4.0
         assert (config["decoder_hidden_size"], config["decoder_num_layers"]) == (64, 2)
 
+    @pytest.mark.parametrize("size, width, layers, heads", [("B", 768, 12, 12), ("w192_d2_h2", 192, 2, 2)])
+    def test_one_size_for_both_towers(self, size, width, layers, heads):
+        config = variant_to_config(f"{size}/1x32x128")
+        for tower in ("encoder", "decoder"):
+            names = ("hidden_size", "num_layers", "num_attention_heads")
+            assert [config[f"{tower}_{name}"] for name in names] == [width, layers, heads]
+        assert (config["temporal_patch_size"], config["patch_size"], config["latent_channels"]) == (1, 32, 128)
+        assert config == variant_to_config(f"{size}-{size}/1x32x128")
+        assert config["latent_norm"] and not config["variational"]
+
+    def test_one_size_with_a_ratio(self):
+        assert variant_to_config("Bd2m4/2x8x16") == variant_to_config("Bd2m4-Bd2m4/2x8x16")
+        assert variant_to_config("Bd2m4/2x8x16")["mlp_ratio"] == 4.0
+
     @pytest.mark.parametrize("width, inner", [(64, 176), (1024, 2736), (3072, 8208)])
     def test_inner_width(self, width, inner):
         vae = on_meta(f"w{width}_d1_h4-w64_d1_h4/1x8x16")
@@ -90,10 +104,29 @@ class TestV2:
 
 @pytest.mark.parametrize(
     "variant",
-    ["", "S-B", "X-B/16", "S-B/16x", "S-B/1x2x3x4", "Z-L/1x16x64", "w64_d2-w64_d2_h4/1x8x16", "Ld-L/1x16x64"],
+    [
+        "",
+        "S-B",
+        "X-B/16",
+        "Z/1x16x64",
+        "B-/1x16x64",
+        "-B/1x16x64",
+        "w64_d2/1x8x16",
+        "S-B/16x",
+        "S-B/1x2x3x4",
+        "Z-L/1x16x64",
+        "w64_d2-w64_d2_h4/1x8x16",
+        "Ld-L/1x16x64",
+    ],
 )
 def test_unknown_variants(variant):
     with pytest.raises(ValueError, match="known names|cannot be read"):
+        AutoencoderViTok.from_variant(variant)
+
+
+@pytest.mark.parametrize("variant", ["S/16", "B/4x8"])
+def test_names_of_the_paper_have_two_sizes(variant):
+    with pytest.raises(ValueError, match='"ENC-DEC/p".* where one size, as "B/1x16x64", is that of both towers'):
         AutoencoderViTok.from_variant(variant)
 
 

@@ -83,6 +83,31 @@ class TestRuns:
         with pytest.raises(ValueError, match="max_train_steps 2, not 3: name another folder"):
             study(max_train_steps=3)
 
+    def test_other_pictures(self, study, monkeypatch, tmp_path):
+        """Neither finished runs nor the crops are those of other pictures."""
+
+        def train(point, seed, folder, args, minutes):
+            assert len(list(scaling_study.cut_crops(args).iterdir())) == 200
+            AutoencoderViTok(**point.model_config()).save_pretrained(folder / "vae")
+            return True
+
+        monkeypatch.setattr(scaling_study, "train", train)
+        _, rows = study()
+        with pytest.raises(
+            ValueError, match=r"with num_crops 150, not 300; weights \[None\], not \[0.5\]: name another"
+        ):
+            study(num_crops=300, train_data_dir=f"{tmp_path / 'train'}:0.5")
+        picture, good = tmp_path / "train" / "001.png", (tmp_path / "train" / "001.png").read_bytes()
+        Image.new("RGB", (40, 32), "red").save(picture)
+        with pytest.raises(ValueError, match=r"with other files, 1 changed \(train/001.png\): name another folder"):
+            study()
+        picture.write_bytes(good)
+        (tmp_path / "test" / "002.png").rename(tmp_path / "test" / "003.png")
+        with pytest.raises(ValueError, match=r"1 missing \(test/002.png\), 1 new \(test/003.png\)"):
+            study()
+        (tmp_path / "test" / "003.png").rename(tmp_path / "test" / "002.png")
+        assert study()[1] == rows
+
     @pytest.mark.slow
     def test_trains(self, study, monkeypatch, tmp_path):
         monkeypatch.setitem(scaling_study.STUDIES, "encoder", [Point(16, 2, 1, 1)])

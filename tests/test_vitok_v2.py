@@ -16,6 +16,8 @@ from tests.conftest import GOLDEN, make_vae
 from vitok_hf import AutoencoderViTok
 from vitok_hf.checkpoints.vitok_v2 import find_variant, guess_variant, read_header
 from vitok_hf.presets import V2_REPOSITORIES, variant_to_config
+from vitok_hf.training.arguments import AutoencoderArguments
+from vitok_hf.training.autoencoder import load_model
 
 
 VARIANT = json.loads((GOLDEN / "variant.json").read_text())["variant"]
@@ -93,12 +95,50 @@ class TestVariant:
         with pytest.raises(ValueError, match="cannot be told from its name"):
             find_variant("someone/ViTok-v2-350M-f16x320", None, {"encoder": {}})
 
+    @pytest.mark.parametrize(
+        "name", ["ViTok-v2-350M-f16x64-video", "my-ViTok-v2-350M-f16x64", "ViTok-v2-350M-f16x64/runs/1/a"]
+    )
+    def test_part_of_a_name_tells_nothing(self, name):
+        """A model of 4 x 8 x 8 pixels has the shapes of one of 1 x 16 x 16."""
+        with pytest.raises(ValueError, match="cannot be told from its name"):
+            find_variant(f"someone/{name}", None, {"encoder": {}})
+
     @pytest.mark.parametrize("towers", [["encoder", "decoder"], ["encoder"], ["decoder"]])
     def test_guess(self, towers):
         guess = guess_variant({tower: read_header(GOLDEN / f"{tower}.safetensors") for tower in towers})
         config, expected = variant_to_config(guess), variant_to_config(VARIANT)
         names = [name for name in expected if name.split("_")[0] not in {"encoder", "decoder"} - set(towers)]
         assert {name: config[name] for name in names} == {name: expected[name] for name in names}
+
+
+class TestOneSize:
+    """Towers alike, which the author's grammar names once."""
+
+    VARIANT = "w64_d2_h2/1x8x16"
+
+    @pytest.fixture
+    def twins(self, tmp_path):
+        write_random_weights(tmp_path / "twins", "w64_d2_h2-w64_d2_h2/1x8x16", torch.float32)
+        return tmp_path / "twins"
+
+    def test_loads(self, twins):
+        vae = AutoencoderViTok.from_pretrained(twins, variant=self.VARIANT)
+        assert (vae.config.encoder_num_layers, vae.config.decoder_num_layers) == (2, 2)
+        with pytest.raises(ValueError, match=f'variant="{self.VARIANT}", which the shapes suggest'):
+            AutoencoderViTok.from_pretrained(twins)
+        vae.save_pretrained(twins / "ours")
+        with pytest.raises(ValueError, match=f'has a config.json.* leave out variant="{self.VARIANT}"'):
+            AutoencoderViTok.from_pretrained(twins / "ours", variant=self.VARIANT)
+
+    def test_converts(self, twins, tmp_path, capsys):
+        convert(twins, "--dry_run", "--variant", self.VARIANT)
+        assert "tensors fit" in capsys.readouterr().out
+        convert(twins, tmp_path / "ours", "--variant", self.VARIANT)
+        assert AutoencoderViTok.from_pretrained(tmp_path / "ours").config.decoder_hidden_size == 64
+
+    def test_trains(self, tmp_path):
+        args = AutoencoderArguments(variant=self.VARIANT, output_dir=str(tmp_path), report_to="none")
+        assert load_model(args).config.encoder_num_attention_heads == 2
 
 
 class TestLoading:

@@ -34,13 +34,14 @@ V2_REPOSITORIES = {
 }
 
 V1_PATTERN = re.compile(r"([A-Z])-([A-Z])/(?:(\d+)x)?(\d+)")
-V2_PATTERN = re.compile(r"([A-Za-z0-9_.]+)-([A-Za-z0-9_.]+)/(\d+)x(\d+)x(\d+)")
+V2_PATTERN = re.compile(r"([A-Za-z0-9_.]+)(?:-([A-Za-z0-9_.]+))?/(\d+)x(\d+)x(\d+)")
 V2_SIZE_PATTERN = re.compile(r"([A-Z]?)((?:_?[wdhm][0-9.]+)*)")
 
 HELP = (
     f'known names are "ENC-DEC/p" or "ENC-DEC/qxp" with sizes {", ".join(V1_SIZES)} (the paper, "S-B/16"), and '
     f'"ENC-DEC/qxpxc" with sizes {", ".join(V2_SIZES)}, an optional depth, width, heads or MLP ratio after the '
-    'letter, or all spelled out (v2, "Ld4-Ld24/1x16x64", "w64_d2_h4-w96_d3_h4/1x8x16").'
+    'letter, or all spelled out (v2, "Ld4-Ld24/1x16x64", "w64_d2_h4-w96_d3_h4/1x8x16"), where one size, as '
+    '"B/1x16x64", is that of both towers.'
 )
 
 
@@ -80,9 +81,10 @@ def dit_variant_to_config(variant: str) -> dict[str, Any]:
 
 
 def variant_to_config(variant: str) -> dict[str, Any]:
-    """Constructor arguments of a variant: the paper's "S-B/16", "S-B/4x8" or v2's "Ld4-Ld24/1x16x64".
+    """Constructor arguments of a variant: the paper's "S-B/16", "S-B/4x8" or v2's "Ld4-Ld24/1x16x64", "B/1x16x64".
 
-    Names of the paper leave `latent_channels` open. Raises `ValueError` for an unknown name.
+    Names of the paper leave `latent_channels` open and have two sizes; of v2, one size is that of both towers. Raises
+    `ValueError` for an unknown name.
     """
     if match := V1_PATTERN.fullmatch(variant):
         encoder, decoder, temporal_patch_size, patch_size = match.groups()
@@ -96,7 +98,7 @@ def variant_to_config(variant: str) -> dict[str, Any]:
     if match := V2_PATTERN.fullmatch(variant):
         encoder, decoder, temporal_patch_size, patch_size, latent_channels = match.groups()
         *encoder_size, encoder_mlp_ratio = _parse_v2_size(encoder, variant)
-        *decoder_size, decoder_mlp_ratio = _parse_v2_size(decoder, variant)
+        *decoder_size, decoder_mlp_ratio = _parse_v2_size(decoder or encoder, variant)
         if encoder_mlp_ratio != decoder_mlp_ratio:
             raise ValueError(
                 f'Variant "{variant}" has MLP ratios {encoder_mlp_ratio} and {decoder_mlp_ratio}: '

@@ -1,6 +1,7 @@
 import json
 import logging
 import pickle
+import shutil
 from functools import partial
 
 import numpy as np
@@ -15,6 +16,7 @@ from vitok_hf import compute_latent_statistics
 from vitok_hf.evaluation.pixels import to_float
 from vitok_hf.latents import summarize_latents
 from vitok_hf.training import latent_cache
+from vitok_hf.training.claims import RECORD
 from vitok_hf.training.data import BatchLoader
 from vitok_hf.training.latent_cache import LatentBatches, LatentCache, fingerprint, write_latents
 from vitok_hf.training.latent_data import ClassSampler, LabelledFiles, PictureBatches, read_classes
@@ -210,7 +212,7 @@ class TestCache:
         assert len(calls) == 4  # the first shard was kept
         after = state(tmp_path / "parts")
         assert after["latents-00000.safetensors"] == before["latents-00000.safetensors"]
-        assert sorted(after) == ["index.json", *(f"latents-0000{number}.safetensors" for number in range(3))]
+        assert sorted(after) == ["index.json", *(f"latents-0000{number}.safetensors" for number in range(3)), RECORD]
         whole, parts = LatentCache(tmp_path / "whole"), LatentCache(tmp_path / "parts")
         assert whole.index == parts.index
         assert all(torch.equal(whole.moments(index), parts.moments(index)) for index in range(11))
@@ -231,9 +233,11 @@ class TestCache:
 
     def test_other_settings(self, files, tmp_path):
         write(files, tmp_path / "cache")
-        with pytest.raises(ValueError, match="has a cache with another resolution, dtype: name another folder"):
+        with pytest.raises(
+            ValueError, match="has results with resolution 16, not 32; dtype float32, not float16: name another"
+        ):
             write(files, tmp_path / "cache", resolution=32, dtype=torch.float16)
-        with pytest.raises(ValueError, match="has a cache with another vae_sha256"):
+        with pytest.raises(ValueError, match=r"has results with vae_sha256 \w{64}, not \w{64}: name another"):
             write(files, tmp_path / "cache", make_vae("v1", qk_norm=True))
         with pytest.raises(ValueError, match="has no index.json: write the cache"):
             LatentCache(tmp_path)
@@ -252,10 +256,42 @@ class TestCache:
         with caplog.at_level(logging.WARNING):
             index = write(files, tmp_path / "cache", shard_size=1)
         assert caplog.text.count("cannot be read as a picture") == 3
-        assert sum(shard["skipped"] for shard in index["shards"].values()) == 3
+        assert sorted(number for shard in index["shards"].values() for number in shard["skipped"]) == [4, 9, 10]
         cache = LatentCache(tmp_path / "cache")
         assert np.bincount(cache.labels).tolist() == [3, 5] and cache.moments(7).shape == (2, 4, 2, 2)
         assert write(files, tmp_path / "cache", shard_size=1) == index
+
+    def test_what_failed_is_tried_again(self, files, folder, tmp_path, monkeypatch):
+        """A file that could not be read, for a while or until it was mended; other shards stay as they are."""
+        broken, good = folder / "dog" / "001.png", (folder / "dog" / "001.png").read_bytes()
+        broken.write_bytes(b"x")
+        assert write(files, tmp_path / "cache")["shards"]["1"]["num_items"] == 3
+        before = state(tmp_path / "cache")
+        write(files, tmp_path / "cache")
+        assert state(tmp_path / "cache") == before  # it still cannot be read
+        broken.write_bytes(good)
+        index = write(files, tmp_path / "cache")
+        assert index["shards"]["1"]["num_items"] == 4 and index["shards"]["1"]["skipped"] == []
+        after = state(tmp_path / "cache")
+        assert [name for name in sorted(after) if after[name] != before[name]] == [
+            *("index.json", "latents-00001.safetensors", RECORD),
+        ]
+        write(files, tmp_path / "whole")
+        whole, mended = LatentCache(tmp_path / "whole"), LatentCache(tmp_path / "cache")
+        assert len(mended) == 11
+        assert all(torch.equal(whole.moments(index), mended.moments(index)) for index in range(11))
+
+        load = latent_cache.load_square
+        with monkeypatch.context() as patch:
+
+            def fail_once(item, *shape):
+                if item.name.endswith("cat/000.png"):
+                    raise ValueError("the disk is gone")
+                return load(item, *shape)
+
+            patch.setattr(latent_cache, "load_square", fail_once)
+            assert write(files, tmp_path / "other")["shards"]["0"]["num_items"] == 3
+        assert write(files, tmp_path / "other")["shards"] == LatentCache(tmp_path / "whole").index["shards"]
 
     def test_workers(self, files, tmp_path):
         """Each opens the files itself."""
@@ -276,6 +312,89 @@ class TestCache:
         fresh = compute_latent_statistics(vae, squares.iterate(1))
         assert cached.channel_mean == pytest.approx(fresh.channel_mean, rel=1e-3)
         assert cached.channel_std == pytest.approx(fresh.channel_std, rel=1e-3)
+
+
+class TestInputs:
+    """A cache is of one set of files, whatever happens to it."""
+
+    @pytest.fixture
+    def other(self, tmp_path):
+        """Another folder of the same names, with other pictures."""
+        for name, count in (("dog", 6), ("cat", 3), ("flag", 2)):
+            write_noise(tmp_path / "other" / name, count, size=(48, 32))
+        return LabelledFiles([str(tmp_path / "other")])
+
+    def test_another_folder_of_the_same_names(self, files, other, tmp_path):
+        write(files, tmp_path / "cache")
+        message = (
+            r'cache" has results with other files, 11 changed \(cat/000.png, cat/001.png, cat/002.png, ...\): name'
+        )
+        with pytest.raises(ValueError, match=message):
+            write(other, tmp_path / "cache")
+        (tmp_path / "cache" / "latents-00001.safetensors").unlink()
+        with pytest.raises(ValueError, match=message):
+            write(other, tmp_path / "cache")
+        write(files, tmp_path / "cache")
+        write(files, tmp_path / "again")
+        cache, again = LatentCache(tmp_path / "cache"), LatentCache(tmp_path / "again")
+        assert all(torch.equal(cache.moments(index), again.moments(index)) for index in range(11))
+
+    def test_a_shard_of_other_files_is_written_again(self, files, other, tmp_path):
+        """Somebody brought its file and its entry in the index from the cache of another folder."""
+        for source, name in ((files, "cache"), (other, "foreign")):
+            write(source, tmp_path / name)
+        indices = [json.loads((tmp_path / name / "index.json").read_text()) for name in ("cache", "foreign")]
+        expected = LatentCache(tmp_path / "cache").moments(5)
+        indices[0]["shards"]["1"] = indices[1]["shards"]["1"]
+        (tmp_path / "cache" / "index.json").write_text(json.dumps(indices[0]))
+        (tmp_path / "foreign" / "latents-00001.safetensors").replace(tmp_path / "cache" / "latents-00001.safetensors")
+        assert not torch.equal(LatentCache(tmp_path / "cache").moments(5), expected)
+        write(files, tmp_path / "cache")
+        assert torch.equal(LatentCache(tmp_path / "cache").moments(5), expected)
+
+    def test_a_picture_edited_in_place(self, files, folder, tmp_path):
+        write(files, tmp_path / "cache")
+        picture = np.asarray(Image.open(folder / "dog" / "003.png"))
+        Image.fromarray(255 - picture).save(folder / "dog" / "003.png")
+        with pytest.raises(ValueError, match=r"has results with other files, 1 changed \(dog/003.png\): name"):
+            write(files, tmp_path / "cache")
+
+    def test_files_that_come_and_go(self, files, folder, tmp_path):
+        write(files, tmp_path / "cache")
+        (folder / "dog" / "003.png").rename(folder / "cat" / "x.png")
+        with pytest.raises(ValueError, match=r"other files, 1 missing \(dog/003.png\), 1 new \(cat/x.png\): name"):
+            write(LabelledFiles([str(folder)]), tmp_path / "cache")
+
+    def test_another_order(self, folder, tmp_path):
+        orders = [LabelledFiles([str(folder / name) for name in names]) for names in (("cat", "dog"), ("dog", "cat"))]
+        write(orders[0], tmp_path / "cache")
+        with pytest.raises(ValueError, match="has results with the same files in another order: name"):
+            write(orders[1], tmp_path / "cache")
+
+    def test_the_same_data_elsewhere(self, files, folder, tmp_path):
+        """Moved, or copied with other times: nothing is encoded again."""
+        index = write(files, tmp_path / "cache")
+        before = state(tmp_path / "cache")
+        shutil.copytree(folder, tmp_path / "copy" / "deep", copy_function=shutil.copyfile)
+        assert write(LabelledFiles([str(tmp_path / "copy" / "deep")]), tmp_path / "cache") == index
+        folder.rename(tmp_path / "moved")
+        assert write(LabelledFiles([str(tmp_path / "moved")]), tmp_path / "cache", make_vae("v1")) == index
+        after = state(tmp_path / "cache")
+        assert {name for name in after if after[name] != before[name]} == {RECORD}
+
+    def test_caches_of_earlier_versions(self, files, tmp_path):
+        """They did not say what they hold."""
+        write(files, tmp_path / "cache")
+        index = json.loads((tmp_path / "cache" / "index.json").read_text())
+        del index["format"]
+        (tmp_path / "cache" / "index.json").write_text(json.dumps(index))
+        with pytest.raises(ValueError, match="of another version, of format None, not 2, .* write it anew"):
+            LatentCache(tmp_path / "cache")
+        (tmp_path / "cache" / RECORD).unlink()
+        with pytest.raises(
+            ValueError, match=f"has files, but no {RECORD} that says .* name another folder, or delete"
+        ):
+            write(files, tmp_path / "cache")
 
 
 def test_example(folder, tmp_path, monkeypatch, capsys):

@@ -8,7 +8,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-from tests.training.conftest import next_batches, read_log, run
+from tests.training.conftest import next_batches, read_log, run, write_noise
 from vitok_hf import AutoencoderViTok
 from vitok_hf.training.autoencoder import AutoencoderTrainer
 
@@ -118,6 +118,33 @@ class TestResume:
             (group,) = trained.optimizer.param_groups
             assert group["betas"] == (0.5, 0.95) and group["weight_decay"] == 0.3
         assert trainer.average.decay == 0.7
+
+    def test_says_what_has_changed(self, arguments, tmp_path, caplog):
+        """Other data and settings are allowed, but not in silence."""
+        write_noise(tmp_path / "data", 3)
+        data = {"train_data_dir": [str(tmp_path / "data")]}
+        run(arguments(max_train_steps=3, **data))
+        resumed = data | {"resume_from_checkpoint": "latest"}
+        with caplog.at_level(logging.WARNING):
+            AutoencoderTrainer(arguments(max_train_steps=3, **resumed))
+        assert "last started with" not in caplog.text
+        (tmp_path / "data" / "001.png").write_bytes((tmp_path / "data" / "000.png").read_bytes() + b" ")
+        write_noise(tmp_path / "data" / "more", 1)
+        with caplog.at_level(logging.WARNING):
+            AutoencoderTrainer(arguments(max_train_steps=4, learning_rate=0.5, **resumed))
+        assert (
+            'checkpoint-3", but its run was last started with max_train_steps 3, not 4; learning_rate 0.001, not 0.5; '
+            "other files, 1 changed (001.png), 1 new (more/000.png)." in caplog.text
+        )
+        caplog.clear()
+        other = resumed | {"resume_from_checkpoint": str(tmp_path / "run" / "checkpoint-3")}
+        with caplog.at_level(logging.WARNING):
+            AutoencoderTrainer(arguments(max_train_steps=4, output_dir=str(tmp_path / "other"), seed=7, **other))
+        assert "its run was last started with seed 0, not 7; learning_rate 0.5, not 0.001." in caplog.text
+
+    def test_records_no_token(self, arguments, tmp_path):
+        AutoencoderTrainer(arguments(hub_token="hf_secret"))
+        assert "hf_secret" not in (tmp_path / "run" / "made_from.json").read_text()
 
     def test_more_accumulation_than_before(self, arguments):
         trainer = run(arguments(max_train_steps=3))

@@ -1,3 +1,6 @@
+import logging
+import re
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -134,6 +137,35 @@ class TestResume:
             assert all(values[step] == pytest.approx(expected[step], rel=1e-6) for step in values)
         for ours, theirs in zip(resumed.average.shadow_params, whole.average.shadow_params):
             torch.testing.assert_close(ours, theirs)
+
+    @pytest.mark.parametrize("cached", [False, True])
+    def test_says_what_has_changed(self, arguments, tmp_path, cached, caplog):
+        """Of the pictures, or of the cache and the autoencoder that it is of."""
+        args = arguments()
+        files = LabelledFiles(args.train_data_dir)
+
+        def write(vae):
+            shutil.rmtree(tmp_path / "cache", ignore_errors=True)
+            write_latents(vae, "x", files, tmp_path / "cache", 16)
+
+        vae = AutoencoderViTok.from_pretrained(args.vae_name_or_path)
+        if cached:
+            write(vae)
+            arguments = partial(arguments, latents_dir=str(tmp_path / "cache"))
+        run(arguments(max_train_steps=2))
+        with torch.no_grad():
+            vae.encoder.proj_out.weight.mul_(2.0)
+        vae.save_pretrained(tmp_path / "vae")
+        if cached:
+            write(vae)
+        else:
+            (tmp_path / "data" / "cat" / "001.png").unlink()
+        with caplog.at_level(logging.WARNING):
+            DiTTrainer(arguments(max_train_steps=2, resume_from_checkpoint="latest"))
+        files = r"1 changed \(index.json\)" if cached else r"1 missing \(cat/001.png\)"
+        changed = rf"autoencoder_sha256 \w{{64}}, not \w{{64}}; other files, {files}\."
+        message = f'checkpoint-2", but its run was last started with {changed}'
+        assert re.search(message, caplog.text)
 
     def test_statistics_are_those_of_the_checkpoint(self, arguments):
         first = run(arguments(max_train_steps=2))

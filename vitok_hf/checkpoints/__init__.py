@@ -1,5 +1,6 @@
 """The weights that are installed with the package, one `from_pretrained` folder each."""
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -19,16 +20,58 @@ def list_bundled() -> list[str]:
 def resolve_bundled(name_or_path):
     """The folder of a bundled checkpoint, or the argument itself if it names none, or a folder that there is.
 
-    A bundled pipeline, or a copy of it, may have no weights in its folder `vae`, but a config that names a bundled
-    autoencoder.
+    A folder without weights, whose config.json has the key "_bundled", stands for the bundled model of that name. The
+    autoencoder of a bundled pipeline is one, also in a copy.
+
+    Raises:
+        ValueError: If there is no such bundled model, or its config differs from that of the folder.
     """
-    root, folder, config = Path(__file__).parent, Path(name_or_path), Path(name_or_path, "config.json")
-    if str(name_or_path) in list_bundled() and not folder.is_dir():
-        return str(root / name_or_path)
-    if folder.absolute().name == "vae" and config.is_file() and not any(folder.glob("diffusion_pytorch_model*")):
-        named = [name for name in list_bundled() if f'"_name_or_path": "{name}"' in config.read_text()]
-        return str(root / named[0]) if named else name_or_path
-    return name_or_path
+    root, folder = Path(__file__).parent, Path(name_or_path)
+    if not folder.is_dir():
+        return str(root / name_or_path) if str(name_or_path) in list_bundled() else name_or_path
+    config = _read_config(folder)
+    if "_bundled" not in config or any(folder.glob("diffusion_pytorch_model*")):
+        return name_or_path
+    name = config["_bundled"]
+    if name not in list_bundled():
+        raise ValueError(
+            f'"{folder}" has "_bundled": "{name}" in its config.json, but there is only {list_bundled()}.'
+        )
+    bundled = _read_config(root / name)
+    keys = [key for key in config | bundled if not key.startswith("_") and config.get(key) != bundled.get(key)]
+    if keys:
+        raise ValueError(
+            f'"{folder}" has no weights and takes those of the bundled "{name}" ("_bundled" in its config.json), but '
+            "the configs differ: "
+            + "; ".join(f"{key} is {config.get(key)}, bundled {bundled.get(key)}" for key in keys)
+            + ". Make them equal, or save a model with weights there."
+        )
+    return str(root / name)
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    """Empty if there is none or it is no JSON object, which diffusers then says."""
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return config if isinstance(config, dict) else {}
+
+
+def check_place(folder: str | os.PathLike, subfolder: str | None) -> None:
+    """Raises `ValueError` if `folder` is there, but not its `subfolder` (diffusers would take `folder` itself).
+
+    The same without a `subfolder`, if it is needed because `folder` is a pipeline.
+    """
+    if not os.path.isdir(folder):
+        return
+    parts = sorted(
+        {path.parent.name for name in ("config.json", "*.safetensors") for path in Path(folder).glob(f"*/{name}")}
+    )
+    if subfolder and not Path(folder, subfolder).is_dir():
+        raise ValueError(f'"{folder}" has no folder "{subfolder}": `subfolder` may be one of {parts}, or left out.')
+    if not subfolder and Path(folder, "model_index.json").is_file() and not Path(folder, "config.json").is_file():
+        raise ValueError(f'"{folder}" is a pipeline: name the model in it by `subfolder`, one of {parts}.')
 
 
 def load_strictly(from_pretrained: Callable, name_or_path: str | os.PathLike, **kwargs: Any) -> Any:
@@ -37,7 +80,8 @@ def load_strictly(from_pretrained: Callable, name_or_path: str | os.PathLike, **
         kwargs["local_files_only"] = True
     output_loading_info = kwargs.pop("output_loading_info", False)
     folder = resolve_bundled(name_or_path)
-    if kwargs.get("subfolder") and Path(folder, kwargs["subfolder"]).is_dir():
+    check_place(folder, kwargs.get("subfolder"))
+    if kwargs.get("subfolder") and os.path.isdir(folder):
         folder = resolve_bundled(Path(folder, kwargs.pop("subfolder")))
     model, info = from_pretrained(folder, output_loading_info=True, **kwargs)
     check_loading_info(info, model.config.get("component"), name_or_path)

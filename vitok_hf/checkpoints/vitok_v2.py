@@ -4,7 +4,6 @@ Queries, keys and values are one matrix there, and the rotary pairs of a head ar
 """
 
 import os
-import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -155,14 +154,18 @@ def guess_variant(headers: dict[str, Header]) -> str | None:
     else:
         pixels, channels = headers["decoder"]["to_pixels.weight"][0], headers["decoder"]["decoder_embed.weight"][1]
     some_size = next(iter(sizes.values()))
-    encoder, decoder = sizes.get("encoder", some_size), sizes.get("decoder", some_size)
-    return f"{encoder}-{decoder}/1x{round((pixels / 3) ** 0.5)}x{channels}"
+    towers = dict.fromkeys(sizes.get(tower, some_size) for tower in TOWERS)  # equal ones are named once
+    return f"{'-'.join(towers)}/1x{round((pixels / 3) ** 0.5)}x{channels}"
 
 
 def find_variant(name_or_path: str | os.PathLike, subfolder: str | None, headers: dict[str, Header]) -> str:
-    """The variant by the name of the repository or folder. Raises `ValueError` if the name does not tell."""
+    """The variant by the name of the repository or folder. Raises `ValueError` if the name does not tell.
+
+    The name, whole, of the folder, of its repository, or of the repository that a folder of the Hub's cache is of.
+    """
     place = Path(name_or_path).absolute() if os.path.isdir(name_or_path) else Path(name_or_path)
-    names = re.findall(rf"({'|'.join(V2_REPOSITORIES)})(?!\d)", f"{place}/{subfolder or ''}")
+    folders = (*place.parts[-3:], *Path(subfolder or "").parts)  # models--<owner>--<name>/snapshots/<revision>
+    names = [name for folder in folders for name in folder.split("--") if name in V2_REPOSITORIES]
     if names:
         return V2_REPOSITORIES[names[-1]]
     guess = guess_variant(headers)

@@ -9,7 +9,7 @@ import torch
 from diffusers import AutoencoderRAE, ModelMixin
 from torch import nn
 
-from ..checkpoints import load_strictly, resolve_bundled
+from ..checkpoints import check_place, load_strictly, resolve_bundled
 from ..checkpoints.vitok_v2 import is_vitok_v2
 from ..latents import encode_mode
 from ..models import AutoencoderViTok
@@ -35,6 +35,7 @@ def load_autoencoder(name_or_path: str | os.PathLike, subfolder: str | None = No
         OSError: If nothing can be found or fetched under this name.
     """
     source = resolve_bundled(name_or_path)
+    check_place(source, subfolder)
     place = {} if subfolder is None else {"subfolder": subfolder}
     if is_vitok_v2(source, **place):
         return AutoencoderViTok.from_pretrained(name_or_path, **place, **kwargs)

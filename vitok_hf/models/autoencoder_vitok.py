@@ -13,7 +13,7 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 from torch.nn import functional as F
 
-from ..checkpoints import load_strictly, resolve_bundled
+from ..checkpoints import check_place, load_strictly, resolve_bundled
 from ..checkpoints.vitok_v2 import HUB_ARGUMENTS, is_vitok_v2, load_vitok_v2
 from ..presets import V2_PATTERN, variant_to_config
 from .configuration import ViTokConfig, check_config, check_input
@@ -190,8 +190,8 @@ class AutoencoderViTok(ModelMixin, MemoryMixin, AutoencoderMixin, AttentionMixin
         """A model with random weights by its published name.
 
         Args:
-            variant: `"S-B/16"` or `"S-B/4x8"` (the paper: ENC-DEC/p, ENC-DEC/qxp), or `"Ld4-Ld24/1x16x64"`
-                (ViTok-v2: ENC-DEC/qxpxc).
+            variant: `"S-B/16"` or `"S-B/4x8"` (the paper: ENC-DEC/p, ENC-DEC/qxp), or `"Ld4-Ld24/1x16x64"` or
+                `"B/1x16x64"` (ViTok-v2: ENC-DEC/qxpxc, or one size for both towers).
             kwargs: Constructor arguments, which take precedence.
 
         Raises:
@@ -214,11 +214,12 @@ class AutoencoderViTok(ModelMixin, MemoryMixin, AutoencoderMixin, AttentionMixin
             kwargs: As in diffusers. Those that the author's weights can be loaded with are in `load_vitok_v2`.
 
         Raises:
-            ValueError: If a tensor is missing, unexpected or misshapen, a file is truncated, or the architecture is
-                unknown.
+            ValueError: If a tensor is missing, unexpected or misshapen, a file is truncated, the architecture is
+                unknown, or a folder has no such `subfolder`.
             OSError: If a file cannot be found or fetched.
         """
         name_or_path = resolve_bundled(pretrained_model_name_or_path)
+        check_place(name_or_path, kwargs.get("subfolder"))
         hub_kwargs = {key: kwargs[key] for key in HUB_ARGUMENTS if key in kwargs}
         if is_vitok_v2(name_or_path, **hub_kwargs):
             return load_vitok_v2(cls, name_or_path, **kwargs)

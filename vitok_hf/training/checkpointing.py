@@ -37,35 +37,15 @@ def remove_folder(path: Path) -> None:
 
 def write_json(path: Path, content: dict | list) -> None:
     """Writes a file that is never seen half written."""
-    temporary = path.with_name(path.name + ".incomplete")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.incomplete")  # another process may write the same
     temporary.write_text(json.dumps(content, indent=1))
     os.replace(temporary, path)
 
 
-def claim_folder(folder: Path, settings: dict) -> None:
-    """Stores in the folder what its content depends on.
-
-    Raises:
-        ValueError: If it holds results of other settings.
-    """
-    path = folder / "settings.json"
-    stored = json.loads(path.read_text()) if path.exists() else settings
-    for name, value in settings.items():
-        if stored.get(name) != value:
-            raise ValueError(
-                f'"{folder}" has results with {name} {stored.get(name)}, not {value}: name another folder, or delete '
-                "this one."
-            )
-    PartialState().wait_for_everyone()
-    if PartialState().is_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(path, settings)
-    PartialState().wait_for_everyone()
-
-
 def weights_checksum(module: nn.Module, config: dict | None = None) -> str:
-    """SHA-256 of a config and of weights in half precision."""
-    digest = hashlib.sha256(json.dumps(config or {}, sort_keys=True).encode())
+    """SHA-256 of a config, without what diffusers notes besides, and of weights in half precision."""
+    config = {name: value for name, value in (config or {}).items() if not name.startswith("_")}
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     for name, weight in sorted(module.state_dict().items()):
         digest.update(name.encode())
         digest.update(weight.detach().half().cpu().contiguous().numpy().tobytes())

@@ -1,15 +1,16 @@
 """Latents on disk: means and standard deviations of the posteriors of pictures and their mirror images.
 
-`index.json` names the autoencoder, the classes and the shards with their checksums. A shard is a safetensors file with
-`mean` and `std`, (N, 2, c, [t,] h, w), of the picture and its mirror image, and `labels`, (N,). It is written under a
-temporary name, and listed when it is complete, so that an interrupted run goes on after the last one.
+`index.json` names the autoencoder, the classes and the shards with their checksums and those of the files that they
+hold. A shard is a safetensors file with `mean` and `std`, (N, 2, c, [t,] h, w), of the picture and its mirror image,
+and `labels`, (N,). It is written under a temporary name, and listed when it is complete, so that an interrupted run
+goes on after the last one, if files and settings are the same (see `claims`). What could not be read is tried again.
 """
 
 import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from tqdm.auto import tqdm
 from ..evaluation.pixels import to_float
 from ..models import AutoencoderViTok
 from .checkpointing import weights_checksum, write_json
+from .claims import checksum, claim_folder, claimed_contents
 from .cropping import Batch
 from .latent_data import ClassSampler, LabelledFiles, load_square, to_pixels
 from .media import evenly_spaced
@@ -29,21 +31,14 @@ from .media import evenly_spaced
 
 logger = logging.getLogger(__name__)
 
+FORMAT = 2  # to be raised when the same files and settings give other latents
 STATISTICS = ("latents_mean", "latents_std", "scaling_factor", "shift_factor")  # do not change what `encode` gives
 
 
 def fingerprint(vae: AutoencoderViTok) -> str:
     """Of the config and the encoder's weights in half precision: another one gives other latents."""
-    config = {name: value for name, value in vae.config.items() if not name.startswith("_") and name not in STATISTICS}
+    config = {name: value for name, value in vae.config.items() if name not in STATISTICS}
     return weights_checksum(vae.encoder, config)
-
-
-def checksum(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def check_shard(folder: Path, shard: dict) -> None:
@@ -55,9 +50,11 @@ def check_shard(folder: Path, shard: dict) -> None:
 
 
 class _Squares(Dataset):
-    """Item `i` is (clip, label, ""), or, if it cannot be read, (`None`, label, "name: reason")."""
+    """Item `i` is (clip, index of the file, ""), or, if it cannot be read, (`None`, index, "name: reason")."""
 
-    def __init__(self, files: LabelledFiles, indices: range, resolution: int, num_frames: int, fps: float | None):
+    def __init__(
+        self, files: LabelledFiles, indices: Sequence[int], resolution: int, num_frames: int, fps: float | None
+    ):
         self.files, self.indices, self.shape = files, indices, (resolution, num_frames, fps)
 
     def __len__(self) -> int:
@@ -65,20 +62,19 @@ class _Squares(Dataset):
 
     def __getitem__(self, item: int) -> tuple[np.ndarray | None, int, str]:
         index = self.indices[item]
-        label = int(self.files.labels[index])
         try:
-            return load_square(self.files[index], *self.shape, np.random.default_rng((0, index))), label, ""
+            return load_square(self.files[index], *self.shape, np.random.default_rng((0, index))), index, ""
         except ValueError as error:
-            return None, label, str(error)
+            return None, index, str(error)
 
 
 @torch.no_grad()
 def encode_shard(vae: AutoencoderViTok, squares: _Squares, batch_size: int, dtype: torch.dtype, num_workers: int):
-    """The tensors of a shard, or `None` if nothing can be read, and what could not be read."""
-    means, stds, labels, skipped = [], [], [], []
+    """The tensors of a shard, or `None` if nothing can be read; and of what cannot be read, index -> reason."""
+    means, stds, labels, skipped = [], [], [], {}
     for batch in DataLoader(squares, batch_size, num_workers=num_workers, collate_fn=list):
-        skipped += [reason for clip, _, reason in batch if clip is None]
-        batch = [(clip, label) for clip, label, _ in batch if clip is not None]
+        skipped |= {index: reason for clip, index, reason in batch if clip is None}
+        batch = [(clip, int(squares.files.labels[index])) for clip, index, _ in batch if clip is not None]
         if not batch:
             continue
         pixels = to_float(to_pixels([clip for clip, _ in batch]).to(vae.device))
@@ -120,58 +116,60 @@ def write_latents(
         num_workers: Processes that read files.
 
     Raises:
-        ValueError: If the folder has a cache of other settings, or a finished shard has changed.
+        ValueError: If the folder has a cache of other files or settings, or a finished shard has changed.
     """
     folder, num_frames = Path(folder), vae.config.sample_frames
-    folder.mkdir(parents=True, exist_ok=True)
-    names = "\n".join(f"{label} {Path(item.name).name}" for item, label in zip(files.items, files.labels))
-    settings = {
-        "vae": name,
-        "vae_sha256": fingerprint(vae),
-        "classes": files.classes,
-        "resolution": resolution,
-        "num_frames": num_frames,
-        "fps": fps,
-        "dtype": str(dtype).removeprefix("torch."),
-        "shard_size": shard_size,
-        "files_sha256": hashlib.sha256(names.encode()).hexdigest(),
-    }
-    index = settings | {"num_shards": -(-len(files) // shard_size), "shards": {}}
-    path = folder / "index.json"
-    if path.is_file():
-        index = json.loads(path.read_text())
-        if different := [setting for setting, value in settings.items() if index.get(setting) != value]:
-            raise ValueError(
-                f'"{folder}" has a cache with another {", ".join(different)}: name another folder, or delete it.'
-            )
+    settings = {"format": FORMAT, "vae_sha256": fingerprint(vae), "classes": files.classes}
+    settings |= {"resolution": resolution, "num_frames": num_frames, "fps": fps}
+    settings |= {"dtype": str(dtype).removeprefix("torch."), "shard_size": shard_size}
+    index = {"vae": name} | settings | {"num_shards": -(-len(files) // shard_size), "shards": {}}
+    path, paths = folder / "index.json", [item.source for item in files.items]
+    if path.is_file() and (stored := json.loads(path.read_text())).get("format") == FORMAT:
+        index = stored
+    skipped = {number for shard in index["shards"].values() for number in shard["skipped"]}
+    claim_folder(folder, settings, paths, [file for number, file in enumerate(paths) if number in skipped])
+    contents = claimed_contents(folder)
     for number in tqdm(range(index["num_shards"]), desc="shards"):
-        shard = index["shards"].get(str(number))
-        if shard is not None and (shard["file"] is None or (folder / shard["file"]).exists()):
-            if shard["file"] is not None:
-                check_shard(folder, shard)
-            continue
         part = range(number * shard_size, min(len(files), (number + 1) * shard_size))
+        digest = hashlib.sha256("".join(f"{files.labels[i]} {contents[i]}\n" for i in part).encode()).hexdigest()
+        shard = index["shards"].get(str(number))
+        if shard is not None and shard["files_sha256"] == digest and _is_kept(folder, shard):
+            squares = _Squares(files, shard["skipped"], resolution, num_frames, fps)
+            if all(clip is None for clip, _, _ in squares):  # what could not be read, still cannot
+                continue
         squares = _Squares(files, part, resolution, num_frames, fps)
         tensors, skipped = encode_shard(vae, squares, batch_size, dtype, num_workers)
-        for reason in skipped:
+        for reason in skipped.values():
             logger.warning("Skipped what cannot be read: %s", reason)
-        shard = {"file": None, "num_items": 0, "sha256": None, "skipped": len(skipped)}
-        if tensors is not None:
-            file = folder / f"latents-{number:05d}.safetensors"
-            temporary = file.with_name(file.name + ".incomplete")
-            save_file(tensors, temporary)
-            shard |= {"file": file.name, "num_items": len(tensors["labels"]), "sha256": checksum(temporary)}
-            os.replace(temporary, file)
-        index["shards"][str(number)] = shard
+        written = _write_shard(folder / f"latents-{number:05d}.safetensors", tensors)
+        index["shards"][str(number)] = written | {"skipped": [*skipped], "files_sha256": digest}
         write_json(path, index)
     return index
+
+
+def _write_shard(file: Path, tensors: dict[str, torch.Tensor] | None) -> dict:
+    if tensors is None:
+        return {"file": None, "num_items": 0, "sha256": None}
+    temporary = file.with_name(file.name + ".incomplete")
+    save_file(tensors, temporary)
+    digest = checksum(temporary)
+    os.replace(temporary, file)
+    return {"file": file.name, "num_items": len(tensors["labels"]), "sha256": digest}
+
+
+def _is_kept(folder: Path, shard: dict) -> bool:
+    """Whether a shard is there, or has nothing to hold; raises `ValueError` if it has changed."""
+    if shard["file"] is None or not (folder / shard["file"]).exists():
+        return shard["file"] is None
+    check_shard(folder, shard)
+    return True
 
 
 class LatentCache:
     """What `write_latents` wrote, read from memory-mapped files.
 
     Raises:
-        ValueError: If the cache is not complete, or a shard has changed.
+        ValueError: If the cache is not complete or of another version, or a shard has changed.
     """
 
     def __init__(self, folder: str | Path, verify: bool = True):
@@ -179,6 +177,11 @@ class LatentCache:
         if not (self.folder / "index.json").is_file():
             raise ValueError(f'"{folder}" has no index.json: write the cache with cache_latents.py.')
         self.index = json.loads((self.folder / "index.json").read_text())
+        if self.index.get("format") != FORMAT:
+            raise ValueError(
+                f'"{folder}" is a cache of another version, of format {self.index.get("format")}, not {FORMAT}, which '
+                "may hold latents of other files than it says: write it anew, to another folder."
+            )
         found, expected = len(self.index["shards"]), self.index["num_shards"]
         if found < expected:
             raise ValueError(

@@ -20,9 +20,12 @@ from tqdm.auto import tqdm
 from ..precision import choose_mixed_precision
 from .arguments import LoopArguments
 from .checkpointing import atomic_folder, checkpoint_step, find_checkpoint, list_checkpoints, remove_folder
+from .claims import note_inputs
 from .cropping import Batch
 from .data import BatchLoader
 from .ema import WeightAverage, gather
+from .media import list_files
+from .sources import parse_source
 from .tracking import Log, Window
 
 
@@ -166,6 +169,26 @@ class Trainer:
                 f'"{self.output_dir}" has {found[-1].name} of another run: go on with it by '
                 'resume_from_checkpoint="latest", or name another output_dir.'
             )
+        if self.accelerator.is_main_process:
+            self._note_inputs()
+
+    def inputs(self) -> tuple[dict[str, object], list[str | Path]]:
+        """Settings and local files that the weights depend on."""
+        hidden = ("output_dir", "hub_token", "resume_from_checkpoint", "max_minutes")
+        settings = {name: value for name, value in vars(self.args).items() if name not in hidden}
+        settings["mixed_precision"] = self.accelerator.mixed_precision  # perhaps of accelerate's configuration
+        settings["num_processes"] = self.accelerator.num_processes
+        folders = [parse_source(source)[0] for source in self.args.train_data_dir]
+        files = [file for folder in folders for file in list_files(folder)]
+        shards = getattr(getattr(self.loader.dataset, "source", None), "urls", ())
+        return settings, files + [shard for shard in shards if Path(shard).is_file()]
+
+    def _note_inputs(self) -> None:
+        resumed = self.args.resume_from_checkpoint
+        checkpoint = find_checkpoint(self.output_dir, resumed) if resumed else None
+        changes = note_inputs(self.output_dir, *self.inputs(), checkpoint and checkpoint.parent)
+        if changes:
+            logger.warning('Going on from "%s", but its run was last started with %s.', checkpoint, "; ".join(changes))
 
     def train(self) -> None:
         """Trains to `max_train_steps`, or for `max_minutes`; ends with a checkpoint and, after all steps, `finish`."""

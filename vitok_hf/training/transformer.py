@@ -166,6 +166,12 @@ class DiTTrainer(Trainer):
             self.vae.register_to_config(**statistics.to_config())
             logger.warning("Latent statistics of %d pictures: %s", statistics.num_items, statistics.to_config())
 
+    def inputs(self) -> tuple[dict[str, object], list[str | Path]]:
+        settings, files = super().inputs()
+        if self.cache is not None:
+            files.append(self.cache.folder / "index.json")  # which has the shards' checksums
+        return settings | {"autoencoder_sha256": fingerprint(self.vae)}, files
+
     @torch.no_grad()
     def _load_held_out(self, path: str) -> tuple[torch.Tensor, torch.Tensor]:
         """Normalised latents, modes of the posteriors, and classes of pictures evenly spaced in their sorted list.
