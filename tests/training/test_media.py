@@ -10,16 +10,15 @@ from PIL import ExifTags, Image
 
 from tests.conftest import ASSETS
 from tests.training.conftest import write_video
+from vitok_hf.training.files import list_files, short_names
 from vitok_hf.training.media import (
     evenly_spaced,
     iterate_frames,
-    list_files,
     load_clip,
     load_evaluation_images,
     load_image,
     probe_rate,
     probe_video,
-    short_names,
 )
 
 
