@@ -72,7 +72,8 @@ def _walk(root: str, suffixes: frozenset[str]) -> Iterator[str]:
     realpath = functools.cache(os.path.realpath)
     for link in links:
         folder, name = os.path.split(os.path.join(os.path.dirname(link), os.readlink(link)))
-        if is_hidden(name) or suffix_of(name) not in suffixes or realpath(folder) not in seen:
+        is_listed = not is_hidden(name) and suffix_of(name) in suffixes and realpath(folder) in seen
+        if not is_listed or not os.path.exists(link):  # broken ones fail where they are read
             yield link
     if unread := +unread:
         counts = ", ".join(f"{count} {suffix}" for suffix, count in sorted(unread.items()))

@@ -6,6 +6,7 @@ A batch is a pure function of (seed, index), and from a cache shows the same pic
 import itertools
 import os
 import random
+from array import array
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -36,7 +37,7 @@ def class_of(file: str | Path) -> str:
     return printable(os.path.basename(os.path.dirname(os.path.abspath(file))))
 
 
-def limit_each_class(files: Sequence[Path], limit: int) -> list[Path]:
+def limit_each_class(files: Sequence[str | Path], limit: int) -> list[str | Path]:
     """At most `limit` files of each class: a random choice, but always the same.
 
     Raises:
@@ -71,14 +72,19 @@ class LabelledFiles(FolderFiles):
         num_frames: int = 1,
         max_files_per_class: int | None = None,
     ):
-        self.files = FileList(file for folder in folders for file in iterate_files(folder, suffixes_for(num_frames)))
+        files = (file for folder in folders for file in iterate_files(folder, suffixes_for(num_frames)))
         if max_files_per_class is not None:
-            self.files = FileList(limit_each_class(self.files, max_files_per_class))
-        found = {}
-        numbers = np.array([found.setdefault(class_of(file), len(found)) for file in self.files], dtype=int)
+            files = limit_each_class(list(files), max_files_per_class)
+        found, numbers = {}, array("q")
+
+        def note_class(file: str) -> str:
+            numbers.append(found.setdefault(class_of(file), len(found)))
+            return file
+
+        self.files = FileList(map(note_class, files))
         self.classes = sorted(found) if classes is None else list(classes)
         ids = {name: index for index, name in enumerate(self.classes)}
-        self.labels = np.array([ids.get(name, -1) for name in found])[numbers]
+        self.labels = np.array([ids.get(name, -1) for name in found])[np.array(numbers)]
         if len(strangers := np.flatnonzero(self.labels < 0)):
             file = self.files[strangers[0]]
             raise ValueError(
