@@ -85,13 +85,16 @@ def _to_16_bits(image: Image.Image) -> Image.Image:
 @functools.lru_cache(maxsize=8)  # the pictures of a data set share their profiles
 def _srgb_transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
     """From pictures with a colour profile to sRGB; `None` if it changes no colour by more than 2 of 255."""
+    flags = ImageCms.Flags.BLACKPOINTCOMPENSATION
+    if mode in COLOURS["GRAY"]:
+        flags |= ImageCms.Flags.NOOPTIMIZE  # else dark greys are wrong by up to 10 levels
     transform = ImageCms.buildTransform(
         BytesIO(profile),
         ImageCms.createProfile("sRGB"),
         mode,
         "RGB",
         ImageCms.Intent.RELATIVE_COLORIMETRIC,
-        ImageCms.Flags.BLACKPOINTCOMPENSATION,
+        flags,
     )
     if mode == "CMYK":
         return transform
