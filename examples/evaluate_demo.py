@@ -23,7 +23,8 @@ from vitok_hf.evaluation.reconstruction import evaluate_reconstruction, patch_bo
 from vitok_hf.precision import DTYPES, choose_dtype
 from vitok_hf.training.cropping import CropSettings
 from vitok_hf.training.data import CropBatches, iterate_pixels
-from vitok_hf.training.media import evenly_spaced, list_files, load_evaluation_images, load_image
+from vitok_hf.training.files import IMAGE_SUFFIXES, list_files
+from vitok_hf.training.media import evenly_spaced, load_evaluation_images, load_image
 
 
 TEST_SETS = [
@@ -41,7 +42,7 @@ TRAIN_WEIGHTS = {"film": 0.45, "photos": 0.2, "clip": 0.05, "emoji": 0.3}
 
 def full_resolution_crops(folder: Path, side: int, limit: int) -> torch.Tensor:
     """Central crops without any resizing, (N, 3, side, side) uint8; smaller pictures are left out."""
-    files = list_files(folder)
+    files = list_files(folder, IMAGE_SUFFIXES)
     files = [files[index] for index in evenly_spaced(len(files), limit)]
     crops = []
     for picture in map(load_image, files):

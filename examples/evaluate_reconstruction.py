@@ -31,7 +31,7 @@ from vitok_hf.evaluation.protocol import Protocol
 from vitok_hf.evaluation.results import Result, check_comparable, load_results, markdown_table, save_results, write_csv
 from vitok_hf.evaluation.visuals import save_examples
 from vitok_hf.precision import DTYPES, choose_dtype
-from vitok_hf.training.media import short_names
+from vitok_hf.training.files import short_names
 from vitok_hf.training.sources import FolderFiles, HubRows
 
 

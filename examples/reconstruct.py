@@ -4,10 +4,11 @@
     python examples/reconstruct.py --input holiday.jpg film.mp4 folder/ --model MODEL --output_dir out
 
 MODEL is whatever `AutoencoderViTok.from_pretrained` takes. Sizes that do not fit the patches are padded by repeating
-the last rows and columns, and cropped back.
+the last rows and columns, and cropped back. Files that cannot be read are named at the end, and the exit code is 1.
 """
 
 import argparse
+import sys
 import time
 from contextlib import ExitStack
 from fractions import Fraction
@@ -24,7 +25,8 @@ from vitok_hf.evaluation.pixels import fold_frames
 from vitok_hf.evaluation.reconstruction import reconstruct, save_comparison, side_by_side
 from vitok_hf.evaluation.visuals import VideoWriter
 from vitok_hf.precision import DTYPES, choose_dtype
-from vitok_hf.training.media import VIDEO_SUFFIXES, iterate_frames, list_files, load_image, probe_rate
+from vitok_hf.training.files import VIDEO_SUFFIXES, list_files, printable, read_each, suffix_of
+from vitok_hf.training.media import iterate_frames, load_image, probe_rate
 
 
 def timed_reconstruction(vae: AutoencoderViTok, images: torch.Tensor) -> tuple[torch.Tensor, float]:
@@ -38,7 +40,7 @@ def report(name: str, size: torch.Size, scores: list[tuple[torch.Tensor, ...]], 
     padded = " (padded)" if height % p or width % p else ""
     mean_psnr, mean_ssim = (torch.cat(values).mean() for values in zip(*scores))
     similarity = f"{mean_ssim:.4f}" if min(height, width) >= SSIM_MIN_SIZE else f"needs {SSIM_MIN_SIZE} pixels a side"
-    print(f"{name}: {width}x{height}{padded}  PSNR {mean_psnr:.2f} dB  SSIM {similarity}  {seconds:.2f} s")
+    print(f"{printable(name)}: {width}x{height}{padded}  PSNR {mean_psnr:.2f} dB  SSIM {similarity}  {seconds:.2f} s")
 
 
 def measure(reconstructions: torch.Tensor, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -80,6 +82,21 @@ def reconstruct_video(vae: AutoencoderViTok, path: Path, target: str) -> None:
     report(name, video.shape[3:], scores, seconds, vae.spatial_compression_ratio)
 
 
+def name_targets(inputs: list[Path], output_dir: Path) -> dict[str, Path]:
+    """Beginnings of the names of results, and the files that they are made from."""
+    targets = {}
+    for path in inputs:
+        for file in list_files(path):
+            relative = file.relative_to(path) if path.is_dir() else Path(file.name)
+            target = output_dir / relative.with_suffix("")
+            if str(target) in targets:  # another format, or another folder's
+                target = output_dir / relative
+            if str(target) in targets:
+                raise ValueError(f'"{file}" has the name of another input: name another --output_dir for it.')
+            targets[str(target)] = file
+    return targets
+
+
 def main():
     assets = Path(__file__).parent / "assets"
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -92,6 +109,7 @@ def main():
     parser.add_argument("--output_dir", type=Path, default=Path("reconstructions"))
     args = parser.parse_args()
 
+    target_files = name_targets(args.input, args.output_dir)
     dtype = getattr(torch, choose_dtype(args.dtype))
     vae = AutoencoderViTok.from_pretrained(args.model, subfolder=args.subfolder, dtype=dtype)
     vae = vae.to(PartialState().default_device)
@@ -100,20 +118,16 @@ def main():
     parameters = sum(parameter.numel() for parameter in vae.parameters()) / 1e6
     ratio = values / config.latent_channels
     print(f"{args.model}: {parameters:.1f} M parameters; {values} values become {config.latent_channels}, {ratio:g}:1")
-    targets = set()
-    for path in args.input:
-        for file in list_files(path):
-            relative = file.relative_to(path) if path.is_dir() else Path(file.name)
-            target = args.output_dir / relative.with_suffix("")
-            if target in targets:  # another format, or another folder's
-                target = args.output_dir / relative
-            if target in targets:
-                raise ValueError(f'"{file}" has the name of another input: name another --output_dir for it.')
-            targets.add(target)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            is_video = file.suffix.lower() in VIDEO_SUFFIXES
-            (reconstruct_video if is_video else reconstruct_image)(vae, file, str(target))
+
+    def reconstruct_file(target: str) -> None:
+        Path(target).parent.mkdir(parents=True, exist_ok=True)
+        is_video = suffix_of(target_files[target].name) in VIDEO_SUFFIXES
+        (reconstruct_video if is_video else reconstruct_image)(vae, target_files[target], target)
+
+    failures = read_each(target_files, reconstruct_file)
     print(f"Reconstructions and comparisons (original left) are in {args.output_dir}/")
+    if failures:
+        sys.exit("\n".join([f"{len(failures)} of {len(target_files)} files failed:", *failures]))
 
 
 if __name__ == "__main__":

@@ -13,13 +13,11 @@ from tests.training.conftest import write_video
 from vitok_hf.training.media import (
     evenly_spaced,
     iterate_frames,
-    list_files,
     load_clip,
     load_evaluation_images,
     load_image,
     probe_rate,
     probe_video,
-    short_names,
 )
 
 
@@ -27,18 +25,7 @@ def brightness(clip: np.ndarray) -> np.ndarray:
     return clip.mean(axis=(1, 2, 3)) / 5
 
 
-class TestFiles:
-    def test_list(self, tmp_path):
-        for name in ("b/two.JPG", "a/one.png", "notes.txt", "film.mp4"):
-            (tmp_path / name).parent.mkdir(exist_ok=True)
-            (tmp_path / name).touch()
-        assert [file.name for file in list_files(tmp_path)] == ["one.png", "two.JPG", "film.mp4"]
-        (tmp_path / "empty").mkdir()
-        with pytest.raises(ValueError, match="holds no file"):
-            list_files(tmp_path / "empty")
-        with pytest.raises(ValueError, match="does not exist"):
-            list_files(tmp_path / "missing")
-
+class TestPictures:
     def test_pictures_are_upright(self, tmp_path):
         pixels = np.zeros((4, 8, 3), np.uint8)
         pixels[:, 4:] = 255
@@ -87,21 +74,6 @@ def test_evenly_spaced():
     assert evenly_spaced(5, 3) == [0, 2, 4] and evenly_spaced(5, 0) == []
     with pytest.raises(ValueError, match="must not be negative, but is -1"):
         evenly_spaced(5, -1)
-
-
-@pytest.mark.parametrize(
-    "paths, names",
-    [
-        ([], []),
-        (["data/test/film", "photos/"], ["film", "photos"]),
-        (["a/emoji/test", "a/film/test", "photos"], ["emoji-test", "film-test", "a-photos"]),
-        (["a/film", "a/film/", "b"], ["film", "film", "b"]),
-    ],
-)
-def test_short_names(paths, names, monkeypatch, tmp_path):
-    (tmp_path / "a").mkdir()
-    monkeypatch.chdir(tmp_path / "a")
-    assert short_names(paths) == names
 
 
 class TestVideo:

@@ -209,7 +209,7 @@ class TestTars:
         pictures_of, clips_of = (list(TarStream([path], num_frames).items(0)) for num_frames in (1, 4))
         assert (pictures_of[0].name, pictures_of[0].is_video) == (f"{path}/a.png", False)
         assert (clips_of[0].name, clips_of[0].is_video) == (f"{path}/a.mp4", True)
-        assert pictures_of[1].name == f"{path}/b" and "no member ends in .avi" in str(pictures_of[1].source)
+        assert pictures_of[1].name == f"{path}/b" and "no member ends in .apng, .avi," in str(pictures_of[1].source)
 
     def test_broken_and_missing_tars(self, tmp_path, pictures):
         pattern = write_tars(tmp_path / "tars", pictures[10:22], 3)

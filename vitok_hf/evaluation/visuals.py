@@ -75,7 +75,7 @@ class VideoWriter:
 
     def __init__(self, path: str | Path, rate: Fraction):
         self.path, self.temporary = Path(path), Path(f"{path}.incomplete")
-        self.container = av.open(str(self.temporary), "w", format="mp4")
+        self.container = av.open(os.path.abspath(self.temporary), "w", format="mp4")  # "a:b" has no protocol "a"
         self.stream = self.container.add_stream("libx264", rate=rate, options={"crf": "14"})
         self.stream.pix_fmt = "yuv420p"
 

@@ -3,8 +3,10 @@
 A batch is a pure function of (seed, index), and from a cache shows the same pictures, mirrored alike, as without.
 """
 
+import itertools
 import os
 import random
+from array import array
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -13,7 +15,9 @@ import torch
 from torch.utils.data import Dataset
 
 from .cropping import Batch, draw_readable
-from .media import VIDEO_SUFFIXES, Item, list_files, load_item, resize_and_crop, suffixes_for
+from .files import FileList, iterate_files, printable
+from .media import Item, load_item, resize_and_crop, suffixes_for
+from .sources import FolderFiles
 
 
 def read_classes(path: str | Path) -> list[str]:
@@ -22,18 +26,18 @@ def read_classes(path: str | Path) -> list[str]:
     Raises:
         ValueError: If there is none, or one twice.
     """
-    classes = [line.strip() for line in Path(path).read_text().splitlines() if line.strip()]
+    classes = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
     if not classes or len(set(classes)) < len(classes):
         raise ValueError(f'"{path}" must have one class a line and each once, but has {classes}.')
     return classes
 
 
-def class_of(file: Path) -> str:
+def class_of(file: str | Path) -> str:
     """The name of the folder that holds the file, or the link to it."""
-    return os.path.basename(os.path.dirname(os.path.abspath(file)))
+    return printable(os.path.basename(os.path.dirname(os.path.abspath(file))))
 
 
-def limit_each_class(files: list[Path], limit: int) -> list[Path]:
+def limit_each_class(files: Sequence[str | Path], limit: int) -> list[str | Path]:
     """At most `limit` files of each class: a random choice, but always the same.
 
     Raises:
@@ -42,13 +46,13 @@ def limit_each_class(files: list[Path], limit: int) -> list[Path]:
     if limit < 1:
         raise ValueError(f"`max_files_per_class` must be positive, but is {limit}.")
     members = {}
-    for file in files:
-        members.setdefault(class_of(file), []).append(file)
-    chosen = {file for group in members.values() for file in random.Random(0).sample(group, min(limit, len(group)))}
-    return [file for file in files if file in chosen]
+    for index, file in enumerate(files):
+        members.setdefault(class_of(file), []).append(index)
+    chosen = (random.Random(0).sample(group, min(limit, len(group))) for group in members.values())
+    return [files[index] for index in sorted(itertools.chain.from_iterable(chosen))]
 
 
-class LabelledFiles(Sequence):
+class LabelledFiles(FolderFiles):
     """The pictures and videos in folders and their subfolders; the class is the folder that holds the file.
 
     Args:
@@ -68,26 +72,30 @@ class LabelledFiles(Sequence):
         num_frames: int = 1,
         max_files_per_class: int | None = None,
     ):
-        files = [file for folder in folders for file in list_files(folder, suffixes_for(num_frames))]
+        files = (file for folder in folders for file in iterate_files(folder, suffixes_for(num_frames)))
         if max_files_per_class is not None:
-            files = limit_each_class(files, max_files_per_class)
-        self.items = [Item(str(file), file, file.suffix.lower() in VIDEO_SUFFIXES) for file in files]
-        names = [class_of(file) for file in files]
-        self.classes = sorted(set(names)) if classes is None else list(classes)
+            files = limit_each_class(list(files), max_files_per_class)
+        found, numbers = {}, array("q")
+
+        def note_class(file: str) -> str:
+            numbers.append(found.setdefault(class_of(file), len(found)))
+            return file
+
+        self.files = FileList(map(note_class, files))
+        self.classes = sorted(found) if classes is None else list(classes)
         ids = {name: index for index, name in enumerate(self.classes)}
-        for file, name in zip(files, names):
-            if name not in ids:
-                raise ValueError(
-                    f'"{file}" is in folder "{name}", which is no class: add it to the list of classes, or move the '
-                    f"file. The classes are {', '.join(self.classes)}."
-                )
-        self.labels = np.array([ids[name] for name in names])
+        self.labels = np.array([ids.get(name, -1) for name in found])[np.array(numbers)]
+        if len(strangers := np.flatnonzero(self.labels < 0)):
+            file = self.files[strangers[0]]
+            raise ValueError(
+                f'"{file}" is in folder "{class_of(file)}", which is no class: add it to the list of classes, or move '
+                f"the file. The classes are {', '.join(self.classes)}."
+            )
 
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def __getitem__(self, index: int) -> Item:
-        return self.items[index]
+    @property
+    def items(self) -> Sequence[Item]:
+        """What `self[index]` gives."""
+        return self
 
 
 class ClassSampler:

@@ -24,7 +24,7 @@ from .claims import note_inputs
 from .cropping import Batch
 from .data import BatchLoader
 from .ema import WeightAverage, gather
-from .media import list_files
+from .files import list_files
 from .sources import parse_source
 from .tracking import Log, Window
 

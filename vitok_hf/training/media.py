@@ -1,7 +1,8 @@
 """Reading pictures and clips from files, from bytes and from addresses."""
 
+import os
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
@@ -11,11 +12,11 @@ import av
 import fsspec
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
+from .files import IMAGE_SUFFIXES, VIDEO_SUFFIXES, list_files
+from .pictures import read_picture
 
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp"})
-VIDEO_SUFFIXES = frozenset({".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg"})
 
 Source = str | Path | bytes | Exception | None
 
@@ -46,10 +47,12 @@ def _open(source: Source) -> str | BytesIO:
         raise source
     if source is None:
         raise ValueError("it holds neither bytes nor a path")
-    if isinstance(source, str) and "://" in source:
+    if isinstance(source, bytes):
+        return BytesIO(source)
+    if "://" in str(source) and not os.path.exists(source):
         with fsspec.open(source, "rb") as file:
             return BytesIO(file.read())
-    return BytesIO(source) if isinstance(source, bytes) else str(source)
+    return os.path.abspath(source)  # of "a:b.mp4", PyAV would take "a" for a protocol
 
 
 @contextmanager
@@ -64,19 +67,16 @@ def _errors_name(name: str, kind: str):
 
 
 def load_image(source: Source, name: str | None = None) -> np.ndarray:
-    """(H, W, 3) uint8, upright; transparent pictures are put on white, 16-bit greys are scaled to 8 bits.
+    """(H, W, 3) uint8 in sRGB, upright, of any size; of an animation, the first frame.
+
+    Transparent pictures are put on white, greys of 16 and 32 bits are scaled to 8 bits, colour profiles converted.
+    Damaged metadata are passed over.
 
     Raises:
         ValueError: "name: reason", if it is no picture; `name` is the path by default.
     """
-    with _errors_name(name or _describe(source), "picture"), Image.open(_open(source)) as image:
-        ImageOps.exif_transpose(image, in_place=True)  # cameras store pictures as the sensor lies
-        if image.mode.startswith("I;16"):  # which `convert` would cut off at 255
-            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return np.asarray(image.convert("RGB"))
+    with _errors_name(name or _describe(source), "picture"):
+        return read_picture(_open(source))
 
 
 def resize(image: np.ndarray, size: tuple[int, int], box: tuple[float, float, float, float]) -> np.ndarray:
@@ -175,27 +175,6 @@ def load_item(item: Item, num_frames: int, fps: float | None, rng: np.random.Gen
     length = num_frames / fps if fps else (num_frames - 1) / rate
     start = rng.uniform(0.0, max(0.0, seconds - length - 0.5))
     return load_clip(item.source, start, num_frames, fps, item.name)
-
-
-def list_files(path: str | Path, suffixes: frozenset[str] = IMAGE_SUFFIXES | VIDEO_SUFFIXES) -> list[Path]:
-    """The pictures and videos in a folder and its subfolders, sorted, or the one file that `path` names."""
-    path = Path(path)
-    if not path.exists():
-        raise ValueError(f'"{path}" does not exist: name a folder or a file.')
-    files = [path] if path.is_file() else sorted(path.rglob("*"))
-    files = [file for file in files if file.suffix.lower() in suffixes]
-    if not files:
-        raise ValueError(f'"{path}" holds no file that ends in {", ".join(sorted(suffixes))}.')
-    return files
-
-
-def short_names(paths: Sequence[str | Path]) -> list[str]:
-    """The last folder of each path, with as many before it ("train-emoji") as tell all of them apart."""
-    parts = [Path(path).absolute().parts[1:] for path in paths]
-    depth = 1
-    while len({part[-depth:] for part in parts}) < len(set(parts)):
-        depth += 1
-    return ["-".join(part[-depth:]) for part in parts]
 
 
 def resize_and_crop(image: np.ndarray, size: int) -> np.ndarray:

@@ -6,10 +6,12 @@ exception, so that every run counts it in the same place.
 """
 
 import importlib
+import math
+import os
 from collections.abc import Iterator, Sequence
-from pathlib import PurePosixPath
 
-from .media import VIDEO_SUFFIXES, Item, list_files, suffixes_for
+from .files import VIDEO_SUFFIXES, FileList, is_hidden, iterate_files, suffix_of
+from .media import Item, suffixes_for
 
 
 def import_optional(package: str):
@@ -22,26 +24,27 @@ def import_optional(package: str):
 
 
 def parse_source(source: str) -> tuple[str, float | None]:
-    """ "folder:0.5" -> ("folder", 0.5), "folder" -> ("folder", None)."""
+    """ "folder:0.5" -> ("folder", 0.5), "folder" -> ("folder", None), and "folder:0.5", too, if there is one."""
     path, _, weight = source.rpartition(":")
     try:
-        return (path, float(weight)) if path else (source, None)
+        weight = float(weight)
     except ValueError:
         return source, None  # the colon belongs to the path
+    return (path, weight) if path and math.isfinite(weight) and not os.path.lexists(source) else (source, None)
 
 
 class FolderFiles(Sequence):
     """The pictures and videos in a folder and its subfolders, or one file; for clips, the videos only."""
 
     def __init__(self, path: str, num_frames: int = 1):
-        self.files = list_files(path, suffixes_for(num_frames))
+        self.files = FileList(iterate_files(path, suffixes_for(num_frames)))
 
     def __len__(self) -> int:
         return len(self.files)
 
     def __getitem__(self, index: int) -> Item:
         path = self.files[index]
-        return Item(str(path), path, path.suffix.lower() in VIDEO_SUFFIXES)
+        return Item(str(path), path, suffix_of(path.name) in VIDEO_SUFFIXES)
 
 
 class HubColumn:
@@ -115,10 +118,16 @@ class HubStream(HubColumn):
             yield Item(f"{self.name}, shard {shard} after row {row}", error)
 
 
+def is_shown(member: str) -> bool:
+    """Whether systems show a member of an archive: none of its folders is hidden; "./a/x.jpg" is not."""
+    return not any(is_hidden(part) for part in member.split("/") if part not in (".", ".."))
+
+
 class TarStream:
     """Tar shards in the layout of WebDataset: members of one sample follow each other and share the name's stem.
 
-    Of each sample, the first member whose name ends as a picture or video does is taken; for clips, a video.
+    Of each sample, the first member whose name ends as a picture or video does is taken; for clips, a video. Members
+    that systems hide ("__MACOSX/._x.jpg") are left out.
 
     Args:
         patterns: Paths or addresses for `webdataset`, with ranges and lists in braces: "shards/{000..012}.tar".
@@ -131,7 +140,9 @@ class TarStream:
     def __init__(self, patterns: list[str], num_frames: int = 1):
         import_optional("webdataset")
         expand = importlib.import_module("braceexpand").braceexpand
-        self.urls = [url for pattern in patterns for url in expand(pattern)]
+        self.urls = [
+            url for pattern in patterns for url in ([pattern] if os.path.exists(pattern) else expand(pattern))
+        ]
         self.name = ", ".join(patterns)
         self.suffixes = suffixes_for(num_frames)
 
@@ -147,14 +158,15 @@ class TarStream:
             return True  # go on with what can still be read
 
         samples = importlib.import_module("webdataset.tariterators").tarfile_samples
-        for sample in samples([{"url": url}], handler=note):
+        place = os.path.abspath(url) if os.path.exists(url) else url  # "a:b.tar" has no protocol "a"
+        for sample in samples([{"url": place}], handler=note, select_files=is_shown):
             yield self._item(f"{url}/{sample['__key__']}", sample)
         for error in errors:
             yield Item(url, error)
 
     def _item(self, name: str, sample: dict) -> Item:
         for key, data in sample.items():
-            suffix = PurePosixPath(f"x.{key}").suffix
+            suffix = suffix_of(f"x.{key}")
             if suffix in self.suffixes:
                 return Item(f"{name}.{key}", data, suffix in VIDEO_SUFFIXES)
         return Item(name, ValueError(f"no member ends in {', '.join(sorted(self.suffixes))}"))

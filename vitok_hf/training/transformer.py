@@ -19,10 +19,11 @@ from .cropping import Batch
 from .data import BatchLoader
 from .diffusion import bucket_timesteps, diffusion_losses, drop_labels, make_scheduler, sample_timesteps
 from .ema import WeightAverage
+from .files import short_names
 from .latent_cache import STATISTICS, LatentBatches, LatentCache, fingerprint
 from .latent_data import ClassSampler, LabelledFiles, PictureBatches, load_square, read_classes, to_pixels
 from .loop import TrainedModel, Trainer, compile_blocks
-from .media import evenly_spaced, short_names
+from .media import evenly_spaced
 from .publishing import changed_settings, last_folder, push, write_model_card
 
 
