@@ -22,6 +22,7 @@ from .checkpointing import write_json
 
 RECORD = "made_from.json"
 MAX_SHOWN = 200  # characters of a value in a message
+MAX_NAMED = 100_000  # files that a training run notes one by one
 
 
 def checksum(path: str | os.PathLike) -> str:
@@ -148,9 +149,13 @@ def claimed_contents(folder: Path) -> list[str]:
 def note_inputs(folder: Path, settings: dict, files: Sequence[str | os.PathLike], before: Path | None) -> list[str]:
     """Stores in a folder what a training run is made from, and returns what has changed since the run in `before`.
 
-    A run may go on with other data and settings, and its data may be large: files are told by size and time alone.
+    A run may go on with other data and settings, and its data may be large: files are told by size and time alone, and
+    more than `MAX_NAMED` by one digest for all.
     """
     record, reasons = _make_record(settings, files, {}, read=False), []
+    if len(files) > MAX_NAMED:
+        digest = hashlib.sha256(json.dumps(record["files"]).encode()).hexdigest()
+        record["files"] = {f"{len(files)} files together": digest}
     if before is not None:
         path = before / RECORD
         reasons = [f"unknown inputs, for there is no {path}"]
