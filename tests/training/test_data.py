@@ -32,7 +32,7 @@ class TestCropBatches:
         settings = CropSettings([(32, 32, 1.0), (16, 64, 2.0)], 8 * 32 * 32)
         dataset = CropBatches([f"{ASSETS}/coffee.png:2", f"{ASSETS}:4"], settings)
         means = [dataset[index].pixels.float().mean().item() for index in range(4)]
-        assert means == pytest.approx([94.61, 99.04, 104.07, 109.33], abs=0.1)
+        assert means == pytest.approx([93.74, 87.76, 102.84, 109.33], abs=0.1)
 
     def test_sizes_share_a_pixel_budget(self):
         shapes = {CropBatches([str(ASSETS)], self.SETTINGS)[index].pixels.shape for index in range(12)}
@@ -138,13 +138,12 @@ class TestBrokenFiles:
         assert named == {str(path) for path in (*broken, paths[50])}
         assert_same(again[7], batches[7])
 
-    def test_huge_pictures(self, tmp_path, monkeypatch):
+    def test_huge_pictures_are_read(self, tmp_path, monkeypatch):
+        """Beyond twice its limit, Pillow refuses them."""
         write_noise(tmp_path, 3)
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 40 * 32 // 2 - 1)
-        write_noise(tmp_path / "small", 3, size=(16, 16))
         batch = CropBatches([str(tmp_path)], self.SETTINGS)[0]
-        assert len(batch.pixels) == 32 and all("DecompressionBombError" in reason for reason in batch.skipped)
-        assert batch.skipped
+        assert len(batch.pixels) == 32 and not batch.skipped
 
     def test_videos(self, tmp_path, video, monkeypatch):
         whole = video.read_bytes()
