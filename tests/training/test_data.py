@@ -1,4 +1,6 @@
+import gc
 import json
+import weakref
 from itertools import islice
 
 import numpy as np
@@ -220,6 +222,22 @@ class TestBatchLoader:
         monkeypatch.setattr(torch.accelerator, "is_available", lambda: available)
         list(BatchLoader(CropBatches([folder], self.SETTINGS), 0))
         assert options["pin_memory"] is available
+
+    def test_workers_inherit_no_garbage(self, folder, monkeypatch):
+        """Frames of PyAV wait for their threads when they are freed, and a forked process has no threads."""
+
+        class Cycle:
+            pass
+
+        gc.disable()
+        try:
+            cycle = Cycle()
+            cycle.own, alive = cycle, weakref.ref(cycle)
+            del cycle
+            monkeypatch.setattr(data, "DataLoader", lambda *args, **kwargs: [alive()])
+            assert alive() is not None and list(BatchLoader(CropBatches([folder], self.SETTINGS), 1)) == [None]
+        finally:
+            gc.enable()
 
     def test_states_of_streams_are_refused(self, folder):
         loader = BatchLoader(CropBatches([folder], self.SETTINGS), 0)
