@@ -1,6 +1,7 @@
 """Runs the scripts of examples/ as a user would."""
 
 import json
+import os
 import re
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ from PIL import Image
 
 from tests.conftest import ASSETS, EXAMPLES, TINY, launch_example, make_input, make_vae
 from tests.dit import make_pipeline
-from tests.training.conftest import write_video
+from tests.training.conftest import write_noise, write_video
 from vitok_hf import AutoencoderViTok
 from vitok_hf.evaluation.features import Classifier
 from vitok_hf.evaluation.results import load_results
@@ -50,6 +51,21 @@ class TestReconstruct:
         assert "bar.png: 300x5 (padded)" in out and "SSIM needs 11 pixels a side" in out
         assert "chelsea.png: 451x300 (padded)" in out and "rocket.jpg" in out
         assert Image.open(tmp_path / "out" / "chelsea_reconstruction.png").size == (451, 300)
+
+    def test_goes_on_after_files_that_cannot_be_read(self, run_example, model, tmp_path, capsys):
+        write_noise(tmp_path / "folder" / "cats.png", 2, (16, 16))
+        for name in ("broken.png", "no_film.mp4"):
+            (tmp_path / "folder" / name).write_bytes(b"nothing")
+        os.link(tmp_path / "folder" / "cats.png" / "000.png", os.fsencode(tmp_path / "folder") + b"/\xff.png")
+        with pytest.raises(SystemExit) as end:
+            run_example("reconstruct.py", "--input", "folder", "--model", model, "--output_dir", "out")
+        lines = str(end.value).splitlines()
+        assert lines[0] == "2 of 5 files failed:" and len(lines) == 3  # a message: the exit code is 1
+        assert lines[1].startswith("folder/broken.png: cannot be read as a picture")
+        assert lines[2].startswith("folder/no_film.mp4: cannot be read as a video")
+        out = capsys.readouterr().out
+        assert "000.png: 16x16  PSNR" in out and "001.png: 16x16  PSNR" in out and "\\udcff.png: 16x16" in out
+        assert len(list((tmp_path / "out").rglob("*_comparison.png"))) == 3
 
     @pytest.mark.parametrize("architecture", ["v1", "video"])
     def test_video(self, run_example, tmp_path, architecture):

@@ -1,4 +1,6 @@
+import gc
 import json
+import weakref
 from itertools import islice
 
 import numpy as np
@@ -32,7 +34,7 @@ class TestCropBatches:
         settings = CropSettings([(32, 32, 1.0), (16, 64, 2.0)], 8 * 32 * 32)
         dataset = CropBatches([f"{ASSETS}/coffee.png:2", f"{ASSETS}:4"], settings)
         means = [dataset[index].pixels.float().mean().item() for index in range(4)]
-        assert means == pytest.approx([94.61, 99.04, 104.07, 109.33], abs=0.1)
+        assert means == pytest.approx([93.74, 87.76, 102.84, 109.33], abs=0.1)
 
     def test_sizes_share_a_pixel_budget(self):
         shapes = {CropBatches([str(ASSETS)], self.SETTINGS)[index].pixels.shape for index in range(12)}
@@ -138,13 +140,12 @@ class TestBrokenFiles:
         assert named == {str(path) for path in (*broken, paths[50])}
         assert_same(again[7], batches[7])
 
-    def test_huge_pictures(self, tmp_path, monkeypatch):
+    def test_huge_pictures_are_read(self, tmp_path, monkeypatch):
+        """Beyond twice its limit, Pillow refuses them."""
         write_noise(tmp_path, 3)
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 40 * 32 // 2 - 1)
-        write_noise(tmp_path / "small", 3, size=(16, 16))
         batch = CropBatches([str(tmp_path)], self.SETTINGS)[0]
-        assert len(batch.pixels) == 32 and all("DecompressionBombError" in reason for reason in batch.skipped)
-        assert batch.skipped
+        assert len(batch.pixels) == 32 and not batch.skipped
 
     def test_videos(self, tmp_path, video, monkeypatch):
         whole = video.read_bytes()
@@ -221,6 +222,22 @@ class TestBatchLoader:
         monkeypatch.setattr(torch.accelerator, "is_available", lambda: available)
         list(BatchLoader(CropBatches([folder], self.SETTINGS), 0))
         assert options["pin_memory"] is available
+
+    def test_workers_inherit_no_garbage(self, folder, monkeypatch):
+        """Frames of PyAV wait for their threads when they are freed, and a forked process has no threads."""
+
+        class Cycle:
+            pass
+
+        gc.disable()
+        try:
+            cycle = Cycle()
+            cycle.own, alive = cycle, weakref.ref(cycle)
+            del cycle
+            monkeypatch.setattr(data, "DataLoader", lambda *args, **kwargs: [alive()])
+            assert alive() is not None and list(BatchLoader(CropBatches([folder], self.SETTINGS), 1)) == [None]
+        finally:
+            gc.enable()
 
     def test_states_of_streams_are_refused(self, folder):
         loader = BatchLoader(CropBatches([folder], self.SETTINGS), 0)

@@ -211,6 +211,25 @@ class TestTars:
         assert (clips_of[0].name, clips_of[0].is_video) == (f"{path}/a.mp4", True)
         assert pictures_of[1].name == f"{path}/b" and "no member ends in .apng, .avi," in str(pictures_of[1].source)
 
+    def test_hidden_members(self, tmp_path, pictures):
+        """Of archives made by macOS, and by "tar -c .", whose names begin with a dot."""
+        names = ["__MACOSX/a/x.png", "./__MACOSX/y.png", "a/._x.png", ".cache/z.png", "a/.ipynb_checkpoints/x.png"]
+        with tarfile.open(tmp_path / "x.tar", "w") as tar:
+            for name, file in zip([*names, "./a/x.png", "a/y.TIF"], pictures):
+                tar.add(file, name)
+        path = str(tmp_path / "x.tar")
+        items = list(TarStream([path]).items(0))
+        assert [item.name for item in items] == [f"{path}/./a/x.png", f"{path}/a/y.tif"]
+        assert [item.source for item in items] == [file.read_bytes() for file in pictures[5:7]]
+
+    @pytest.mark.parametrize("name", ["a:b.tar", "{a,b}.tar", "x#1?.tar", "http:.tar"])
+    def test_odd_names(self, tmp_path, monkeypatch, pictures, name):
+        monkeypatch.chdir(tmp_path)
+        with tarfile.open(tmp_path / name, "w") as tar:
+            tar.add(pictures[0], "x.png")
+        (item,) = TarStream([name]).items(0)
+        assert item == (f"{name}/x.png", pictures[0].read_bytes(), False)
+
     def test_broken_and_missing_tars(self, tmp_path, pictures):
         pattern = write_tars(tmp_path / "tars", pictures[10:22], 3)
         cut, missing = tmp_path / "tars" / "01.tar", tmp_path / "tars" / "02.tar"

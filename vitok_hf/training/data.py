@@ -4,6 +4,7 @@ Folders and downloaded datasets are drawn from at random: a batch is a pure func
 in a shuffled order, with a position to resume from (see `streams`). One worker cuts a whole batch.
 """
 
+import gc
 import itertools
 import logging
 import sys
@@ -159,6 +160,7 @@ class BatchLoader:
             yield batch
 
     def _make_dataloader(self) -> DataLoader:
+        gc.collect()  # a worker that inherits PyAV's garbage waits for ever for threads that it has not
         sampler = None
         if self.is_stream:
             self.dataset.start(self.process_index, self.num_processes, self.batches, list(self.positions))
