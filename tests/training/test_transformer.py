@@ -236,27 +236,30 @@ class TestStep:
         trainer.training_step(next_batches(trainer))
         assert calls == {"loss": 5.0, "draw": ("none", 0.5, 2.0)}
 
-    def test_accumulation_equals_a_larger_batch(self, arguments, monkeypatch):
-        """With the noise and timesteps of the whole batch, in parts."""
-        noise, timesteps = torch.randn(8, 4, 2, 2), torch.arange(8) * 100
-        gradients = []
-        for parts in (1, 2):
-            trainer = DiTTrainer(
-                arguments(TINY | {"variational": False}, gradient_accumulation_steps=parts, class_dropout=0.0)
-            )
-            noises, times = list(noise.chunk(parts)), list(timesteps.chunk(parts))
-            monkeypatch.setattr(torch, "randn", lambda shape, device, noises=noises: noises.pop(0))
-            monkeypatch.setattr(transformer, "sample_timesteps", lambda *_, times=times, **__: times.pop(0))
-            trainer.models["transformer"].optimizer.step = lambda: None
-            trainer.models["transformer"].optimizer.zero_grad = lambda: None
-            (batch,) = next_batches(trainer)
-            pieces = zip(batch.pixels.chunk(parts), batch.labels.chunk(parts))
-            logs = trainer.training_step([batch._replace(pixels=x, labels=y) for x, y in pieces])
-            assert [("grad_norm" in log) for log in logs] == [False] * (parts - 1) + [True]
-            gradients.append([parameter.grad for parameter in trainer.transformer.parameters()])
-            monkeypatch.undo()
-        for one, other in zip(*gradients):
-            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+    @pytest.mark.parametrize("kind", ["epsilon", "flow_prediction"])
+    @pytest.mark.parametrize("cached", [False, True])
+    def test_accumulation_equals_a_larger_batch(self, arguments, tmp_path, kind, cached):
+        """With samples of the posteriors, noise, timesteps and dropped classes, over three steps."""
+        if cached:
+            args = arguments()
+            files = LabelledFiles(args.train_data_dir)
+            write_latents(AutoencoderViTok.from_pretrained(args.vae_name_or_path), "x", files, tmp_path / "cache", 16)
+            arguments = partial(arguments, latents_dir=str(tmp_path / "cache"))
+        results = []
+        for parts in ([8], [4, 4], [5, 2, 1]):
+            options = {"prediction_type": kind, "class_dropout": 0.5, "max_grad_norm": 1e9}
+            trainer = DiTTrainer(arguments(gradient_accumulation_steps=len(parts), **options))
+            losses = []
+            for batch in next_batches(trainer, 3):
+                pieces = zip(batch.pixels.split(parts), batch.labels.split(parts))
+                logs = trainer.training_step([batch._replace(pixels=x, labels=y) for x, y in pieces])
+                assert [("grad_norm" in log) for log in logs] == [False] * (len(parts) - 1) + [True]
+                losses += [sum(log["loss"] for log in logs) / len(parts), logs[-1]["grad_norm"]]
+                trainer.step += 1
+            results.append([torch.stack(losses), *trainer.transformer.parameters()])
+        for one, *others in zip(*results):
+            for other in others:
+                torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-5)
 
     def test_frozen_autoencoder(self, arguments):
         trainer = run(arguments(max_train_steps=1))

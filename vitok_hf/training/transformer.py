@@ -182,34 +182,36 @@ class DiTTrainer(Trainer):
         return normalize_latents(torch.cat(latents), self.vae), torch.from_numpy(files.labels[chosen])
 
     @torch.no_grad()
-    def latents_of(self, batch: Batch) -> torch.Tensor:
-        """Normalised samples of the posteriors, (B, c, [t,] h, w) float32."""
+    def latents_of(self, *batches: Batch) -> torch.Tensor:
+        """Normalised samples of the posteriors of all batches, (B, c, [t,] h, w) float32."""
+        mean, std = (torch.cat(parts) for parts in zip(*map(self._moments, batches)))
+        return normalize_latents(mean + std * torch.randn(mean.shape, device=mean.device), self.vae)
+
+    def _moments(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         pixels = batch.pixels.to(self.accelerator.device, non_blocking=True)
         if self.cache is not None:
-            mean, std = pixels.unbind(dim=1)
-            latents = mean + std * torch.randn(mean.shape, device=mean.device)
-        else:
-            with self.accelerator.autocast():
-                latents = self.vae.encode(to_float(pixels)).latent_dist.sample().float()
-        return normalize_latents(latents, self.vae)
+            return pixels.unbind(dim=1)
+        with self.accelerator.autocast():
+            posterior = self.vae.encode(to_float(pixels)).latent_dist
+        return posterior.mean, posterior.std
 
     def count_pixels(self, batch: Batch) -> int:
         return len(batch.pixels) * self.resolution**2 * self.vae.config.sample_frames
 
     def training_step(self, batches: list[Batch]) -> list[dict[str, torch.Tensor]]:
+        """One optimiser step. All that is random is drawn for all batches at once: it does not depend on the division."""
         args, device, logs, trained = self.args, self.accelerator.device, [], self.models["transformer"]
-        for batch in batches:
-            latents, labels = self.latents_of(batch), batch.labels.to(device)
-            labels = drop_labels(labels, len(self.classes), args.class_dropout)
-            timesteps = sample_timesteps(
-                self.scheduler, len(labels), args.weighting_scheme, args.logit_mean, args.logit_std, device=device
-            )
-            noise = torch.randn(latents.shape, device=device)  # not `randn_like`, which depends on the strides
+        latents, labels = self.latents_of(*batches), torch.cat([batch.labels for batch in batches]).to(device)
+        labels = drop_labels(labels, len(self.classes), args.class_dropout)
+        timesteps = sample_timesteps(
+            self.scheduler, len(labels), args.weighting_scheme, args.logit_mean, args.logit_std, device=device
+        )
+        noise = torch.randn(latents.shape, device=device)  # not `randn_like`, which depends on the strides
+        counts = [len(batch.labels) for batch in batches]
+        for part in zip(*(tensor.split(counts) for tensor in (latents, labels, noise, timesteps))):
             with trained.accumulate():
-                losses = diffusion_losses(
-                    trained.model, self.scheduler, latents, labels, noise, timesteps, args.snr_gamma
-                )
-                loss = losses.mean()
+                losses = diffusion_losses(trained.model, self.scheduler, *part, args.snr_gamma)
+                loss = losses.sum() * (len(batches) / len(labels))
                 self.accelerator.backward(loss)
                 logs.append({"loss": loss.detach()} | trained.update(self.step))
         return logs
