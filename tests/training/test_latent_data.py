@@ -269,7 +269,7 @@ class TestCache:
     def test_statistics(self, files, tmp_path):
         vae = make_vae("v1")
         write(files, tmp_path / "cache", vae)
-        cached = summarize_latents(LatentCache(tmp_path / "cache").iterate_means(100))
+        cached = summarize_latents(LatentCache(tmp_path / "cache").iterate_moments(100))
         assert cached.num_items == 11 and cached.num_latents == 11 * 4
         order = iter(range(11))
         squares = PictureBatches(files, lambda rng: (next(order), False), 16, 11)

@@ -152,7 +152,8 @@ class TestLatents:
         stds = torch.tensor(config.latents_std).view(1, 4, 1, 1)
         modes = (posterior.mode() - means) / stds
         torch.testing.assert_close(modes.mean(dim=(0, 2, 3)), torch.zeros(4), rtol=0, atol=1e-3)
-        torch.testing.assert_close(modes.std(dim=(0, 2, 3)), torch.ones(4), rtol=0, atol=1e-2)
+        variance = modes.var(dim=(0, 2, 3)) + (posterior.std / stds).square().mean(dim=(0, 2, 3))
+        torch.testing.assert_close(variance, torch.ones(4), rtol=0, atol=1e-2)
         errors = (latents - modes) * stds / posterior.std
         assert errors.std().item() == pytest.approx(1.0, rel=0.1)
 
@@ -161,6 +162,13 @@ class TestLatents:
             config = DiTTrainer(arguments(TINY | own)).vae.config
             assert {name: config[name] for name in own} == own
             assert (config.latents_mean is None) == ("latents_mean" not in own)
+
+    @pytest.mark.parametrize("unset", [{"shift_factor": None}, {"shift_factor": None, "scaling_factor": None}, {}])
+    def test_what_is_unset_is_no_statistics(self, arguments, unset):
+        trainer = DiTTrainer(arguments(TINY | unset))
+        assert len(trainer.vae.config.latents_std) == 4
+        latents = trainer.latents_of(*next_batches(trainer))
+        assert latents.std().item() == pytest.approx(1.0, abs=0.1)
 
     def test_cache_equals_fresh(self, arguments, tmp_path):
         """Losses of whole runs, with the same statistics."""

@@ -9,6 +9,7 @@ import torch
 
 from ..evaluation.pixels import fold_frames, to_float
 from ..evaluation.reconstruction import comparison, evaluate_reconstruction
+from ..latents import NO_STATISTICS
 from ..models import AutoencoderViTok
 from .adversary import Adversary
 from .arguments import AutoencoderArguments
@@ -47,8 +48,7 @@ def public_config(config: dict[str, object]) -> dict[str, object]:
 
 def forget_statistics(vae: AutoencoderViTok) -> None:
     """Those of the latents, which another encoder does not have."""
-    neutral = {"scaling_factor": 1.0, "shift_factor": 0.0, "latents_mean": None, "latents_std": None}
-    stale = {name: value for name, value in neutral.items() if vae.config[name] != value}
+    stale = {name: value for name, value in NO_STATISTICS.items() if vae.config[name] not in (None, value)}
     if stale:
         logger.warning("The encoder is trained: %s leave its config; export_checkpoint.py makes new ones.", [*stale])
         vae.register_to_config(**stale)
@@ -217,7 +217,7 @@ class AutoencoderTrainer(Trainer):
         return logs
 
     def _gradient_squares(self, target, seeds: list[int], share: torch.Tensor, totals) -> torch.Tensor:
-        """What the adaptive weight of a step needs of each batch beforehand; the graphs of all take too much memory."""
+        """What the adaptive weight of a step needs of each batch beforehand: all graphs take too much memory."""
         with torch.no_grad():
             sample = self._reconstruct(target, seeds).sample
         fakes = [pictures.requires_grad_() for pictures in by_size(sample)]

@@ -9,7 +9,7 @@ import torch
 from einops import rearrange
 
 from ..evaluation.pixels import to_float
-from ..latents import compute_latent_statistics, normalize_latents, summarize_latents
+from ..latents import NO_STATISTICS, compute_latent_statistics, normalize_latents, summarize_latents
 from ..models import AutoencoderViTok, ViTokDiTModel
 from ..pipelines import ViTokDiTPipeline
 from ..pipelines.model_card import usage
@@ -19,7 +19,7 @@ from .cropping import Batch
 from .data import BatchLoader
 from .diffusion import bucket_timesteps, diffusion_losses, drop_labels, make_scheduler, sample_timesteps
 from .ema import WeightAverage
-from .latent_cache import STATISTICS, LatentBatches, LatentCache, fingerprint
+from .latent_cache import LatentBatches, LatentCache, fingerprint
 from .latent_data import ClassSampler, LabelledFiles, PictureBatches, load_square, read_classes, to_pixels
 from .loop import TrainedModel, Trainer, compile_blocks
 from .media import evenly_spaced, short_names
@@ -39,8 +39,7 @@ def load_autoencoder(args: DiTArguments) -> AutoencoderViTok:
 
 
 def has_statistics(vae: AutoencoderViTok) -> bool:
-    config = vae.config
-    return config.latents_mean is not None or (config.scaling_factor, config.shift_factor) != (1.0, 0.0)
+    return any(vae.config[name] not in (None, neutral) for name, neutral in NO_STATISTICS.items())
 
 
 def make_transformer(args: DiTArguments, vae: AutoencoderViTok, resolution: int, num_classes: int) -> ViTokDiTModel:
@@ -156,13 +155,13 @@ class DiTTrainer(Trainer):
         if args.resume_from_checkpoint:
             checkpoint = find_checkpoint(self.output_dir, args.resume_from_checkpoint)
             config = json.loads((checkpoint / "pipeline" / "vae" / "config.json").read_text())
-            self.vae.register_to_config(**{name: config[name] for name in STATISTICS})
+            self.vae.register_to_config(**{name: config[name] for name in NO_STATISTICS})
         elif not has_statistics(self.vae):
             if self.cache is None:
                 batches = dataset.iterate(-(-args.num_statistics_images // args.train_batch_size))
                 statistics = compute_latent_statistics(self.vae, batches)
             else:
-                statistics = summarize_latents(self.cache.iterate_means(args.num_statistics_images))
+                statistics = summarize_latents(self.cache.iterate_moments(args.num_statistics_images))
             self.vae.register_to_config(**statistics.to_config())
             logger.warning("Latent statistics of %d pictures: %s", statistics.num_items, statistics.to_config())
 
@@ -199,7 +198,7 @@ class DiTTrainer(Trainer):
         return len(batch.pixels) * self.resolution**2 * self.vae.config.sample_frames
 
     def training_step(self, batches: list[Batch]) -> list[dict[str, torch.Tensor]]:
-        """One optimiser step. All that is random is drawn for all batches at once: it does not depend on the division."""
+        """One optimiser step. What is random is drawn for all batches at once, so as not to depend on their sizes."""
         args, device, logs, trained = self.args, self.accelerator.device, [], self.models["transformer"]
         latents, labels = self.latents_of(*batches), torch.cat([batch.labels for batch in batches]).to(device)
         labels = drop_labels(labels, len(self.classes), args.class_dropout)
