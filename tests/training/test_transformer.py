@@ -135,6 +135,13 @@ class TestResume:
         for ours, theirs in zip(resumed.average.shadow_params, whole.average.shadow_params):
             torch.testing.assert_close(ours, theirs)
 
+    def test_latest_of_nothing_starts_anew(self, arguments):
+        trainer = run(arguments(resume_from_checkpoint="latest", max_train_steps=2))
+        assert len(trainer.vae.config.latents_mean) == 4
+        assert DiTTrainer(arguments(resume_from_checkpoint="latest")).step == 2
+        with pytest.raises(ValueError, match="`use_ema` is False, but checkpoint-2 was written with True"):
+            DiTTrainer(arguments(resume_from_checkpoint="latest", use_ema=False))
+
     def test_statistics_are_those_of_the_checkpoint(self, arguments):
         first = run(arguments(max_train_steps=2))
         resumed = DiTTrainer(arguments(resume_from_checkpoint="latest", num_statistics_images=1))

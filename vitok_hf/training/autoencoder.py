@@ -147,6 +147,11 @@ class AutoencoderTrainer(Trainer):
     def vae(self) -> AutoencoderViTok:
         return self.models["vae"].unwrapped
 
+    def fixed_settings(self) -> dict[str, object]:
+        args = self.args
+        settings = {name: getattr(args, name) for name in ("stage", "freeze_encoder", "lora_rank")}
+        return super().fixed_settings() | settings | {"lecam_weight": "positive" if args.lecam_weight > 0.0 else 0.0}
+
     def _train_mode(self) -> None:
         self.models["vae"].model.train()
         if self.args.freeze_encoder:

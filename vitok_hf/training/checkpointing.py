@@ -84,13 +84,11 @@ def checkpoint_step(path: Path) -> int | None:
     return int(match[1]) if match else None
 
 
-def find_checkpoint(output_dir: Path, name: str) -> Path:
-    """The folder of checkpoint `name`, or the newest complete one of `output_dir` for "latest"."""
-    if name != "latest":
+def find_checkpoint(output_dir: Path, name: str | None) -> Path | None:
+    """The folder of checkpoint `name`, or the newest complete one of `output_dir`, if it has any, for "latest"."""
+    if name not in (None, "latest"):
         if checkpoint_step(Path(name)) is None or not (Path(name) / "state").is_dir():
             raise ValueError(f'`resume_from_checkpoint` "{name}" is no folder checkpoint-<step> with a state/ inside.')
         return Path(name)
-    found = list_checkpoints(output_dir)
-    if not found:
-        raise ValueError(f'There is no checkpoint in "{output_dir}" to resume from: start without it first.')
-    return found[-1]
+    found = list_checkpoints(output_dir) if name == "latest" else []
+    return found[-1] if found else None

@@ -152,8 +152,7 @@ class DiTTrainer(Trainer):
     def _normalise(self, dataset: PictureBatches | LatentBatches) -> None:
         """Sees to it that the autoencoder's config has the statistics of the latents: when resumed, those it had."""
         args = self.args
-        if args.resume_from_checkpoint:
-            checkpoint = find_checkpoint(self.output_dir, args.resume_from_checkpoint)
+        if checkpoint := find_checkpoint(self.output_dir, args.resume_from_checkpoint):
             config = json.loads((checkpoint / "pipeline" / "vae" / "config.json").read_text())
             self.vae.register_to_config(**{name: config[name] for name in NO_STATISTICS})
         elif not has_statistics(self.vae):
