@@ -199,7 +199,10 @@ class ViTokAttention(nn.Module, AttentionModuleMixin):
         self.set_processor(ViTokAttnProcessor())
 
     def fuse_projections(self):
-        """For inference: the fused projection is a copy, which gets no gradients. Not where one has a LoRA."""
+        """For inference without gradients: the fused projection is a copy, which would keep them from the projections.
+
+        Training, and a call that records gradients for them, unfuse. Not fused where one has a LoRA.
+        """
         if all(isinstance(projection, nn.Linear) for projection in (self.to_q, self.to_k, self.to_v)):
             super().fuse_projections()
             self.to_qkv.requires_grad_(False)
@@ -213,6 +216,9 @@ class ViTokAttention(nn.Module, AttentionModuleMixin):
     def forward(
         self, hidden_states: torch.Tensor, rotary_emb: tuple[torch.Tensor, torch.Tensor], packing: Packing
     ) -> torch.Tensor:
+        if self.fused_projections and torch.is_grad_enabled():
+            if any(projection.weight.requires_grad for projection in (self.to_q, self.to_k, self.to_v)):
+                self.unfuse_projections()
         return self.processor(self, hidden_states, rotary_emb, packing)
 
 
