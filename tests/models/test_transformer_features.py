@@ -119,6 +119,12 @@ class TestDiffusersFeatures:
         assert_close(*gradients)
         assert model.transformer_blocks[0].attn.fused_projections and gradients[0].any()
 
+    def test_compiled_blocks_are_saved_under_their_names(self, model, x, tmp_path):
+        expected = run(model, x)
+        model.transformer_blocks[1] = torch.compile(model.transformer_blocks[1], backend="eager")
+        model.save_pretrained(tmp_path)
+        assert_close(run(ViTokDiTModel.from_pretrained(tmp_path), x), expected)
+
     def test_lora(self, model, kind, x, tmp_path):
         expected = run(model, x)
         targets = ["to_q", "to_k", "to_v", "to_out.0"]

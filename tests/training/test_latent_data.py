@@ -243,6 +243,10 @@ class TestCache:
         same = make_vae("v1", latents_mean=[1.0] * 4).half().float()
         assert fingerprint(vae) == fingerprint(same)
         with torch.no_grad():
+            same.encoder.transformer_blocks[0] = torch.compile(same.encoder.transformer_blocks[0])
+            assert fingerprint(vae) == fingerprint(same)
+            same.encoder = torch.compile(same.encoder)
+            assert fingerprint(vae) == fingerprint(same)
             same.encoder.proj_out.weight[0] += 1.0
         assert fingerprint(vae) != fingerprint(same)
 

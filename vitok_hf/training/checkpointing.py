@@ -9,6 +9,8 @@ from pathlib import Path
 from accelerate import Accelerator, PartialState
 from torch import nn
 
+from ..models.layers import plain_name
+
 
 @contextmanager
 def atomic_folder(path: Path, accelerator: Accelerator | PartialState):
@@ -66,7 +68,7 @@ def claim_folder(folder: Path, settings: dict) -> None:
 def weights_checksum(module: nn.Module, config: dict | None = None) -> str:
     """SHA-256 of a config and of weights in half precision."""
     digest = hashlib.sha256(json.dumps(config or {}, sort_keys=True).encode())
-    for name, weight in sorted(module.state_dict().items()):
+    for name, weight in sorted((plain_name(name), weight) for name, weight in module.state_dict().items()):
         digest.update(name.encode())
         digest.update(weight.detach().half().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()

@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
 
+from ..models.layers import plain_name
 from .arguments import LoopArguments
 from .checkpointing import atomic_folder, checkpoint_step, find_checkpoint, list_checkpoints, remove_folder
 from .cropping import Batch
@@ -258,8 +259,10 @@ class Trainer:
         """The state dict of a whole model, or of its average, on the main process; all processes must call it."""
         trained = self.models[name]
         state_dict = self.accelerator.get_state_dict(trained.model)
+        state_dict = {plain_name(name): value for name, value in state_dict.items()}
         if average:
-            names = [name for name, parameter in trained.unwrapped.named_parameters() if parameter.requires_grad]
+            parameters = trained.unwrapped.named_parameters()
+            names = [plain_name(name) for name, parameter in parameters if parameter.requires_grad]
             shadows = [gather(shadow) for shadow in self.average.shadow_params]
             state_dict = state_dict | dict(zip(names, shadows, strict=True))
         return state_dict
