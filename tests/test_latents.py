@@ -4,6 +4,7 @@ from diffusers import AutoencoderDC, AutoencoderKL
 
 from tests.conftest import make_vae
 from vitok_hf import compute_latent_statistics, denormalize_latents, normalize_latents
+from vitok_hf.latents import summarize_latents
 
 
 def make_batches(vae, count=3):
@@ -16,7 +17,12 @@ def make_batches(vae, count=3):
 
 
 def encode(vae, batch):
-    return vae.encode(batch.float() / 127.5 - 1).latent_dist.mode()
+    return vae.encode(batch.float() / 127.5 - 1).latent_dist
+
+
+def certain(*batches):
+    """Latents without posteriors, as `summarize_latents` takes them."""
+    return [(batch, None) for batch in batches]
 
 
 class TestStatistics:
@@ -26,15 +32,16 @@ class TestStatistics:
         batches = make_batches(vae)
         statistics = compute_latent_statistics(vae, batches)
         vae.register_to_config(**statistics.to_config(per_channel))
-        latents = [encode(vae, batch) for batch in batches]
-        normalised = [normalize_latents(x, vae).transpose(0, 1).flatten(1) for x in latents]
-        values = torch.cat(normalised, dim=1)
+        posteriors = [encode(vae, batch) for batch in batches]
+        normalised = [normalize_latents(x.mode(), vae).transpose(0, 1).flatten(1) for x in posteriors]
+        spreads = [normalize_latents(x.mode() + x.std, vae).transpose(0, 1).flatten(1) for x in posteriors]
+        values, spreads = torch.cat(normalised, dim=1), torch.cat(spreads, dim=1)
         assert statistics.num_items == 6 and statistics.num_latents == values.shape[1]
         dims = {"dim": 1} if per_channel else {}
         torch.testing.assert_close(values.mean(**dims), torch.zeros(4 if per_channel else ()), rtol=0, atol=1e-5)
-        std = values.std(correction=0, **dims)
-        torch.testing.assert_close(std, torch.ones_like(std), rtol=0, atol=1e-4)
-        for x in latents:
+        variance = values.var(correction=0, **dims) + (spreads - values).square().mean(**dims)  # of samples
+        torch.testing.assert_close(variance, torch.ones_like(variance), rtol=0, atol=1e-4)
+        for x in (posterior.mode() for posterior in posteriors):
             torch.testing.assert_close(denormalize_latents(normalize_latents(x, vae), vae), x, rtol=1e-5, atol=1e-6)
 
     def test_config_is_saved(self, vae, tmp_path):
@@ -44,17 +51,61 @@ class TestStatistics:
         loaded = type(vae).from_pretrained(tmp_path)
         assert {key: loaded.config[key] for key in config} == config
 
+    def test_variance_of_the_posteriors_counts(self):
+        """Exactly: std^2 = var(mean) + mean(var), of each channel and of all."""
+        means, stds = torch.randn(5, 2, 3, 3, 4, dtype=torch.float64).unbind(1)
+        statistics = summarize_latents(zip(means.split([1, 3, 1]), stds.split([1, 3, 1])))
+        expected = means.var(dim=(0, 2, 3), correction=0) + stds.square().mean(dim=(0, 2, 3))
+        assert statistics.channel_std == pytest.approx(expected.sqrt().tolist(), rel=1e-12)
+        assert statistics.channel_mean == pytest.approx(means.mean(dim=(0, 2, 3)).tolist(), rel=1e-12)
+        assert statistics.std == pytest.approx((means.var(correction=0) + stds.square().mean()).sqrt().item())
+        assert statistics.mean == pytest.approx(means.mean().item())
+        assert (statistics.num_items, statistics.num_latents) == (5, 60)
+
     def test_far_from_zero(self):
-        """Sums in float64: a mean a thousand times the deviation does not spoil it."""
-        vae = make_vae("v1")
+        """A difference of sums of squares would lose most digits of a deviation that is a millionth of the mean."""
+        latents = torch.randn(6, 2, 4, 4, dtype=torch.float64)
+        expected = latents.std(dim=(0, 2, 3), correction=0).tolist()
+        statistics = summarize_latents(certain(*(1e6 + latents).split([1, 2, 3])))
+        assert statistics.channel_std == pytest.approx(expected, rel=1e-9)
+
+    @pytest.mark.parametrize("dead, channels", [([2], r"\[2\]"), ([0, 1, 2, 3], r"\[0, 1, 2, 3\]")])
+    def test_constant_channels(self, dead, channels):
+        vae = make_vae("v1", variational=False)
         with torch.no_grad():
-            vae.encoder.proj_out.bias += 1000.0
-        statistics = compute_latent_statistics(vae, make_batches(vae))
-        latents = torch.cat(
-            [encode(vae, x).detach().double().transpose(0, 1).flatten(1) for x in make_batches(vae)], 1
-        )
-        expected = latents.std(dim=1, correction=0)
-        torch.testing.assert_close(torch.tensor(statistics.channel_std).double(), expected, rtol=1e-3, atol=0)
+            vae.encoder.proj_out.weight[dead] = 0.0
+            vae.encoder.proj_out.bias[dead] = 0.1
+        with pytest.raises(ValueError, match=f"Channels {channels} of the latents are constant in 6 pictures"):
+            compute_latent_statistics(vae, make_batches(vae))
+
+    def test_latents_that_are_not_finite(self):
+        for value in (float("nan"), float("inf")):
+            latents = torch.randn(5, 4, 2, 2)
+            latents[3, 1, 0, 1] = value
+            with pytest.raises(ValueError, match="latents of picture 3 are not finite in channel 1: leave"):
+                summarize_latents(certain(*latents.split([1, 1, 3])))
+            with pytest.raises(ValueError, match="latents of picture 3 are not finite in channel 1: leave"):
+                summarize_latents([(torch.randn(5, 4, 2, 2), latents)])
+
+    def test_shapes(self):
+        with pytest.raises(
+            ValueError, match=r"Latents must be \(B, c, h, w\) or \(B, c, t, h, w\), but have shape \(4,"
+        ):
+            summarize_latents(certain(torch.randn(4, 2, 2)))
+        with pytest.raises(ValueError, match=r"with the 4 channels of those before, but have shape \(1, 3, 2, 2\)"):
+            summarize_latents(certain(torch.randn(1, 4, 2, 2), torch.randn(1, 3, 2, 2)))
+
+    def test_lists_and_empty_batches(self, architecture):
+        vae = make_vae(architecture)
+        batches = make_batches(vae)
+        pictures = [picture for batch in batches for picture in batch]
+        expected = compute_latent_statistics(vae, batches)
+        for other in ([pictures], [batches[0][:0], [], pictures[:4], *batches[2:]]):
+            ours = compute_latent_statistics(vae, other)
+            assert ours.channel_std == pytest.approx(expected.channel_std, rel=1e-5)
+            assert ours.num_items == 6 and ours.num_latents == expected.num_latents
+        with pytest.raises(ValueError, match="no pictures"):
+            compute_latent_statistics(vae, [batches[0][:0]])
 
     def test_other_autoencoders(self):
         kl = AutoencoderKL(norm_num_groups=4, block_out_channels=(8,), latent_channels=2).eval()
@@ -82,8 +133,22 @@ class TestStatistics:
         with pytest.raises(ValueError, match="no pictures"):
             compute_latent_statistics(make_vae("v1"), [])
 
+    def test_certain_latents_have_their_own_deviation(self):
+        vae = make_vae("v2")
+        latents = torch.cat([encode(vae, x).mode().detach().transpose(0, 1).flatten(1) for x in make_batches(vae)], 1)
+        statistics = compute_latent_statistics(vae, make_batches(vae))
+        assert statistics.channel_std == pytest.approx(latents.std(dim=1, correction=0).tolist(), rel=1e-5)
+
 
 class TestFormula:
+    def test_a_deviation_of_zero(self):
+        vae = make_vae("v1", latents_mean=[0.0] * 4, latents_std=[1.0, 2.0, 0.0, 4.0])
+        for function in (normalize_latents, denormalize_latents):
+            with pytest.raises(
+                ValueError, match=r"`latents_std` of the config must be positive, but is \[1.0, 2.0, 0.0"
+            ):
+                function(torch.zeros(1, 4, 2, 2), vae)
+
     def test_matches_the_pipelines(self):
         """(latents - shift_factor) * scaling_factor of SD3; (latents - mean) / std * scaling_factor of SDXL."""
         latents = torch.randn(2, 4, 3, 3)

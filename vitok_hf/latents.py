@@ -1,13 +1,18 @@
 """Normalisation of latents: the statistics, and the one formula that applies them."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from diffusers import ModelMixin
+from diffusers.utils import BaseOutput
 
 from .evaluation.pixels import to_float
+
+
+# In a config, what leaves latents as they are; so does `None`.
+NO_STATISTICS = {"latents_mean": None, "latents_std": None, "scaling_factor": 1.0, "shift_factor": 0.0}
 
 
 def _statistics(vae: ModelMixin, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, float]:
@@ -20,6 +25,8 @@ def _statistics(vae: ModelMixin, latents: torch.Tensor) -> tuple[torch.Tensor, t
             f"Latents must be (B, {max(counts)}, h, w) or (B, {max(counts)}, t, h, w), but have shape "
             f"{tuple(latents.shape)}; add a batch dimension to items of a list."
         )
+    if std is not None and not min(std) > 0:
+        raise ValueError(f"`latents_std` of the config must be positive, but is {std}.")
     shift = getattr(config, "shift_factor", None) or 0.0
     mean = [shift] if mean is None else mean
     std = [1.0] if std is None else std
@@ -79,57 +86,104 @@ class LatentStatistics:
         return factors | {"latents_mean": None, "latents_std": None}
 
 
-def summarize_latents(batches: Iterable[torch.Tensor]) -> LatentStatistics:
-    """Statistics of latents, (B, c, h, w) or (B, c, t, h, w), summed up in float64.
+def _check_finite(latents: torch.Tensor, num_before: int) -> None:
+    """Of pictures that follow `num_before` others, (c, B, N)."""
+    for index, channels in enumerate(latents.isfinite().all(dim=2).T.tolist()):
+        if not all(channels):
+            raise ValueError(
+                f"The latents of picture {num_before + index} are not finite in channel {channels.index(False)}: "
+                "leave the picture out, or encode in float32."
+            )
+
+
+def summarize_latents(batches: Iterable[tuple[torch.Tensor, torch.Tensor | None]]) -> LatentStatistics:
+    """Statistics of samples of posteriors, in float64, merged batch by batch (Chan et al., 1983).
+
+    Args:
+        batches: Mean and standard deviation of the posteriors of a batch, (B, c, h, w) or (B, c, t, h, w) each; the
+            second is `None` where the latents are certain.
 
     Raises:
-        ValueError: If there is no batch.
+        ValueError: If there is no picture, a shape does not fit, a latent is not finite, or a channel is constant.
     """
-    num_items, num_latents, total, squares = 0, 0, 0.0, 0.0
-    for batch in batches:
-        latents = batch.double().transpose(0, 1).flatten(1)  # (c, N)
-        num_items += len(batch)
-        num_latents += latents.shape[1]
-        total = total + latents.sum(dim=1)
-        squares = squares + latents.square().sum(dim=1)
-    if num_latents == 0:
+    num_items, count, mean, squares = 0, 0, 0.0, 0.0  # squares: sum of squared distances from the mean
+    for latents, std in batches:
+        if not latents.numel():
+            continue
+        if latents.ndim not in (4, 5) or (count and latents.shape[1] != len(mean)):
+            expected = f", with the {len(mean)} channels of those before" if count else ""
+            raise ValueError(
+                f"Latents must be (B, c, h, w) or (B, c, t, h, w){expected}, but have shape {tuple(latents.shape)}."
+            )
+        latents, std = (None if x is None else x.double().transpose(0, 1).flatten(2) for x in (latents, std))
+        _check_finite(latents if std is None else latents + std, num_items)
+        variance = latents.var(dim=(1, 2), correction=0)  # (c,)
+        variance = variance if std is None else variance + std.square().mean(dim=(1, 2))
+        new, num_items = latents[0].numel(), num_items + latents.shape[1]
+        distance, count = latents.mean(dim=(1, 2)) - mean, count + new
+        squares = squares + new * (variance + distance.square() * ((count - new) / count))
+        mean = mean + distance * (new / count)
+    if count == 0:
         raise ValueError("There are no pictures to compute statistics from.")
-    mean, mean_square = total / num_latents, squares / num_latents
+    variance = squares / count
+    constant = (variance.sqrt() <= 1e-7 * mean.abs()).nonzero().flatten().tolist()
+    if constant:
+        raise ValueError(
+            f"Channels {constant} of the latents are constant in {num_items} pictures and cannot be normalised: pass "
+            "more pictures, or another autoencoder."
+        )
     return LatentStatistics(
         channel_mean=mean.tolist(),
-        channel_std=(mean_square - mean.square()).sqrt().tolist(),
+        channel_std=variance.sqrt().tolist(),
         mean=mean.mean().item(),
-        std=(mean_square.mean() - mean.mean().square()).sqrt().item(),
+        std=(variance.mean() + mean.var(correction=0)).sqrt().item(),
         num_items=num_items,
-        num_latents=num_latents,
+        num_latents=count,
     )
 
 
 def encode_mode(vae: ModelMixin, pixels: torch.Tensor) -> torch.Tensor:
     """The latents of any diffusers autoencoder: the mode of its `latent_dist`, or its `latent` or `latents`."""
-    output = vae.encode(pixels)
+    return _mode(vae.encode(pixels))
+
+
+def _mode(output: BaseOutput) -> torch.Tensor:
     if hasattr(output, "latent_dist"):
         return output.latent_dist.mode()
     return output.latent if hasattr(output, "latent") else output.latents
 
 
 @torch.no_grad()
-def compute_latent_statistics(vae: ModelMixin, batches: Iterable[torch.Tensor]) -> LatentStatistics:
-    """Statistics of the latents, the modes of the posteriors, of any diffusers autoencoder.
+def compute_latent_statistics(
+    vae: ModelMixin, batches: Iterable[torch.Tensor | list[torch.Tensor]]
+) -> LatentStatistics:
+    """Statistics of the latents of any diffusers autoencoder: of samples of the posteriors, if it has posteriors.
 
-    Write them with `vae.register_to_config(**statistics.to_config())`.
+    Diffusion models are trained on samples, whose variance is that of the posteriors' means and, on average, theirs.
+    Write the statistics with `vae.register_to_config(**statistics.to_config())`.
 
     Args:
         vae: An autoencoder whose `encode` gives a `latent_dist`, or the latents themselves (`latent`, `latents`).
-        batches: Pictures or clips, (B, 3, H, W) or (B, 3, T, H, W) uint8, of sizes that fit the autoencoder.
+        batches: Pictures or clips, (B, 3, H, W) or (B, 3, T, H, W) uint8, of sizes that fit the autoencoder; or, if it
+            takes them, lists of (3, H, W) or (3, T, H, W).
 
     Raises:
-        ValueError: If there is no batch, or pictures are not uint8.
+        ValueError: If there is no picture, pictures are not uint8, a latent is not finite (numbered from 0), or a
+            channel is constant.
     """
 
-    def encode(batch: torch.Tensor) -> torch.Tensor:
-        if batch.dtype != torch.uint8:
-            raise ValueError(f"Pictures must be uint8, from 0 to 255, but are {batch.dtype}.")
-        return encode_mode(vae, to_float(batch.to(vae.device)).to(vae.dtype))
+    def prepare(pixels: torch.Tensor) -> torch.Tensor:
+        if pixels.dtype != torch.uint8:
+            raise ValueError(f"Pictures must be uint8, from 0 to 255, but are {pixels.dtype}.")
+        return to_float(pixels.to(vae.device)).to(vae.dtype)
 
-    return summarize_latents(map(encode, batches))
+    def moments() -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
+        for batch in filter(len, batches):
+            if isinstance(batch, list):
+                for posterior in vae.encode(list(map(prepare, batch))).latent_dist:
+                    yield posterior.mode(), posterior.std
+            else:
+                output = vae.encode(prepare(batch))
+                yield _mode(output), getattr(getattr(output, "latent_dist", None), "std", None)
+
+    return summarize_latents(moments())

@@ -1,8 +1,10 @@
+import copy
 import json
 
 import pytest
 import torch
 from diffusers import AutoencoderKL, AutoModel
+from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
 from tests.conftest import TINY, assert_close, make_input, make_vae
@@ -240,6 +242,33 @@ class TestLoading:
         (tmp_path / "config.json").write_text(json.dumps(config | {"latent_channels": 5}))
         with pytest.raises(ValueError, match="shape"):
             AutoencoderViTok.from_pretrained(tmp_path)
+
+    @pytest.mark.parametrize("part", ["encoder", "decoder.transformer_blocks.0", "encoder.transformer_blocks.1.attn"])
+    def test_compiled_parts(self, vae, part, tmp_path):
+        """Their weights are saved under the names that they had."""
+        x, weights = make_input(vae), copy.deepcopy(vae.state_dict())
+        expected = vae(x).sample
+        parent, _, name = part.rpartition(".")
+        wrapper = torch.compile(vae.get_submodule(part), backend="eager")
+        setattr(vae.get_submodule(parent), name, wrapper)
+        vae.save_pretrained(tmp_path)
+        loaded = AutoencoderViTok.from_pretrained(tmp_path)
+        assert all(torch.equal(value, weights[name]) for name, value in loaded.state_dict().items())
+        assert vae.get_submodule(part) is wrapper
+        torch.testing.assert_close(vae(x).sample, expected)
+
+    def test_lora_of_compiled_parts(self, vae, tmp_path):
+        x, config = make_input(vae), LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False)
+        before, others = vae(x).sample, [copy.deepcopy(vae) for _ in range(2)]
+        vae.add_adapter(config)
+        for model in (vae, others[0]):
+            model.encoder = torch.compile(model.encoder, backend="eager")
+        vae.save_lora_adapter(tmp_path)
+        assert (vae(x).sample - before).abs().max() > 1e-3
+        for other in others:
+            other.load_lora_adapter(tmp_path, prefix=None, use_safetensors=True)
+            torch.testing.assert_close(other.encode(x).latent_dist.mode(), vae.encode(x).latent_dist.mode())
+            torch.testing.assert_close(other(x).sample, vae(x).sample)
 
     def test_config_can_be_written(self):
         """Some pipelines of diffusers do so."""

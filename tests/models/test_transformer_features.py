@@ -91,6 +91,40 @@ class TestDiffusersFeatures:
         model.save_pretrained(tmp_path)
         assert_close(run(ViTokDiTModel.from_pretrained(tmp_path), x), run(model, x))
 
+    @pytest.mark.parametrize("compiled", [False, True])
+    def test_fused_projections_get_gradients_in_evaluation(self, model, x, compiled):
+        """Those of a model that was never fused, and what comes after a step is not of an old copy."""
+        models = copy.deepcopy(model.eval()), model
+        models[1].fuse_qkv_projections()
+        for each in models:
+            call = torch.compile(each, backend="eager", fullgraph=True) if compiled else each
+            optimizer = torch.optim.SGD(each.parameters(), lr=0.1)
+            with torch.enable_grad():
+                run(call, x).square().mean().backward()
+            optimizer.step()
+        for ours, theirs in zip(models[1].parameters(), models[0].parameters(), strict=True):
+            torch.testing.assert_close(ours.grad, theirs.grad)
+        assert models[1].transformer_blocks[0].attn.to_q.weight.grad.any()
+        assert_close(run(models[1], x), run(models[0], x))
+
+    def test_fused_projections_stay_where_they_get_no_gradients(self, model, x):
+        """Of inputs there are some, as in guidance."""
+        model.eval().requires_grad_(False)
+        gradients = []
+        for _ in range(2):
+            with torch.enable_grad():
+                pixels = x.clone().requires_grad_()
+                gradients.append(torch.autograd.grad(run(model, pixels).square().mean(), pixels)[0])
+            model.fuse_qkv_projections()
+        assert_close(*gradients)
+        assert model.transformer_blocks[0].attn.fused_projections and gradients[0].any()
+
+    def test_compiled_blocks_are_saved_under_their_names(self, model, x, tmp_path):
+        expected = run(model, x)
+        model.transformer_blocks[1] = torch.compile(model.transformer_blocks[1], backend="eager")
+        model.save_pretrained(tmp_path)
+        assert_close(run(ViTokDiTModel.from_pretrained(tmp_path), x), expected)
+
     def test_lora(self, model, kind, x, tmp_path):
         expected = run(model, x)
         targets = ["to_q", "to_k", "to_v", "to_out.0"]

@@ -356,6 +356,29 @@ class TestCaches:
         with pytest.raises(ValueError, match=f'tensor_format="{other}", but these latents are'):
             sample(pipe)
 
+    def test_compiled_models(self, tmp_path):
+        """Whole ones and parts, passed or set; saved, the pipeline is as it was."""
+
+        def draw(pipe: ViTokDiTPipeline) -> np.ndarray:
+            return pipe(["cat"], num_inference_steps=2, generator=seeds(0), output_type="np").images
+
+        pipe = make_pipeline()
+        expected = sample(pipe)
+        pictures = draw(pipe)
+        whole = [torch.compile(x, fullgraph=True, backend="eager") for x in (pipe.transformer, pipe.vae)]
+        passed = ViTokDiTPipeline(*whole, pipe.scheduler, ID2LABEL)
+        passed.set_progress_bar_config(disable=True)
+        pipe.transformer.transformer_blocks[0] = torch.compile(pipe.transformer.transformer_blocks[0], backend="eager")
+        pipe.vae.decoder = torch.compile(pipe.vae.decoder, backend="eager")
+        for number, compiled in enumerate((passed, pipe)):
+            assert_close(sample(compiled), expected)
+            compiled.save_pretrained(tmp_path / str(number))
+            loaded = ViTokDiTPipeline.from_pretrained(tmp_path / str(number))
+            loaded.set_progress_bar_config(disable=True)
+            assert_close(sample(loaded), expected)
+            for each in (compiled, loaded):
+                np.testing.assert_allclose(draw(each), pictures, atol=1e-4)
+
     def test_compiled_transformer(self):
         pipe = make_pipeline()
         expected = sample(pipe)

@@ -1,9 +1,12 @@
+import copy
+
 import pytest
 import torch
 
-from tests.conftest import TINY
+from tests.conftest import ARCHITECTURES, TINY
 from tests.training.conftest import read_log, run
 from vitok_hf.training.autoencoder import AutoencoderTrainer
+from vitok_hf.training.cropping import Batch
 
 
 def step(trainer: AutoencoderTrainer, count: int = 1) -> list[dict[str, torch.Tensor]]:
@@ -68,29 +71,19 @@ class TestStage2:
         assert all(x.grad is None or x.grad.abs().sum() == 0 for x in discriminator.parameters())
         assert all(x.requires_grad for x in discriminator.parameters())
 
-    def test_discriminator_steps_first(self, stage2):
-        """The decoder's loss is that of the discriminator after its step on the same reconstructions."""
+    def test_both_learn_from_the_same_reconstructions(self, stage2):
+        """The decoder's loss is that of the discriminator before its step, and the discriminator's of the same."""
         trainer = AutoencoderTrainer(stage2(discriminator_warmup_steps=0, discriminator_learning_rate=1e-2))
-        discriminator, seen = trainer.models["discriminator"], []
-        fakes = []
-
-        def record(module, arguments, output):
-            fakes.append(arguments[0])
-
-        handle = discriminator.model.register_forward_hook(record)
-        optimizer_step = discriminator.optimizer.step
-
-        def note():
-            optimizer_step()
-            seen.append({name: x.clone() for name, x in discriminator.model.state_dict().items()})
-
-        discriminator.optimizer.step = note
+        discriminator, fakes = trainer.models["discriminator"].model, []
+        before = copy.deepcopy(discriminator)
+        handle = discriminator.register_forward_hook(lambda _, arguments, output: fakes.append(arguments[0][0]))
         (logs,) = step(trainer)
         handle.remove()
-        discriminator.model.load_state_dict(seen[0])
-        (expected,) = discriminator.model(fakes[0])
+        (expected,) = before([fakes[0]])
         assert logs["gan"].item() == pytest.approx(-expected.mean().item(), rel=1e-5)
-        assert len(fakes) == 2 and torch.equal(fakes[0][0], fakes[1][0].detach())
+        assert logs["logits_fake"].item() == pytest.approx(expected.mean().item(), rel=1e-5)
+        assert (discriminator([fakes[0]])[0] - expected).abs().max() > 1e-3
+        assert len(fakes) == 2 and torch.equal(*fakes) and not fakes[1].requires_grad
 
     def test_learning_rates(self, stage2):
         args = stage2(
@@ -111,6 +104,84 @@ class TestStage2:
         args = stage2(TINY, max_tokens=200, resolution=32, crop_sizes=[], max_train_steps=2)
         run(args)
         assert sorted(read_log(args.output_dir, "gan")) == [1, 2]
+
+
+def take_steps(args, steps: list[list[Batch]]) -> tuple[list[torch.Tensor], list[dict[str, float]], list[int]]:
+    """Weights of all models after optimiser steps on these batches, logs, and the pictures of each forward call."""
+    trainer, logs, calls = AutoencoderTrainer(args), [], []
+    trainer.vae.register_forward_hook(lambda _, arguments, output: calls.append(len(arguments[0])))
+    for batches in steps:
+        parts = trainer.training_step(batches)
+        names = {name for part in parts for name in part}
+        values = {name: [float(part[name]) for part in parts if name in part] for name in names}
+        logs.append({name: sum(value) / len(value) for name, value in values.items()})
+        trainer.step += 1
+    weights = [value for model in trainer.models.values() for value in model.unwrapped.state_dict().values()]
+    return weights, logs, calls
+
+
+class TestAccumulation:
+    """Several batches in a step equal a single one: weights and logs after three steps, with noise and GAN."""
+
+    REGULARISED = {"r1_weight": 1.0, "r1_every": 2, "lecam_weight": 0.1, "adaptive_gan_weight": 1e4}
+    NATIVE = {"max_tokens": 200, "resolution": 32, "crop_sizes": []}
+
+    def pictures(self, shapes: list[tuple[int, ...]], steps: int = 3) -> list[Batch]:
+        generator = torch.Generator().manual_seed(3)
+        drawn = [[torch.randint(256, x, generator=generator, dtype=torch.uint8) for x in shapes] for _ in range(steps)]
+        return [Batch(torch.stack(x) if len(set(shapes)) == 1 else x, []) for x in drawn]
+
+    @pytest.mark.parametrize(
+        "sides, parts, overrides",
+        [
+            ([(16, 16)] * 8, [4, 4], {}),
+            ([(16, 16)] * 8, [4, 4], {"freeze_encoder": False} | REGULARISED),
+            ([(8, 32)] * 12, [4, 4, 4], REGULARISED),
+            ([(16, 16)] * 8, [2] * 4, {"discriminator_minibatch_stddev": False} | REGULARISED),
+            ([(16, 24)] * 4 + [(13, 21), (32, 24), (8, 9), (32, 32)], [4, 4], {"freeze_encoder": False} | NATIVE),
+            ([(16, 24)] * 5 + [(13, 21), (8, 9), (32, 32)], [5, 2, 1], NATIVE | REGULARISED),
+            ([(4, 16, 16)] * 4, [2, 2], REGULARISED),
+        ],
+    )
+    def test_equals_a_larger_batch(self, stage2, video, sides, parts, overrides):
+        config = TINY
+        if len(sides[0]) == 3:
+            config, overrides = ARCHITECTURES["video"], overrides | {"train_data_dir": [str(video)]}
+        options = {"lr_warmup_steps": 0, "discriminator_warmup_steps": 0, "discriminator_learning_rate": 1e-3}
+        options |= {"discriminator_minibatch_stddev": 5 not in parts, "max_grad_norm": 1e9, "learning_rate": 1e-4}
+        whole, results = self.pictures([(3, *side) for side in sides]), []
+        for number, steps in (
+            (1, [[batch] for batch in whole]),
+            (len(parts), [[Batch(x, []) for x in self.split(batch.pixels, parts)] for batch in whole]),
+        ):
+            args = stage2(config, gradient_accumulation_steps=number, **options | overrides)
+            results.append(take_steps(args, steps))
+        (weights, logs, calls), (ours, our_logs, our_calls) = results
+        for one, other in zip(ours, weights, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+        for one, other in zip(our_logs, logs, strict=True):
+            assert one == pytest.approx(other, rel=2e-4, abs=1e-6)
+        assert {"gan", "discriminator_loss", "grad_norm", "discriminator_grad_norm"} <= set(logs[0])
+        assert sum(calls) == 3 * len(sides)
+        passes = 2 if "adaptive_gan_weight" in overrides else 1  # a weight of the whole step has to be known before
+        assert sum(our_calls) == 3 * len(sides) * passes
+
+    def split(self, pixels: torch.Tensor | list[torch.Tensor], parts: list[int]) -> list:
+        if isinstance(pixels, torch.Tensor):
+            return list(pixels.split(parts))
+        ends = [sum(parts[: index + 1]) for index in range(len(parts))]
+        return [pixels[end - part : end] for end, part in zip(ends, parts)]
+
+    def test_pictures_have_noise_of_their_own(self, stage2):
+        """Two equal pictures of a step get different samples, and another step's get others."""
+        trainer, samples = AutoencoderTrainer(stage2(gradient_accumulation_steps=2)), []
+        trainer.vae.register_forward_hook(lambda _, arguments, output: samples.extend(output.sample.detach()))
+        picture = self.pictures([(3, 16, 16)] * 4)[0].pixels[:1].repeat(2, 1, 1, 1)
+        for _ in range(2):
+            trainer.training_step([Batch(picture, [])] * 2)
+        for index, sample in enumerate(samples):
+            assert all((sample - other).abs().max() > 1e-3 for other in samples[:index])
+        assert len(samples) == 8
 
 
 class TestWeight:

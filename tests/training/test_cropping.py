@@ -36,6 +36,28 @@ class TestNativePictures:
         assert self.settings().native_size(*size) == expected
         assert self.settings().native_size(*size[::-1]) == expected[::-1]
 
+    @pytest.mark.parametrize("size, expected", [((17, 240), (16, 225)), ((65, 63), (64, 62)), ((10, 3000), (16, 256))])
+    def test_no_picture_exceeds_the_budget(self, size, expected):
+        """Of 4096 pixels and 16 tokens: 17 x 240 would have 30, of which most are padding."""
+        settings = self.settings(max_tokens=16)
+        assert settings.native_size(*size) == expected and settings.native_size(*size[::-1]) == expected[::-1]
+        assert settings.tokens(*expected) <= 16
+
+    @pytest.mark.parametrize("max_tokens, max_pixels, patch", [(9, 4500, 32), (25, 5000, 16), (9, 150, 4)])
+    def test_any_picture_fits_into_the_budget(self, max_tokens, max_pixels, patch):
+        overrides = {"max_tokens": max_tokens * 2, "max_pixels": max_pixels, "token_size": (2, patch)}
+        settings = self.settings(num_frames=4, **overrides)
+        for height in (*range(1, 150, 7), 1000):
+            for width in (*range(1, 150, 5), 4000):
+                size = settings.native_size(height, width)
+                assert settings.tokens(*size) <= 2 * max_tokens and size[0] * size[1] <= max_pixels
+                assert min(size) >= patch
+
+    def test_a_batch_of_thin_pictures(self, tmp_path):
+        write_noise(tmp_path, 2, (240, 17))
+        dataset = CropBatches([str(tmp_path)], self.settings(max_tokens=20))
+        assert all([x.shape for x in dataset[index].pixels] == [(3, 16, 225)] for index in range(3))  # 15 tokens
+
     def test_whole_pictures_within_the_budget(self, tmp_path):
         sizes = [(64, 64), (100, 20), (20, 100), (300, 200)]
         for size in sizes:

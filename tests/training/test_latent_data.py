@@ -247,6 +247,10 @@ class TestCache:
         same = make_vae("v1", latents_mean=[1.0] * 4).half().float()
         assert fingerprint(vae) == fingerprint(same)
         with torch.no_grad():
+            same.encoder.transformer_blocks[0] = torch.compile(same.encoder.transformer_blocks[0])
+            assert fingerprint(vae) == fingerprint(same)
+            same.encoder = torch.compile(same.encoder)
+            assert fingerprint(vae) == fingerprint(same)
             same.encoder.proj_out.weight[0] += 1.0
         assert fingerprint(vae) != fingerprint(same)
 
@@ -305,7 +309,7 @@ class TestCache:
     def test_statistics(self, files, tmp_path):
         vae = make_vae("v1")
         write(files, tmp_path / "cache", vae)
-        cached = summarize_latents(LatentCache(tmp_path / "cache").iterate_means(100))
+        cached = summarize_latents(LatentCache(tmp_path / "cache").iterate_moments(100))
         assert cached.num_items == 11 and cached.num_latents == 11 * 4
         order = iter(range(11))
         squares = PictureBatches(files, lambda rng: (next(order), False), 16, 11)

@@ -14,13 +14,13 @@ from vitok_hf.training.losses import ReconstructionLoss
 
 
 def make_loss(patch_size=8, border=1.0, dino_model=None, **weights):
-    """The loss of one batch: `loss(sample, target, kl, latents_per_item)`."""
+    """The loss of one batch: `loss(sample, target, kl, num_latents)`."""
     module = ReconstructionLoss(
         patch_size, **{"mse": 1.0} | weights, patch_border_weight=border, dino_model_name_or_path=dino_model
     )
 
-    def loss(sample, target, kl=None, latents_per_item=1):
-        return module([fold_frames(sample)], [fold_frames(target)], kl, latents_per_item)
+    def loss(sample, target, kl=None, num_latents=1):
+        return module([fold_frames(sample)], [fold_frames(target)], kl, num_latents)
 
     loss.module = module
     return loss
@@ -35,7 +35,7 @@ def pair():
 class TestTerms:
     def test_weighted_sum(self, pair):
         kl = torch.tensor([10.0, 30.0])
-        loss, logs = make_loss(mse=2.0, l1=0.5, kl=0.1)(*pair, kl, latents_per_item=4)
+        loss, logs = make_loss(mse=2.0, l1=0.5, kl=0.1)(*pair, kl, num_latents=2 * 4)
         assert logs["mse"].item() == pytest.approx(F.mse_loss(*pair).item())
         assert logs["l1"].item() == pytest.approx(F.l1_loss(*pair).item())
         assert logs["kl"].item() == 5.0
@@ -45,8 +45,8 @@ class TestTerms:
     def test_kl_weight_does_not_depend_on_the_resolution(self):
         loss = make_loss(mse=0.0, kl=1.0)
         small, large = torch.zeros(1, 3, 8, 8), torch.zeros(1, 3, 16, 16)
-        assert loss(small, small, torch.tensor([6.0]), latents_per_item=4)[0] == 1.5
-        assert loss(large, large, torch.tensor([24.0]), latents_per_item=16)[0] == 1.5
+        assert loss(small, small, torch.tensor([6.0]), num_latents=4)[0] == 1.5
+        assert loss(large, large, torch.tensor([24.0]), num_latents=16)[0] == 1.5
 
     def test_charbonnier(self, pair):
         expected = torch.sqrt((pair[0] - pair[1]).square() + 1e-3**2).mean()
@@ -69,8 +69,8 @@ class TestTerms:
     def test_kl_of_items_of_several_sizes(self):
         zero = torch.zeros(1, 3, 8, 8)
         module = make_loss(mse=0.0, kl=1.0).module
-        loss, _ = module([zero, zero], [zero, zero], torch.tensor([4.0, 60.0]), torch.tensor([4, 20]))
-        assert loss.item() == pytest.approx(2.0)
+        loss, _ = module([zero, zero], [zero, zero], torch.tensor([4.0, 60.0]), num_latents=4 + 20)
+        assert loss.item() == pytest.approx(64 / 24)  # every latent element counts alike
 
     def test_no_loss_at_all(self):
         with pytest.raises(ValueError, match="All weights are 0"):

@@ -1,5 +1,6 @@
 """Checkpoints, and going on from them."""
 
+import json
 import logging
 import shutil
 from pathlib import Path
@@ -7,6 +8,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 
 from tests.training.conftest import next_batches, read_log, run, write_noise
 from vitok_hf import AutoencoderViTok
@@ -84,10 +86,65 @@ class TestResume:
         assert AutoencoderTrainer(arguments(resume_from_checkpoint="latest")).step == 0
 
     def test_errors(self, arguments, tmp_path):
-        with pytest.raises(ValueError, match="There is no checkpoint"):
-            AutoencoderTrainer(arguments(resume_from_checkpoint="latest"))
         with pytest.raises(ValueError, match="is no folder checkpoint"):
             AutoencoderTrainer(arguments(resume_from_checkpoint=str(tmp_path)))
+
+    def test_latest_of_nothing_starts_anew(self, arguments, caplog):
+        """A job that is queued again has the command that it began with."""
+        with caplog.at_level(logging.WARNING):
+            losses = read_log(run(arguments(resume_from_checkpoint="latest", max_train_steps=3)).args.output_dir)
+        assert 'run" has no checkpoint to resume from: the run starts anew' in caplog.text
+        assert sorted(losses) == [1, 2, 3]
+        assert AutoencoderTrainer(arguments(resume_from_checkpoint="latest")).step == 3
+
+    @pytest.mark.parametrize(
+        "name, before, now",
+        [
+            ("use_ema", True, False),
+            ("use_ema", False, True),
+            ("stage", 2, 1),
+            ("freeze_encoder", True, False),
+            ("lora_rank", None, 2),
+            ("lora_rank", 2, 4),
+            ("lecam_weight", 0.1, 0.0),
+        ],
+    )
+    def test_settings_that_cannot_change(self, stage2, name, before, now):
+        trainer = AutoencoderTrainer(stage2(**{name: before}))
+        trainer.save()
+        if name == "use_ema":  # older checkpoints have no list of settings
+            path = trainer.output_dir / "checkpoint-0" / "state" / "data_0.json"
+            state = json.loads(path.read_text())
+            assert state.pop("settings")
+            path.write_text(json.dumps(state))
+        with pytest.raises(
+            ValueError, match=f"`{name}` is .*, but checkpoint-0 was written with .*: resume with that"
+        ):
+            AutoencoderTrainer(stage2(**{name: now}, resume_from_checkpoint="latest"))
+
+    @pytest.mark.parametrize("regional", [False, True])
+    def test_models_that_accelerate_compiles(self, stage2, monkeypatch, regional):
+        """Checkpoints have the names of models that are not compiled, and are resumed with and without."""
+        monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
+        monkeypatch.setenv("ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION", str(regional))
+        options = {"use_ema": True, "crop_sizes": ["16"], "max_train_steps": 1, "lr_warmup_steps": 0}
+        options["discriminator_warmup_steps"] = 0
+        trainer = run(stage2(**options))
+        names = [name for name, _ in trainer.models["vae"].model.named_parameters()]
+        assert all("_orig_mod." in name for name in names if "proj_in" in name)
+        expected = [
+            [x.detach().clone() for x in trained.unwrapped.parameters()] for trained in trainer.models.values()
+        ]
+        checkpoint = trainer.output_dir / "checkpoint-1"
+        loaded, average = (AutoencoderViTok.from_pretrained(checkpoint / name) for name in ("vae", "vae_ema"))
+        assert all(map(torch.equal, loaded.parameters(), expected[0]))
+        assert all(map(torch.equal, average.decoder.parameters(), trainer.average.shadow_params))
+        for backend in ("EAGER", "NO"):
+            monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", backend)
+            AcceleratorState._reset_state(reset_partial_state=True)
+            resumed = AutoencoderTrainer(stage2(**options, resume_from_checkpoint="latest"))
+            for trained, weights in zip(resumed.models.values(), expected, strict=True):
+                assert all(map(torch.equal, trained.model.parameters(), weights))
 
     def test_stops_in_time_and_can_be_resumed(self, arguments):
         args = arguments(max_train_steps=1000, max_minutes=0.0, checkpointing_steps=1000)

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
 from tests.conftest import ASSETS, TINY, launcher, run_launched
-from tests.training.conftest import make_stage2, read_log
+from tests.training.conftest import make_stage2, next_batches, read_log, write_noise
 from vitok_hf import AutoencoderViTok
 from vitok_hf.training.autoencoder import AutoencoderTrainer
 from vitok_hf.training.cropping import Batch
@@ -40,7 +40,8 @@ class Pairs:
     def __iter__(self):
         batches = iter(self.loader)
         for batch in batches:
-            yield Batch(torch.cat([batch.pixels, next(batches).pixels]), batch.skipped)
+            pair = batch.pixels, next(batches).pixels
+            yield Batch(torch.cat(pair) if isinstance(pair[0], torch.Tensor) else sum(pair, []), batch.skipped)
 
 
 def make_settings(folder: Path, name: str, **overrides):
@@ -123,6 +124,23 @@ def test_accumulation_on_two_processes(settings, tmp_path):
     assert process.returncode == 0, process.stderr[-3000:]
     alone = AutoencoderTrainer(settings("whole", **overrides))
     alone.loader = Pairs(alone.loader)
+    alone.train()
+    assert metrics(tmp_path / "parts") == pytest.approx(metrics(tmp_path / "whole"), rel=2e-4)
+
+
+def test_processes_with_other_numbers_of_pictures(settings, tmp_path):
+    """Every picture counts alike, and not every process: 2 batches of native sizes against all in one."""
+    overrides = {"max_tokens": 24, "resolution": 32, "crop_sizes": [], "max_train_steps": 2, "seed": 1}
+    overrides["gradient_accumulation_steps"] = 2
+    sizes = [(8, 8), (32, 32), (30, 17), (9, 40)]
+    overrides["train_data_dir"] = [str(write_noise(tmp_path / str(size), 2, size)[0].parent) for size in sizes]
+    overrides["discriminator_minibatch_stddev"] = False
+    process = launch(settings("parts", **overrides), "ddp")
+    assert process.returncode == 0, process.stderr[-3000:]
+    alone = AutoencoderTrainer(settings("whole", **overrides))
+    alone.loader = Pairs(alone.loader)
+    counts = [len(batch.pixels) for batch in next_batches(AutoencoderTrainer(alone.args), 4)]
+    assert counts[0] != counts[1]
     alone.train()
     assert metrics(tmp_path / "parts") == pytest.approx(metrics(tmp_path / "whole"), rel=2e-4)
 

@@ -17,12 +17,12 @@ from ..checkpoints import check_place, load_strictly, resolve_bundled
 from ..checkpoints.vitok_v2 import HUB_ARGUMENTS, is_vitok_v2, load_vitok_v2
 from ..presets import V2_PATTERN, variant_to_config
 from .configuration import ViTokConfig, check_config, check_input
-from .layers import LoraMixin, ViTokTower, patchify, unpatchify
+from .layers import SavingMixin, ViTokTower, patchify, unpatchify
 from .memory import MemoryMixin, apply_tiled, make_tiling
 from .posterior import PosteriorList, ViTokOutput, ViTokPosterior
 
 
-class AutoencoderViTok(ModelMixin, MemoryMixin, AutoencoderMixin, AttentionMixin, ConfigMixin, LoraMixin):
+class AutoencoderViTok(SavingMixin, ModelMixin, MemoryMixin, AutoencoderMixin, AttentionMixin, ConfigMixin):
     r"""
     Vision-transformer autoencoder for images and videos (ViTok, arXiv 2501.09755).
 

@@ -8,6 +8,7 @@ of sequences and their grid, for each run of equal ones, `[(B, grid)]` for an or
 import itertools
 import math
 from collections.abc import Callable
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.attention import AttentionModuleMixin, FeedForward
 from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.utils.torch_utils import is_compiled_module
 from einops import rearrange
 from torch import nn
 
@@ -198,7 +200,10 @@ class ViTokAttention(nn.Module, AttentionModuleMixin):
         self.set_processor(ViTokAttnProcessor())
 
     def fuse_projections(self):
-        """For inference: the fused projection is a copy, which gets no gradients. Not where one has a LoRA."""
+        """For inference without gradients: the fused projection is a copy, which would keep them from the projections.
+
+        Training, and a call that records gradients for them, unfuse. Not fused where one has a LoRA.
+        """
         if all(isinstance(projection, nn.Linear) for projection in (self.to_q, self.to_k, self.to_v)):
             super().fuse_projections()
             self.to_qkv.requires_grad_(False)
@@ -212,19 +217,54 @@ class ViTokAttention(nn.Module, AttentionModuleMixin):
     def forward(
         self, hidden_states: torch.Tensor, rotary_emb: tuple[torch.Tensor, torch.Tensor], packing: Packing
     ) -> torch.Tensor:
+        if self.fused_projections and torch.is_grad_enabled():
+            if any(projection.weight.requires_grad for projection in (self.to_q, self.to_k, self.to_v)):
+                self.unfuse_projections()
         return self.processor(self, hidden_states, rotary_emb, packing)
 
 
-class LoraMixin(PeftAdapterMixin):
-    """diffusers' adapters; adding one unfuses the projections, whose weights it changes."""
+def plain_name(name: str) -> str:
+    """The name of a weight without what `torch.compile` puts into those of the modules that it wraps."""
+    return name.replace("_orig_mod.", "")
+
+
+@contextmanager
+def uncompiled(model: nn.Module):
+    """Inside this context, the submodules that `torch.compile` has wrapped are in their places without the wrapper."""
+    children = [(parent, *child) for parent in model.modules() for child in parent.named_children()]
+    wrapped = [(parent, name, child) for parent, name, child in children if is_compiled_module(child)]
+    for parent, name, child in wrapped:
+        setattr(parent, name, child._orig_mod)
+    try:
+        yield
+    finally:
+        for parent, name, child in wrapped:
+            setattr(parent, name, child)
+
+
+class SavingMixin(PeftAdapterMixin):
+    """Saves and loads under the names of a model of which nothing is compiled, as PEFT needs it to find the layers.
+
+    Adding an adapter unfuses the projections, whose weights it changes.
+    """
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        with uncompiled(self):
+            super().save_pretrained(*args, **kwargs)
+
+    def save_lora_adapter(self, *args: Any, **kwargs: Any) -> None:
+        with uncompiled(self):
+            super().save_lora_adapter(*args, **kwargs)
 
     def add_adapter(self, *args: Any, **kwargs: Any) -> None:
         self.unfuse_qkv_projections()
-        super().add_adapter(*args, **kwargs)
+        with uncompiled(self):
+            super().add_adapter(*args, **kwargs)
 
     def load_lora_adapter(self, *args: Any, **kwargs: Any) -> None:
         self.unfuse_qkv_projections()
-        super().load_lora_adapter(*args, **kwargs)
+        with uncompiled(self):
+            super().load_lora_adapter(*args, **kwargs)
 
 
 def feed_forward(hidden_size: int, mlp_ratio: float, bias: bool) -> FeedForward:

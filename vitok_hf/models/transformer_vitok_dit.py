@@ -16,9 +16,9 @@ from torch.nn import functional as F
 from ..checkpoints import load_strictly
 from ..presets import dit_variant_to_config
 from .layers import (
-    LoraMixin,
     Packing,
     RMSNorm,
+    SavingMixin,
     ViTokAttention,
     feed_forward,
     patchify,
@@ -97,7 +97,7 @@ class ViTokDiTBlock(nn.Module):
 TransformerBlockRegistry.register(ViTokDiTBlock, TransformerBlockMetadata(return_hidden_states_index=0))
 
 
-class ViTokDiTModel(ModelMixin, AttentionMixin, CacheMixin, LoraMixin, ConfigMixin):
+class ViTokDiTModel(SavingMixin, ModelMixin, AttentionMixin, CacheMixin, ConfigMixin):
     r"""
     Class-conditional diffusion transformer on the latents of a ViTok (arXiv 2501.09755, section 4.4).
 

@@ -45,9 +45,13 @@ class Adversary:
             accelerator.register_for_checkpointing(self.lecam)
 
     def discriminator_step(
-        self, fakes: list[torch.Tensor], reals: list[torch.Tensor], step: int
+        self, fakes: list[torch.Tensor], reals: list[torch.Tensor], step: int, share: torch.Tensor | float = 1.0
     ) -> dict[str, torch.Tensor]:
-        """Backward and, at the end of an accumulation, the optimiser's step. Returns logs."""
+        """Backward and, at the end of an accumulation, the optimiser's step. Returns logs.
+
+        The losses, means over pictures, are multiplied by `share`: that of the batch in the pictures of the step,
+        over that of an average batch.
+        """
         args = self.args
         penalized = args.r1_weight > 0.0 and step % args.r1_every == 0
         fakes = [pictures.detach() for pictures in fakes]
@@ -55,24 +59,27 @@ class Adversary:
         with self.trained.accumulate():
             with self.accelerator.autocast():
                 fake, real = self.trained.model(fakes, reals)
-            loss = discriminator_loss(real, fake, args.gan_loss)
+            loss = share * discriminator_loss(real, fake, args.gan_loss)
             logs = {
-                "discriminator_loss": loss.detach(),
-                "logits_real": real.detach().mean(),
-                "logits_fake": fake.detach().mean(),
+                "discriminator_loss": loss,
+                "logits_real": share * real.mean(),
+                "logits_fake": share * fake.mean(),
             }
             if self.lecam is not None:
-                logs["lecam"] = self.lecam(real, fake)
+                logs["lecam"] = share * self.lecam(real, fake)
                 loss = loss + args.lecam_weight * logs["lecam"]
-                self.lecam.update(
-                    *(self.accelerator.reduce(logs[f"logits_{kind}"], "mean") for kind in ("real", "fake"))
-                )
             if penalized:
-                logs["r1"] = r1_penalty(real, reals)
+                logs["r1"] = share * r1_penalty(real, reals)
                 loss = loss + 0.5 * args.r1_weight * args.r1_every * logs["r1"]
             self.accelerator.backward(loss)
             logs |= {f"discriminator_{name}": value for name, value in self.trained.update(step).items()}
         return {name: value.detach() for name, value in logs.items()}
+
+    def end_step(self, logs: list[dict[str, torch.Tensor]]) -> None:
+        """Moves the running means of LeCam by the logits of all batches of a step, on all processes."""
+        if self.lecam is not None:
+            means = (torch.stack([log[f"logits_{kind}"] for log in logs]).mean() for kind in ("real", "fake"))
+            self.lecam.update(*(self.accelerator.reduce(mean, "mean") for mean in means))
 
     def weight(self, step: int) -> float:
         """Of the decoder's GAN loss: 0 until `gan_start_step`, then a linear ramp of `gan_ramp_steps`."""
@@ -81,30 +88,47 @@ class Adversary:
             return 0.0
         return self.args.gan_weight * min(1.0, (since_start + 1) / (self.args.gan_ramp_steps + 1))
 
+    def is_adaptive(self, step: int) -> bool:
+        return self.args.adaptive_gan_weight is not None and self.weight(step) > 0.0
+
     def generator_loss(
-        self, fakes: list[torch.Tensor], reconstruction_loss: torch.Tensor, step: int
+        self,
+        fakes: list[torch.Tensor],
+        reconstruction_loss: torch.Tensor,
+        step: int,
+        share: torch.Tensor | float = 1.0,
+        squares: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor | float, dict[str, torch.Tensor]]:
-        """The decoder's GAN loss with its weight, and logs.
+        """The decoder's GAN loss with its weight, times `share` as in `discriminator_step`, and logs.
 
         With `adaptive_gan_weight`, the weight is multiplied by the ratio of the norms of the two losses' gradients
         (Esser et al., 2021), bounded. They are taken at the reconstructed pixels, not at the last layer's weights, and
-        so in the same way whether or not these are sharded.
+        so in the same way whether or not these are sharded. Where the step has more batches, `squares` is the sum of
+        what `gradient_squares` gives for all of them.
         """
         weight = self.weight(step)
         if weight == 0.0:
             return 0.0, {"gan_weight": reconstruction_loss.new_zeros(())}
+        loss = share * self._gan_loss(fakes)
+        weight = torch.tensor(weight, device=loss.device)
+        if self.args.adaptive_gan_weight is not None:
+            squares = self._squares(fakes, reconstruction_loss, loss) if squares is None else squares
+            of_reconstruction, of_gan = self.accelerator.reduce(squares, "sum").sqrt()
+            weight = weight * (of_reconstruction / (of_gan + 1e-12)).clamp(max=self.args.adaptive_gan_weight)
+        return weight * loss, {"gan": loss.detach(), "gan_weight": weight}
+
+    def gradient_squares(
+        self, fakes: list[torch.Tensor], reconstruction_loss: torch.Tensor, share: torch.Tensor | float
+    ) -> torch.Tensor:
+        """(2,): squared norms of the gradients of the reconstruction and the GAN loss of one batch, in float32."""
+        return self._squares(fakes, reconstruction_loss, share * self._gan_loss(fakes))
+
+    def _squares(self, fakes: list[torch.Tensor], *losses: torch.Tensor) -> torch.Tensor:
+        gradients = (torch.autograd.grad(loss, fakes, retain_graph=True) for loss in losses)
+        return torch.stack([sum(x.float().square().sum() for x in of_loss) for of_loss in gradients])
+
+    def _gan_loss(self, fakes: list[torch.Tensor]) -> torch.Tensor:
         # The bare module: there is nothing for DDP to reduce.
         with frozen(self.trained.unwrapped) as discriminator, self.accelerator.autocast():
             (logits,) = discriminator(fakes)
-        loss = generator_loss(logits, self.args.gan_loss)
-        weight = torch.tensor(weight, device=loss.device)
-        if self.args.adaptive_gan_weight is not None:
-            norms = [self._gradient_norm(x, fakes) for x in (reconstruction_loss, loss)]
-            weight = weight * (norms[0] / (norms[1] + 1e-12)).clamp(max=self.args.adaptive_gan_weight)
-        return weight * loss, {"gan": loss.detach(), "gan_weight": weight}
-
-    def _gradient_norm(self, loss: torch.Tensor, tensors: list[torch.Tensor]) -> torch.Tensor:
-        """In float32, over all processes."""
-        gradients = torch.autograd.grad(loss, tensors, retain_graph=True)
-        squares = torch.stack([gradient.float().square().sum() for gradient in gradients]).sum()
-        return self.accelerator.reduce(squares, "sum").sqrt()
+        return generator_loss(logits, self.args.gan_loss)

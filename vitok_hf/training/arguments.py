@@ -160,7 +160,9 @@ class AutoencoderArguments(DataArguments, LoopArguments):
         None, "Scale the GAN loss by the ratio of gradients, reconstruction over GAN, of at most this."
     )
     discriminator_channels: int = argument(64, "Channels of the first discriminator block; doubled down to 4 x 4.")
-    discriminator_minibatch_stddev: bool = argument(True, "Let the discriminator see the variation in a batch.")
+    discriminator_minibatch_stddev: bool = argument(
+        True, "Let the discriminator see the variation in groups of 4 frames."
+    )
     discriminator_learning_rate: float = argument(2e-5, "Peak learning rate of the discriminator.")
     discriminator_warmup_steps: int = argument(25_000, "Steps of linear warm-up of the discriminator.")
     r1_weight: float = argument(0.0, "Weight of the gradient penalty on real pictures.")

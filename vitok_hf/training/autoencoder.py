@@ -2,7 +2,6 @@
 
 import json
 import logging
-from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +9,7 @@ import torch
 
 from ..evaluation.pixels import fold_frames, to_float
 from ..evaluation.reconstruction import comparison, evaluate_reconstruction
+from ..latents import NO_STATISTICS
 from ..models import AutoencoderViTok
 from .adversary import Adversary
 from .arguments import AutoencoderArguments
@@ -49,8 +49,7 @@ def public_config(config: dict[str, object]) -> dict[str, object]:
 
 def forget_statistics(vae: AutoencoderViTok) -> None:
     """Those of the latents, which another encoder does not have."""
-    neutral = {"scaling_factor": 1.0, "shift_factor": 0.0, "latents_mean": None, "latents_std": None}
-    stale = {name: value for name, value in neutral.items() if vae.config[name] != value}
+    stale = {name: value for name, value in NO_STATISTICS.items() if vae.config[name] not in (None, value)}
     if stale:
         logger.warning("The encoder is trained: %s leave its config; export_checkpoint.py makes new ones.", [*stale])
         vae.register_to_config(**stale)
@@ -149,6 +148,11 @@ class AutoencoderTrainer(Trainer):
     def vae(self) -> AutoencoderViTok:
         return self.models["vae"].unwrapped
 
+    def fixed_settings(self) -> dict[str, object]:
+        args = self.args
+        settings = {name: getattr(args, name) for name in ("stage", "freeze_encoder", "lora_rank")}
+        return super().fixed_settings() | settings | {"lecam_weight": "positive" if args.lecam_weight > 0.0 else 0.0}
+
     def _train_mode(self) -> None:
         self.models["vae"].model.train()
         if self.args.freeze_encoder:
@@ -186,44 +190,65 @@ class AutoencoderTrainer(Trainer):
         return BatchLoader(dataset, args.dataloader_num_workers, *processes)
 
     def training_step(self, batches: list[Batch]) -> list[dict[str, torch.Tensor]]:
-        """One optimiser step of every model: the discriminator's first, with the reconstructions of all batches."""
+        """One optimiser step of every model, the autoencoder's first; both learn from the same reconstructions.
+
+        However the pictures of a step are divided into batches and processes, each counts alike, and has noise of its
+        own. Only what the discriminator sees of the variation in a batch depends on it, unless the batches have
+        multiples of 4 frames, the size of its groups.
+        """
         targets = [self._to_device(batch.pixels) for batch in batches]
-        logs, output, trained = [{} for _ in targets], None, self.models["vae"]
-        if self.adversary is not None:
-            for target, log in zip(targets, logs):
-                # of a single batch the reconstruction serves both models, of several it would take too much memory
-                with nullcontext() if len(targets) == 1 else torch.no_grad():
-                    output = self._reconstruct(target)
-                log |= self.adversary.discriminator_step(by_size(output.sample), by_size(target), self.step)
-        for target, log in zip(targets, logs):
+        counts = torch.tensor(list(map(self._count, targets)), dtype=torch.float32).to(self.accelerator.device)
+        *totals, num_frames = self.accelerator.reduce(counts.mean(dim=0), "mean")
+        shares = counts[:, -1] / num_frames
+        items = [len(target) for target in targets]
+        seeds = [part.tolist() for part in torch.randint(2**62, (sum(items),)).split(items)]
+        logs, pairs, squares, trained = [], [], None, self.models["vae"]
+        if len(batches) > 1 and self.adversary is not None and self.adversary.is_adaptive(self.step):
+            squares = sum(self._gradient_squares(*part, totals) for part in zip(targets, seeds, shares))
+        for target, batch_seeds, share in zip(targets, seeds, shares):
             with trained.accumulate():
-                if output is None or len(targets) > 1:
-                    output = self._reconstruct(target)
+                output = self._reconstruct(target, batch_seeds)
                 fakes, reals = by_size(output.sample), by_size(target)
-                loss, terms = self.loss(fakes, reals, output.kl, self._latents_per_item(target))
+                loss, log = self.loss(fakes, reals, output.kl, *totals)
                 if self.adversary is not None:
-                    gan_loss, gan_terms = self.adversary.generator_loss(fakes, loss, self.step)
-                    loss, terms = loss + gan_loss, terms | gan_terms
+                    gan_loss, gan_log = self.adversary.generator_loss(fakes, loss, self.step, share, squares)
+                    loss, log = loss + gan_loss, log | gan_log
+                    pairs.append(([pictures.detach() for pictures in fakes], reals))
                 self.accelerator.backward(loss)
-                log |= terms | {"loss": loss.detach()} | trained.update(self.step)
+                logs.append(log | {"loss": loss.detach()} | trained.update(self.step))
+        for log, (fakes, reals), share in zip(logs, pairs, shares):
+            log |= self.adversary.discriminator_step(fakes, reals, self.step, share)
+        if self.adversary is not None:
+            self.adversary.end_step(logs)
         return logs
 
-    def _reconstruct(self, target: torch.Tensor | list[torch.Tensor]):
-        return self.models["vae"].model(target, sample_posterior=True)
+    def _gradient_squares(self, target, seeds: list[int], share: torch.Tensor, totals) -> torch.Tensor:
+        """What the adaptive weight of a step needs of each batch beforehand: all graphs take too much memory."""
+        with torch.no_grad():
+            sample = self._reconstruct(target, seeds).sample
+        fakes = [pictures.requires_grad_() for pictures in by_size(sample)]
+        loss, _ = self.loss(fakes, by_size(target), None, *totals)
+        return self.adversary.gradient_squares(fakes, loss, share)
+
+    def _reconstruct(self, target: torch.Tensor | list[torch.Tensor], seeds: list[int]):
+        """From a sample of the posterior; its noise has one seed for each picture."""
+        generators = [torch.Generator(self.accelerator.device).manual_seed(seed) for seed in seeds]
+        return self.models["vae"].model(target, sample_posterior=True, generator=generators)
 
     def _to_device(self, pixels: torch.Tensor | list[torch.Tensor]) -> torch.Tensor | list[torch.Tensor]:
         if isinstance(pixels, torch.Tensor):
             return to_float(pixels.to(self.accelerator.device, non_blocking=True))
         return [self._to_device(item) for item in pixels]
 
-    def _latents_per_item(self, pixels: torch.Tensor | list[torch.Tensor]) -> torch.Tensor:
-        config = self.config
-        counts = []
+    def _count(self, pixels: torch.Tensor | list[torch.Tensor]) -> tuple[int, int, int]:
+        """Latent elements, values and frames of a batch."""
+        config, values, latents, all_frames = self.config, 0, 0, 0
         for item in pixels:  # (C, [T,] H, W)
             height, width = (-(-side // config.patch_size) for side in item.shape[-2:])
-            frames = item.shape[1] // config.temporal_patch_size if item.ndim == 4 else 1
-            counts.append(frames * height * width * config.latent_channels)
-        return torch.tensor(counts, device=self.accelerator.device)
+            frames = item.shape[1] if item.ndim == 4 else 1
+            values, all_frames = values + item.numel(), all_frames + frames
+            latents += frames // config.temporal_patch_size * height * width * config.latent_channels
+        return latents, values, all_frames
 
     def evaluate(self) -> tuple[dict[str, float], dict[str, np.ndarray]]:
         """PSNR and SSIM of the held-out pictures, of the weights and of their average."""

@@ -9,6 +9,8 @@ from pathlib import Path
 from accelerate import Accelerator, PartialState
 from torch import nn
 
+from ..models.layers import plain_name
+
 
 @contextmanager
 def atomic_folder(path: Path, accelerator: Accelerator | PartialState):
@@ -46,7 +48,7 @@ def weights_checksum(module: nn.Module, config: dict | None = None) -> str:
     """SHA-256 of a config, without what diffusers notes besides, and of weights in half precision."""
     config = {name: value for name, value in (config or {}).items() if not name.startswith("_")}
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
-    for name, weight in sorted(module.state_dict().items()):
+    for name, weight in sorted((plain_name(name), weight) for name, weight in module.state_dict().items()):
         digest.update(name.encode())
         digest.update(weight.detach().half().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
@@ -64,13 +66,11 @@ def checkpoint_step(path: Path) -> int | None:
     return int(match[1]) if match else None
 
 
-def find_checkpoint(output_dir: Path, name: str) -> Path:
-    """The folder of checkpoint `name`, or the newest complete one of `output_dir` for "latest"."""
-    if name != "latest":
+def find_checkpoint(output_dir: Path, name: str | None) -> Path | None:
+    """The folder of checkpoint `name`, or the newest complete one of `output_dir`, if it has any, for "latest"."""
+    if name not in (None, "latest"):
         if checkpoint_step(Path(name)) is None or not (Path(name) / "state").is_dir():
             raise ValueError(f'`resume_from_checkpoint` "{name}" is no folder checkpoint-<step> with a state/ inside.')
         return Path(name)
-    found = list_checkpoints(output_dir)
-    if not found:
-        raise ValueError(f'There is no checkpoint in "{output_dir}" to resume from: start without it first.')
-    return found[-1]
+    found = list_checkpoints(output_dir) if name == "latest" else []
+    return found[-1] if found else None

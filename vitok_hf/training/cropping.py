@@ -50,13 +50,14 @@ class CropSettings:
 
     Args:
         sizes: (height, width, share of the batches) of the random crops; all crops of a batch have one size.
-        pixels_per_batch: A batch of random crops has as many as fit into this number of pixels, times frames.
+        pixels_per_batch: A batch of random crops has as many as fit into this number of pixels, times frames, but at
+            least one.
         num_frames: Frames of a clip; 1: pictures, and single frames of videos.
         fps: Frames a second of the clips; `None`: every frame.
         flip: Flip half of the crops left to right.
         seed: Of everything random.
         max_tokens: Instead of random crops, whole pictures in their own aspect ratio, as many as fit into this number
-            of tokens, but at least one; a picture has ceil(H / p) * ceil(W / p) * ceil(T / q). `sizes` and
+            of tokens; a picture has ceil(H / p) * ceil(W / p) * ceil(T / q). `sizes` and
             `pixels_per_batch` must be left out.
         max_pixels: With `max_tokens`, pictures of more pixels (a frame) are scaled down to it, smaller ones stay.
         token_size: (q, p), the frames and pixels a side of a token.
@@ -103,12 +104,18 @@ class CropSettings:
     def native_size(self, height: int, width: int) -> tuple[int, int]:
         """(height, width) of a picture under a token budget: of at most `max_pixels`, no side below a token's.
 
-        The aspect ratio changes only where both cannot be had, beyond max_pixels / p ** 2 to 1.
+        It has at most `max_tokens`, also where partial tokens add up. The aspect ratio changes only where all cannot
+        be had, beyond max_pixels / p ** 2 to 1.
         """
         p = self.token_size[1]
         scale = min(max(1.0, p / min(height, width)), math.sqrt(self.max_pixels / (height * width)))
-        # the small number keeps 768 * (1 / 3) at 256
-        return tuple(min(max(p, int(side * scale + 1e-6)), self.max_pixels // p) for side in (height, width))
+        while True:
+            # the small number keeps 768 * (1 / 3) at 256
+            size = tuple(min(max(p, int(side * scale + 1e-6)), self.max_pixels // p) for side in (height, width))
+            if self.tokens(*size) <= self.max_tokens:
+                return size
+            # the next at which there is a row or a column of tokens less
+            scale = max((math.ceil(part / p) - 1) * p / side for part, side in zip(size, (height, width)))
 
 
 def draw_readable(choose: Callable[[], T], load: Callable[[T], U], skipped: list[str]) -> U:
@@ -172,7 +179,7 @@ class BatchCutter:
             clip = draw()  # (T, h, w, 3)
             height, width = self.settings.native_size(*clip.shape[1:3])
             room -= self.settings.tokens(height, width)
-            if room < 0 and pictures:
+            if room < 0:
                 return pictures, True
             if clip.shape[1:3] != (height, width):
                 box = (0, 0, clip.shape[2], clip.shape[1])

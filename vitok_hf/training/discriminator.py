@@ -74,7 +74,8 @@ class Discriminator(nn.Module):
     Args:
         resolution: Side in pixels of the training crops, at least 8.
         channels: Channels of the first block; every block doubles them, up to `max_channels`.
-        minibatch_stddev: Append the standard deviation within groups of up to 4 pictures as a channel.
+        minibatch_stddev: Append the standard deviation within groups of 4 neighbours as a channel; of 2, or none,
+            in batches of another multiple.
     """
 
     def __init__(

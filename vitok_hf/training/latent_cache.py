@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from ..evaluation.pixels import to_float
+from ..latents import NO_STATISTICS
 from ..models import AutoencoderViTok
 from .checkpointing import weights_checksum, write_json
 from .claims import checksum, claim_folder, claimed_contents
@@ -32,12 +33,14 @@ from .media import evenly_spaced
 logger = logging.getLogger(__name__)
 
 FORMAT = 2  # to be raised when the same files and settings give other latents
-STATISTICS = ("latents_mean", "latents_std", "scaling_factor", "shift_factor")  # do not change what `encode` gives
 
 
 def fingerprint(vae: AutoencoderViTok) -> str:
-    """Of the config and the encoder's weights in half precision: another one gives other latents."""
-    config = {name: value for name, value in vae.config.items() if name not in STATISTICS}
+    """Of the config and the encoder's weights in half precision: another one gives other latents.
+
+    Statistics do not count: they do not change what `encode` gives.
+    """
+    config = {name: value for name, value in vae.config.items() if name not in NO_STATISTICS}
     return weights_checksum(vae.encoder, config)
 
 
@@ -220,10 +223,10 @@ class LatentCache:
         parts = [shard.get_slice(name)[row : row + 1, flip : flip + 1] for name in ("mean", "std")]
         return torch.stack([part[0, 0] for part in parts]).float()
 
-    def iterate_means(self, num_items: int) -> Iterator[torch.Tensor]:
-        """Means of evenly spaced items, (1, c, [t,] h, w) each, for measurements."""
+    def iterate_moments(self, num_items: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Mean and standard deviation of evenly spaced items, (1, c, [t,] h, w) each, for measurements."""
         for index in evenly_spaced(len(self), num_items):
-            yield self.moments(int(index))[:1]
+            yield self.moments(int(index)).split(1)
 
 
 class LatentBatches(Dataset):

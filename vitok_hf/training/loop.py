@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
 
+from ..models.layers import plain_name
 from ..precision import choose_mixed_precision
 from .arguments import LoopArguments
 from .checkpointing import atomic_folder, checkpoint_step, find_checkpoint, list_checkpoints, remove_folder
@@ -162,8 +163,10 @@ class Trainer:
         set_seed(self.args.seed, device_specific=True)  # the noise differs between processes
         if self.average is not None:
             self.accelerator.register_for_checkpointing(self.average)
-        if self.args.resume_from_checkpoint:
-            self._resume()
+        if checkpoint := find_checkpoint(self.output_dir, self.args.resume_from_checkpoint):
+            self._resume(checkpoint)
+        elif self.args.resume_from_checkpoint:  # a job that is queued again has the same command
+            logger.warning('"%s" has no checkpoint to resume from: the run starts anew.', self.output_dir)
         elif found := list_checkpoints(self.output_dir):
             raise ValueError(
                 f'"{self.output_dir}" has {found[-1].name} of another run: go on with it by '
@@ -281,8 +284,10 @@ class Trainer:
         """The state dict of a whole model, or of its average, on the main process; all processes must call it."""
         trained = self.models[name]
         state_dict = self.accelerator.get_state_dict(trained.model)
+        state_dict = {plain_name(name): value for name, value in state_dict.items()}
         if average:
-            names = [name for name, parameter in trained.unwrapped.named_parameters() if parameter.requires_grad]
+            parameters = trained.unwrapped.named_parameters()
+            names = [plain_name(name) for name, parameter in parameters if parameter.requires_grad]
             shadows = [gather(shadow) for shadow in self.average.shadow_params]
             state_dict = state_dict | dict(zip(names, shadows, strict=True))
         return state_dict
@@ -291,21 +296,41 @@ class Trainer:
         """Writes `checkpoint-<step>/` and deletes the oldest ones over `checkpoints_total_limit`."""
         with atomic_folder(self.output_dir / f"checkpoint-{self.step}", self.accelerator) as folder:
             self.accelerator.save_state(str(folder / "state"))
-            state = {"loader": self.loader.state_dict(), "num_skipped": self.num_skipped}
+            state = {
+                "loader": self.loader.state_dict(),
+                "num_skipped": self.num_skipped,
+                "settings": self.fixed_settings(),
+            }
             (folder / "state" / f"data_{self.accelerator.process_index}.json").write_text(json.dumps(state))
             self.save_models(folder)
         if self.accelerator.is_main_process and self.args.checkpoints_total_limit is not None:
             for path in list_checkpoints(self.output_dir)[: -self.args.checkpoints_total_limit]:
                 remove_folder(path)
 
-    def _resume(self) -> None:
-        args, path = self.args, find_checkpoint(self.output_dir, self.args.resume_from_checkpoint)
+    def fixed_settings(self) -> dict[str, object]:
+        """Those that decide what a checkpoint holds, and cannot change when it is resumed."""
+        return {"use_ema": self.args.use_ema}
+
+    def _check_settings(self, path: Path, saved: dict[str, object]) -> None:
+        saved = {"use_ema": any(path.glob("*_ema"))} | saved  # older checkpoints tell no more
+        for name, value in self.fixed_settings().items():
+            if saved.get(name, value) != value:
+                raise ValueError(
+                    f"`{name}` is {value}, but {path.name} was written with {saved[name]}: resume with that, or start "
+                    "from its model in another output_dir."
+                )
+
+    def _resume(self, path: Path) -> None:
+        args = self.args
         self.step = checkpoint_step(path)
         if later := [other.name for other in list_checkpoints(self.output_dir) if checkpoint_step(other) > self.step]:
             raise ValueError(
                 f'"{self.output_dir}" has {", ".join(later)}, later than {path.name}: delete them to go on from '
                 'there, name another output_dir, or resume from "latest".'
             )
+        mine, any_process = (path / "state" / f"data_{index}.json" for index in (self.accelerator.process_index, 0))
+        state = json.loads((mine if mine.exists() else any_process).read_text())
+        self._check_settings(path, state.get("settings", {}))
         self.accelerator.load_state(str(path / "state"))
         if not (path / "state" / f"random_states_{self.accelerator.process_index}.pkl").exists():
             set_seed(args.seed + self.step, device_specific=True)  # there are more processes than before
@@ -314,7 +339,5 @@ class Trainer:
             trained.configure(args)  # settings may differ from those of the checkpoint
         if self.average is not None:
             self.average.decay = args.ema_decay
-        mine, any_process = (path / "state" / f"data_{index}.json" for index in (self.accelerator.process_index, 0))
-        state = json.loads((mine if mine.exists() else any_process).read_text())
         self.loader.load_state_dict(state["loader"])
         self.num_skipped = state["num_skipped"] if mine.exists() else 0

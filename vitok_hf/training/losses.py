@@ -48,7 +48,8 @@ class ReconstructionLoss(nn.Module):
 
     All terms are means in float32: over pixels, over frames for SSIM and the networks, and over latent elements for
     the KL divergence, whose weight is thereby independent of the resolution. In a batch of several sizes every pixel
-    counts alike. `patch_border_weight` is what a squared error in the outermost rows and columns of a patch counts
+    counts alike, and every latent element; in a step of several batches too, if the loss is told their average
+    numbers. `patch_border_weight` is what a squared error in the outermost rows and columns of a patch counts
     relative to one inside: above 1, it evens out the patch grid. Terms with weight 0 are not computed.
     """
 
@@ -99,21 +100,23 @@ class ReconstructionLoss(nn.Module):
         samples: list[torch.Tensor],
         targets: list[torch.Tensor],
         kl: torch.Tensor | None = None,
-        latents_per_item: torch.Tensor | int = 1,
+        num_latents: torch.Tensor | int = 1,
+        num_values: torch.Tensor | int | None = None,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Returns (loss, logs of the terms without their weights).
 
         Args:
             samples, targets: Pictures or frames in [-1, 1], (B, C, H, W) for each size in the batch.
             kl: (N,), summed over the latents of an item.
-            latents_per_item: Number of these latents, one for all or (N,).
+            num_latents: Number of the latent elements of all items, or of an average batch of the step.
+            num_values: Number of values, pixels times channels, of an average batch; default: of this one.
         """
-        num_pixels = sum(target.numel() for target in targets)
+        num_values = sum(target.numel() for target in targets) if num_values is None else num_values
         logs: dict[str, torch.Tensor] = {}
         for sample, target in zip(samples, targets):
             for name, value in self._terms(sample.float(), target.float()).items():
-                logs[name] = logs.get(name, 0.0) + value * (target.numel() / num_pixels)
+                logs[name] = logs.get(name, 0.0) + value * (target.numel() / num_values)
         if kl is not None and self.weights["kl"] > 0.0:
-            logs["kl"] = (kl.float() / latents_per_item).mean()
+            logs["kl"] = kl.float().sum() / num_latents
         loss = sum(self.weights[name] * value for name, value in logs.items())
         return loss, {name: value.detach() for name, value in logs.items()}

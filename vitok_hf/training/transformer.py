@@ -9,7 +9,7 @@ import torch
 from einops import rearrange
 
 from ..evaluation.pixels import to_float
-from ..latents import compute_latent_statistics, normalize_latents, summarize_latents
+from ..latents import NO_STATISTICS, compute_latent_statistics, normalize_latents, summarize_latents
 from ..models import AutoencoderViTok, ViTokDiTModel
 from ..pipelines import ViTokDiTPipeline
 from ..pipelines.model_card import usage
@@ -20,7 +20,7 @@ from .data import BatchLoader
 from .diffusion import bucket_timesteps, diffusion_losses, drop_labels, make_scheduler, sample_timesteps
 from .ema import WeightAverage
 from .files import short_names
-from .latent_cache import STATISTICS, LatentBatches, LatentCache, fingerprint
+from .latent_cache import LatentBatches, LatentCache, fingerprint
 from .latent_data import ClassSampler, LabelledFiles, PictureBatches, load_square, read_classes, to_pixels
 from .loop import TrainedModel, Trainer, compile_blocks
 from .media import evenly_spaced
@@ -40,8 +40,7 @@ def load_autoencoder(args: DiTArguments) -> AutoencoderViTok:
 
 
 def has_statistics(vae: AutoencoderViTok) -> bool:
-    config = vae.config
-    return config.latents_mean is not None or (config.scaling_factor, config.shift_factor) != (1.0, 0.0)
+    return any(vae.config[name] not in (None, neutral) for name, neutral in NO_STATISTICS.items())
 
 
 def make_transformer(args: DiTArguments, vae: AutoencoderViTok, resolution: int, num_classes: int) -> ViTokDiTModel:
@@ -154,16 +153,15 @@ class DiTTrainer(Trainer):
     def _normalise(self, dataset: PictureBatches | LatentBatches) -> None:
         """Sees to it that the autoencoder's config has the statistics of the latents: when resumed, those it had."""
         args = self.args
-        if args.resume_from_checkpoint:
-            checkpoint = find_checkpoint(self.output_dir, args.resume_from_checkpoint)
+        if checkpoint := find_checkpoint(self.output_dir, args.resume_from_checkpoint):
             config = json.loads((checkpoint / "pipeline" / "vae" / "config.json").read_text())
-            self.vae.register_to_config(**{name: config[name] for name in STATISTICS})
+            self.vae.register_to_config(**{name: config[name] for name in NO_STATISTICS})
         elif not has_statistics(self.vae):
             if self.cache is None:
                 batches = dataset.iterate(-(-args.num_statistics_images // args.train_batch_size))
                 statistics = compute_latent_statistics(self.vae, batches)
             else:
-                statistics = summarize_latents(self.cache.iterate_means(args.num_statistics_images))
+                statistics = summarize_latents(self.cache.iterate_moments(args.num_statistics_images))
             self.vae.register_to_config(**statistics.to_config())
             logger.warning("Latent statistics of %d pictures: %s", statistics.num_items, statistics.to_config())
 
@@ -189,34 +187,36 @@ class DiTTrainer(Trainer):
         return normalize_latents(torch.cat(latents), self.vae), torch.from_numpy(files.labels[chosen])
 
     @torch.no_grad()
-    def latents_of(self, batch: Batch) -> torch.Tensor:
-        """Normalised samples of the posteriors, (B, c, [t,] h, w) float32."""
+    def latents_of(self, *batches: Batch) -> torch.Tensor:
+        """Normalised samples of the posteriors of all batches, (B, c, [t,] h, w) float32."""
+        mean, std = (torch.cat(parts) for parts in zip(*map(self._moments, batches)))
+        return normalize_latents(mean + std * torch.randn(mean.shape, device=mean.device), self.vae)
+
+    def _moments(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         pixels = batch.pixels.to(self.accelerator.device, non_blocking=True)
         if self.cache is not None:
-            mean, std = pixels.unbind(dim=1)
-            latents = mean + std * torch.randn(mean.shape, device=mean.device)
-        else:
-            with self.accelerator.autocast():
-                latents = self.vae.encode(to_float(pixels)).latent_dist.sample().float()
-        return normalize_latents(latents, self.vae)
+            return pixels.unbind(dim=1)
+        with self.accelerator.autocast():
+            posterior = self.vae.encode(to_float(pixels)).latent_dist
+        return posterior.mean, posterior.std
 
     def count_pixels(self, batch: Batch) -> int:
         return len(batch.pixels) * self.resolution**2 * self.vae.config.sample_frames
 
     def training_step(self, batches: list[Batch]) -> list[dict[str, torch.Tensor]]:
+        """One optimiser step. What is random is drawn for all batches at once, so as not to depend on their sizes."""
         args, device, logs, trained = self.args, self.accelerator.device, [], self.models["transformer"]
-        for batch in batches:
-            latents, labels = self.latents_of(batch), batch.labels.to(device)
-            labels = drop_labels(labels, len(self.classes), args.class_dropout)
-            timesteps = sample_timesteps(
-                self.scheduler, len(labels), args.weighting_scheme, args.logit_mean, args.logit_std, device=device
-            )
-            noise = torch.randn(latents.shape, device=device)  # not `randn_like`, which depends on the strides
+        latents, labels = self.latents_of(*batches), torch.cat([batch.labels for batch in batches]).to(device)
+        labels = drop_labels(labels, len(self.classes), args.class_dropout)
+        timesteps = sample_timesteps(
+            self.scheduler, len(labels), args.weighting_scheme, args.logit_mean, args.logit_std, device=device
+        )
+        noise = torch.randn(latents.shape, device=device)  # not `randn_like`, which depends on the strides
+        counts = [len(batch.labels) for batch in batches]
+        for part in zip(*(tensor.split(counts) for tensor in (latents, labels, noise, timesteps))):
             with trained.accumulate():
-                losses = diffusion_losses(
-                    trained.model, self.scheduler, latents, labels, noise, timesteps, args.snr_gamma
-                )
-                loss = losses.mean()
+                losses = diffusion_losses(trained.model, self.scheduler, *part, args.snr_gamma)
+                loss = losses.sum() * (len(batches) / len(labels))
                 self.accelerator.backward(loss)
                 logs.append({"loss": loss.detach()} | trained.update(self.step))
         return logs
