@@ -10,6 +10,20 @@ from diffusers.utils import logging
 
 logger = logging.get_logger(__name__)
 
+DISCRETE = "its samples are discrete tokens"
+# Those whose `step` can be called as that of others, but does something else.
+UNSUPPORTED_SCHEDULERS = dict.fromkeys(
+    ("AmusedScheduler", "BlockRefinementScheduler", "DiscreteDDIMScheduler", "EntropyBoundScheduler"), DISCRETE
+) | {
+    "VQDiffusionScheduler": DISCRETE,
+    "DDPMWuerstchenScheduler": "it takes a timestep for each sample, from 1 to 0",
+    "HeliosScheduler": "it goes through stages of several sizes",
+    "HeliosDMDScheduler": "it goes through stages of several sizes",
+    "PiflowScheduler": "its models predict a policy for several steps",
+    "RFD4ProteinaScheduler": "its samples are structures of proteins",
+    "SCMScheduler": "its models are trained with TrigFlow",
+}
+
 
 def check_counts(**counts: int) -> None:
     for name, count in counts.items():
@@ -50,12 +64,41 @@ def warn_of_clipping(scheduler: SchedulerMixin) -> None:
         logger.warning("The scheduler cuts latents off at 1: make it with clip_sample=False.")
 
 
-def check_scheduler(scheduler: SchedulerMixin, eta: float, predicts_variance: bool) -> None:
-    """Whether it takes `eta`, and a model that predicts variances, or none."""
+def why_unsupported(scheduler: SchedulerMixin) -> str | None:
+    """The reason for which the pipeline cannot sample with it; `None` if it can."""
+    for cls in type(scheduler).__mro__:
+        if reason := UNSUPPORTED_SCHEDULERS.get(cls.__name__):
+            return reason
+    if not (hasattr(scheduler, "step") and hasattr(scheduler, "set_timesteps")):
+        return "it has no `step` and `set_timesteps`"
+    parameters = list(inspect.signature(type(scheduler).step).parameters.values())[1:]
+    needed = [parameter.name for parameter in parameters if parameter.default is parameter.empty]
+    if needed[:3] != ["model_output", "timestep", "sample"] or len(needed) > 3:
+        return f"its `step` needs {', '.join(needed)}, not model_output, timestep and sample alone"
+    return None
+
+
+def check_timesteps(scheduler: SchedulerMixin) -> None:
+    """Noise cannot be predicted where there is nothing else: the clean latents would be noise divided by zero."""
+    alphas = getattr(scheduler, "alphas_cumprod", None)
+    if alphas is None or own_config(scheduler).get("prediction_type") != "epsilon":
+        return
+    if (alphas[scheduler.timesteps.to(alphas.device).long()] == 0).any():
+        raise ValueError(
+            f"{type(scheduler).__name__} starts where there is only noise (rescale_betas_zero_snr) with "
+            'prediction_type="epsilon", which divides by zero: take a model and scheduler with "v_prediction" or '
+            '"sample", or timestep_spacing="leading".'
+        )
+
+
+def check_scheduler(scheduler: SchedulerMixin, eta: float | None, predicts_variance: bool) -> None:
+    """Whether it is supported, takes `eta`, and a model that predicts variances, or none."""
     name = type(scheduler).__name__
+    if reason := why_unsupported(scheduler):
+        raise ValueError(f"{name} is not supported: {reason}. Take another, DDIM for instance.")
     if eta and "eta" not in inspect.signature(scheduler.step).parameters:
         raise ValueError(f"`eta` is {eta}, but {name} takes none: it is DDIM's.")
-    if not 0 <= eta <= 1:
+    if eta is not None and not 0 <= eta <= 1:
         raise ValueError(f"`eta` must be from 0 to 1, but is {eta}.")
     if has_learned_variance(scheduler) and not (predicts_variance and takes_variance(scheduler)):
         reason = "it takes pictures of three channels only" if predicts_variance else "the model predicts none"

@@ -10,7 +10,6 @@ import torch
 from diffusers import DiffusionPipeline, FasterCacheConfig, ImagePipelineOutput, SchedulerMixin
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.configuration_utils import FrozenDict
-from diffusers.guiders.guider_utils import rescale_noise_cfg
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from diffusers.video_processor import VideoProcessor
@@ -19,12 +18,19 @@ from PIL import Image
 from ..checkpoints import resolve_bundled
 from ..latents import denormalize_latents
 from ..models import AutoencoderViTok, ViTokDiTModel
-from .checks import check_counts, check_guidance, check_scheduler, takes_variance, warn_of_clipping
+from .checks import check_counts, check_guidance, check_scheduler, check_timesteps, takes_variance, warn_of_clipping
 from .labels import label_table, to_label_ids
 from .model_card import add_usage
 
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
+
+def rescale_guidance(guided: torch.Tensor, conditional: torch.Tensor, rescale: float) -> torch.Tensor:
+    """Brings the spread of each guided prediction back to that of the conditional one; constant ones stay."""
+    axes = tuple(range(1, guided.ndim))
+    ours, theirs = (tensor.std(dim=axes, keepdim=True) for tensor in (guided, conditional))
+    return torch.lerp(guided, guided * torch.where(ours > 0, theirs / ours, 1.0), rescale)
 
 
 @dataclass
@@ -41,14 +47,15 @@ class ViTokDiTPipeline(DiffusionPipeline):
     r"""
     Class-conditional generation of images and videos by a `ViTokDiTModel` on the latents of an `AutoencoderViTok`.
 
-    Any scheduler of diffusers can be set; what the model predicts (`prediction_type`, or flow matching) is read by it
-    from its own config. Latents are unbounded, so schedulers need `clip_sample=False`.
+    Any scheduler of diffusers can be set whose `step` takes a prediction, a timestep and a sample (not those of
+    discrete tokens and a few others, which are refused by name); what the model predicts (`prediction_type`, or flow
+    matching) is read by it from its own config. Latents are unbounded, so schedulers need `clip_sample=False`.
 
     Args:
         transformer (`ViTokDiTModel`): The denoiser. If it has twice as many channels out as in, the second half is
             the variance that DDPM uses (`variance_type="learned_range"`), as in DiT; others leave it out.
         vae (`AutoencoderViTok`): Decodes the latents; its config has the statistics that they were normalised with.
-        scheduler (`SchedulerMixin`): Any of diffusers', DDIM in the paper.
+        scheduler (`SchedulerMixin`): Of diffusers, DDIM in the paper.
         id2label (`dict[int, str]`, *optional*): Names of the classes, several with commas in between; saved along.
 
     Raises:
@@ -192,7 +199,7 @@ class ViTokDiTPipeline(DiffusionPipeline):
         device: torch.device,
         latents: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Standard normal noise, or `latents`, on the scale of the scheduler. In float32, whatever the models are."""
+        """Standard normal noise, or `latents`. In float32, whatever the models are."""
         if isinstance(generator, list) and len(generator) != batch_size:
             raise ValueError(f"`generator` has {len(generator)} entries for {batch_size} samples: pass one for each.")
         if latents is None:
@@ -209,7 +216,7 @@ class ViTokDiTPipeline(DiffusionPipeline):
             if latents.shape != expected:
                 raise ValueError(f"`latents` must have shape {expected}, but have {tuple(latents.shape)}.")
             latents = latents.to(device=device, dtype=torch.float32)
-        return latents * getattr(self.scheduler, "init_noise_sigma", 1.0)
+        return latents
 
     def _set_timesteps(self, num_inference_steps: int, num_tokens: int, device: torch.device) -> torch.Tensor:
         config, options = self.scheduler.config, {}
@@ -217,13 +224,22 @@ class ViTokDiTPipeline(DiffusionPipeline):
             shortest, longest = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
             low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
             options["mu"] = low + (high - low) * (num_tokens - shortest) / (longest - shortest)
-        self.scheduler.set_timesteps(num_inference_steps, device=device, **options)
+        try:
+            self.scheduler.set_timesteps(num_inference_steps, device=device, **options)
+        except Exception as error:  # of diffusers or numpy, of any type
+            raise ValueError(
+                f"{type(self.scheduler).__name__} cannot make {num_inference_steps} steps ({error}): change "
+                "`num_inference_steps`, or the config of the scheduler."
+            ) from error
+        check_timesteps(self.scheduler)
         return self.scheduler.timesteps
 
-    def _step_options(self, generator: torch.Generator | list[torch.Generator] | None, eta: float) -> dict[str, Any]:
+    def _step_options(
+        self, generator: torch.Generator | list[torch.Generator] | None, eta: float | None
+    ) -> dict[str, Any]:
         """Those that the scheduler's `step` takes."""
         parameters = inspect.signature(self.scheduler.step).parameters
-        options = {"generator": generator, "eta": eta}
+        options = {"generator": generator} | ({} if eta is None else {"eta": eta})
         return {name: value for name, value in options.items() if name in parameters}
 
     def _predict(
@@ -250,7 +266,7 @@ class ViTokDiTPipeline(DiffusionPipeline):
             guidance = self._guidance_scale * (prediction - without)
             prediction, conditional = without + guidance, prediction
             if self._guidance_rescale > 0:
-                prediction = rescale_noise_cfg(prediction, conditional, self._guidance_rescale)
+                prediction = rescale_guidance(prediction, conditional, self._guidance_rescale)
             variance = variance.chunk(2)[1]
         if takes_variance(self.scheduler):
             return torch.cat([prediction, variance], dim=1)
@@ -280,7 +296,7 @@ class ViTokDiTPipeline(DiffusionPipeline):
         height: int | None = None,
         width: int | None = None,
         num_frames: int | None = None,
-        eta: float = 0.0,
+        eta: float | None = None,
     ) -> ImagePipelineOutput | ViTokVideoPipelineOutput | tuple:
         """Generates images or videos.
 
@@ -303,7 +319,7 @@ class ViTokDiTPipeline(DiffusionPipeline):
             callback_on_step_end_tensor_inputs: What the dict has, of `_callback_tensor_inputs`.
             height, width: In pixels, multiples of what a token measures; by default as in training.
             num_frames: Likewise, for video models.
-            eta: DDIM's share of fresh noise, from 0 to 1.
+            eta: Share of fresh noise, from 0 to 1; by default that of the scheduler, 0 for DDIM and 0.3 for TCD.
 
         Returns:
             `ImagePipelineOutput` with `images`, or `ViTokVideoPipelineOutput` with `frames`.
@@ -340,6 +356,7 @@ class ViTokDiTPipeline(DiffusionPipeline):
         latents = self.prepare_latents(len(class_ids), height, width, num_frames, generator, device, latents)
         num_tokens = latents[0, 0].numel() // self.transformer.config.patch_size**2
         timesteps = self._set_timesteps(num_inference_steps, num_tokens, device)
+        latents = latents * getattr(self.scheduler, "init_noise_sigma", 1.0)  # which depends on the timesteps
         self._num_timesteps = len(timesteps)
         first, last = (round(fraction * len(timesteps)) for fraction in guidance_interval)
         has_classes, was_guided = set(ids) != {null_class}, None

@@ -187,8 +187,7 @@ class Trainer:
         return settings, files + [shard for shard in shards if Path(shard).is_file()]
 
     def _note_inputs(self) -> None:
-        resumed = self.args.resume_from_checkpoint
-        checkpoint = find_checkpoint(self.output_dir, resumed) if resumed else None
+        checkpoint = find_checkpoint(self.output_dir, self.args.resume_from_checkpoint)
         changes = note_inputs(self.output_dir, *self.inputs(), checkpoint and checkpoint.parent)
         if changes:
             logger.warning('Going on from "%s", but its run was last started with %s.', checkpoint, "; ".join(changes))
