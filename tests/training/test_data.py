@@ -235,7 +235,7 @@ class TestBatchLoader:
             cycle.own, alive = cycle, weakref.ref(cycle)
             del cycle
             monkeypatch.setattr(data, "DataLoader", lambda *args, **kwargs: [alive()])
-            assert alive() is not None and list(BatchLoader(CropBatches([folder], self.SETTINGS), 1)) == [None]
+            assert list(BatchLoader(CropBatches([folder], self.SETTINGS), 1)) == [None]
         finally:
             gc.enable()
 

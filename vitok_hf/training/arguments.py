@@ -36,7 +36,9 @@ class DataArguments:
     """Where training and held-out data come from; see `vitok_hf.training.data`."""
 
     train_data_dir: list[str] = argument(
-        [], "Folders or files, each with an optional weight: DIR (1) or DIR:0.5; without any, all files alike."
+        [],
+        "Folders or files, each with an optional weight: DIR (1) or DIR:0.5 (where there is no folder of that whole "
+        "name); without any, all files alike.",
     )
     dataset_name: str | None = argument(None, "Data set of the Hub, or what else `datasets.load_dataset` takes.")
     dataset_config_name: str | None = argument(None, "Configuration of the data set.")

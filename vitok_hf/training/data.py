@@ -31,9 +31,9 @@ class CropBatches(Dataset):
     budget, the picture that does not fit any more is dropped.
 
     Args:
-        sources: Folders or files, each with an optional weight ("DIR:0.5"), or sequences of `Item`s; the weight is
-            the share of the pictures and videos that come from there, 1 if only others have one; if none has, all
-            files are as likely.
+        sources: Folders or files, each with an optional weight ("DIR:0.5", unless a folder has this whole name), or
+            sequences of `Item`s; the weight is the share of the pictures and videos that come from there, 1 if only
+            others have one; if none has, all files are as likely.
         settings: How batches are cut.
         cache_bytes: Bound of the memory for decoded pictures, in each worker.
 

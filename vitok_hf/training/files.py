@@ -104,7 +104,7 @@ def list_files(path: str | Path, suffixes: frozenset[str] = IMAGE_SUFFIXES | VID
 
 
 class FileList(Sequence):
-    """Paths in one buffer, of 8 bytes more than they have: a list of millions is copied to every worker."""
+    """Paths in one buffer, and where each ends: lists of millions are copied to every worker."""
 
     def __init__(self, paths: Iterable[str | Path]):
         names, ends = bytearray(), array("q", [0])
