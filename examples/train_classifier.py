@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
+from vitok_hf.commands import run_command
 from vitok_hf.evaluation.features import Classifier
 from vitok_hf.training.latent_data import class_of, limit_each_class
 from vitok_hf.training.media import IMAGE_SUFFIXES, list_files, load_image, resize, resize_and_crop
@@ -125,4 +126,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

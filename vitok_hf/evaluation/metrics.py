@@ -1,7 +1,5 @@
-import pytorch_msssim
 import torch
 from torch.nn import functional as F
-from torchmetrics.functional.image import structural_similarity_index_measure
 
 
 SSIM_MIN_SIZE = 11  # pixels a side: the window
@@ -28,6 +26,8 @@ def ssim(images: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
     Raises:
         ValueError: If a side has less than 11 pixels.
     """
+    from torchmetrics.functional.image import structural_similarity_index_measure  # of an extra
+
     check_size("SSIM", SSIM_MIN_SIZE, images)
     values = []
     for pair in zip(images.double().split(1), references.double().split(1)):  # one at a time: bounded memory
@@ -45,6 +45,8 @@ def ms_ssim(images: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
     Raises:
         ValueError: If a side has less than 161 pixels.
     """
+    import pytorch_msssim  # of an extra
+
     check_size("MS-SSIM", MS_SSIM_MIN_SIZE, images)
     pairs = zip(images.double().split(1), references.double().split(1))  # one at a time: bounded memory
     return torch.cat([pytorch_msssim.ms_ssim(*pair, data_range=255.0, size_average=False) for pair in pairs])

@@ -42,6 +42,14 @@ def write_json(path: Path, content: dict | list) -> None:
     os.replace(temporary, path)
 
 
+def read_json(path: str | Path) -> dict | list:
+    """What a JSON file holds; raises `ValueError`, naming the file, if it is damaged or something else."""
+    try:
+        return json.loads(Path(path).read_text())
+    except ValueError as error:
+        raise ValueError(f'"{path}" is no JSON file, or damaged ({error}): correct it, or name another.') from error
+
+
 def claim_folder(folder: Path, settings: dict) -> None:
     """Stores in the folder what its content depends on.
 
@@ -49,7 +57,7 @@ def claim_folder(folder: Path, settings: dict) -> None:
         ValueError: If it holds results of other settings.
     """
     path = folder / "settings.json"
-    stored = json.loads(path.read_text()) if path.exists() else settings
+    stored = read_json(path) if path.exists() else settings
     for name, value in settings.items():
         if stored.get(name) != value:
             raise ValueError(

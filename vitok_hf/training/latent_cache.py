@@ -51,7 +51,7 @@ def check_shard(folder: Path, shard: dict) -> None:
     path = folder / shard["file"]
     if not path.is_file() or checksum(path) != shard["sha256"]:
         state = "has changed since it was written" if path.is_file() else "is missing"
-        raise ValueError(f'"{path}" {state}: delete it and run cache_latents.py again, which restores it.')
+        raise ValueError(f'"{path}" {state}: delete it and call `write_latents` again, which restores it.')
 
 
 class _Squares(Dataset):
@@ -177,12 +177,12 @@ class LatentCache:
     def __init__(self, folder: str | Path, verify: bool = True):
         self.folder = Path(folder)
         if not (self.folder / "index.json").is_file():
-            raise ValueError(f'"{folder}" has no index.json: write the cache with cache_latents.py.')
+            raise ValueError(f'"{folder}" has no index.json: write the cache with `write_latents`.')
         self.index = json.loads((self.folder / "index.json").read_text())
         found, expected = len(self.index["shards"]), self.index["num_shards"]
         if found < expected:
             raise ValueError(
-                f'"{folder}" has {found} of {expected} shards: run cache_latents.py again, which goes on.'
+                f'"{folder}" has {found} of {expected} shards: call `write_latents` again, which goes on.'
             )
         shards = [self.index["shards"][str(number)] for number in range(expected)]
         self.shards = [shard for shard in shards if shard["file"] is not None]

@@ -144,7 +144,7 @@ class Trainer:
             raise ValueError("FSDP version 1 is not supported: set `fsdp_version: 2` in accelerate's configuration.")
         if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
             raise ValueError(
-                "DeepSpeed is not supported: FSDP2 shards the same (examples/accelerate_configs/fsdp2.yaml)."
+                "DeepSpeed is not supported: FSDP2 shards the same (`fsdp_version: 2` in accelerate's configuration)."
             )
         if self.accelerator.is_fsdp2 and self.accelerator.mixed_precision == "fp16":
             raise ValueError('`mixed_precision` "fp16" is not supported with FSDP: take "bf16".')
