@@ -8,7 +8,6 @@ python -m conversion.convert_vitok_v2 --to_vitok_v2 ViTok-v2-350M-f16x64 origina
 import argparse
 import json
 import os
-import sys
 from pathlib import Path
 
 import torch
@@ -27,6 +26,7 @@ from vitok_hf.checkpoints.vitok_v2 import (
     read_header,
     to_vitok_v2,
 )
+from vitok_hf.commands import run_command
 from vitok_hf.presets import V2_ARCHITECTURE
 from vitok_hf.training.checkpointing import atomic_folder
 
@@ -82,18 +82,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--to_vitok_v2", action="store_true", help="diffusers' layout -> the author's two files")
     args = parser.parse_args(argv)
     hub = {key: getattr(args, key) for key in ("subfolder", "revision", "token", "cache_dir")}
-    try:
-        if args.dry_run:
-            print_plan(args, hub)
-            return
-        if args.output_dir is None:
-            raise ValueError("Give the folder to write to, or --dry_run.")
-        if args.output_dir.exists():
-            raise ValueError(f"{args.output_dir} exists already: name a folder that does not.")
-        with atomic_folder(args.output_dir, PartialState()) as folder:
-            (write_vitok_v2 if args.to_vitok_v2 else write_diffusers)(args, hub, folder)
-    except (ValueError, OSError) as error:
-        sys.exit(f"{parser.prog}: {error}")
+    if args.dry_run:
+        print_plan(args, hub)
+        return
+    if args.output_dir is None:
+        raise ValueError("Give the folder to write to, or --dry_run.")
+    if args.output_dir.exists():
+        raise ValueError(f"{args.output_dir} exists already: name a folder that does not.")
+    with atomic_folder(args.output_dir, PartialState()) as folder:
+        (write_vitok_v2 if args.to_vitok_v2 else write_diffusers)(args, hub, folder)
     print(f"Saved {args.output_dir}")
     if args.push_to_hub:
         api = HfApi(token=args.token)
@@ -182,4 +179,4 @@ def write_vitok_v2(args: argparse.Namespace, hub: dict[str, str | None], folder:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -16,6 +16,7 @@ from accelerate import PartialState
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vitok_hf import AutoencoderViTok, list_bundled
+from vitok_hf.commands import run_command
 from vitok_hf.evaluation.macs import count_macs
 from vitok_hf.evaluation.peers import make_peer
 from vitok_hf.precision import DTYPES, choose_dtype
@@ -131,4 +132,4 @@ def benchmark(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -18,6 +18,7 @@ from benchmark import RecordProducts, time_in_turns
 from diffusers import DiTTransformer2DModel
 
 from vitok_hf import ViTokDiTModel
+from vitok_hf.commands import run_command
 from vitok_hf.precision import DTYPES, choose_dtype
 
 
@@ -82,4 +83,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 
 from vitok_hf import AutoencoderViTok
 from vitok_hf.checkpoints.vitok_v2 import expected_headers
+from vitok_hf.commands import run_command
 
 
 LOAD = """
@@ -41,7 +42,7 @@ print(json.dumps({"seconds": seconds, "before": before, "peak": peak_memory(), "
 def measure_loading(folder: Path, variant: str, dtype: str, component: str | None = None) -> dict[str, float]:
     """Seconds, and bytes: of the process before and at its peak, and of the weights that it holds in the end."""
     command = [sys.executable, "-c", LOAD, str(folder), variant, dtype, component or ""]
-    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
 
 
 def write_random_weights(folder: Path, variant: str, dtype: torch.dtype) -> None:
@@ -76,4 +77,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

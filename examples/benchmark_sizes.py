@@ -15,6 +15,7 @@ import torch
 from accelerate import PartialState
 
 from vitok_hf import AutoencoderViTok
+from vitok_hf.commands import run_command
 from vitok_hf.evaluation.memory import peak_memory, reset_peak_memory
 from vitok_hf.evaluation.peers import make_peer
 from vitok_hf.precision import DTYPES, choose_dtype
@@ -71,4 +72,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -16,6 +16,7 @@ import torch
 from accelerate import Accelerator
 
 from vitok_hf import AutoencoderViTok
+from vitok_hf.commands import run_command
 from vitok_hf.training.latent_cache import write_latents
 from vitok_hf.training.latent_data import LabelledFiles, read_classes
 
@@ -61,4 +62,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -13,18 +13,20 @@ from collections.abc import Callable
 
 import torch
 from diffusers.models.attention_dispatch import attention_backend
-from lpips import LPIPS
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from vitok_hf import AutoencoderViTok
+from vitok_hf.commands import run_command
 from vitok_hf.evaluation.pixels import fold_frames
 from vitok_hf.training.discriminator import Discriminator
 
 
 def make_step(args: argparse.Namespace, device: str) -> tuple[list[nn.Module], Callable[[], object]]:
     """The models, and a function that runs forward and backward passes of one picture or clip through them."""
+    from lpips import LPIPS  # of an extra
+
     with torch.device(device):
         vae = AutoencoderViTok.from_variant(args.variant).bfloat16()
         frames = () if vae.is_image_model else (vae.config.sample_frames,)
@@ -107,4 +109,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

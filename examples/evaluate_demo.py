@@ -17,6 +17,7 @@ from einops import rearrange
 from PIL import Image
 
 from vitok_hf import AutoencoderViTok
+from vitok_hf.commands import run_command
 from vitok_hf.evaluation.metrics import psnr, ssim
 from vitok_hf.evaluation.pca import PatchPCA
 from vitok_hf.evaluation.reconstruction import evaluate_reconstruction, patch_border_ratio, reconstruct_in_tiles
@@ -105,4 +106,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

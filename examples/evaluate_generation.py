@@ -29,6 +29,7 @@ from PIL import Image
 from torch import nn
 
 from vitok_hf import ViTokDiTPipeline
+from vitok_hf.commands import run_command
 from vitok_hf.evaluation.data import EvaluationData
 from vitok_hf.evaluation.distributions import DistributionMetrics, SetMetrics
 from vitok_hf.evaluation.features import Classifier
@@ -259,4 +260,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

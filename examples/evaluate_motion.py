@@ -23,6 +23,7 @@ from prepare_moving_clips import FPS, MOTIONS
 from torch.nn import functional as F
 
 from vitok_hf import ViTokDiTPipeline
+from vitok_hf.commands import run_command
 from vitok_hf.evaluation.reconstruction import evaluate_reconstruction
 from vitok_hf.evaluation.visuals import VideoWriter
 from vitok_hf.training.media import load_evaluation_images
@@ -92,4 +93,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

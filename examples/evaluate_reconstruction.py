@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
+from vitok_hf.commands import run_command
 from vitok_hf.evaluation.autoencoders import load_autoencoder, spatial_ratio
 from vitok_hf.evaluation.codecs import ImageCodec, autoencoder_codec
 from vitok_hf.evaluation.data import Codec, EvaluationData
@@ -160,4 +161,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

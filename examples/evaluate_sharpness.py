@@ -18,6 +18,7 @@ from einops import rearrange
 from PIL import Image
 
 from vitok_hf import AutoencoderViTok
+from vitok_hf.commands import run_command
 from vitok_hf.evaluation.features import Classifier, frechet_distance
 from vitok_hf.evaluation.metrics import high_frequency_energy
 from vitok_hf.evaluation.reconstruction import evaluate_reconstruction
@@ -82,4 +83,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

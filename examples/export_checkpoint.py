@@ -12,6 +12,7 @@ from accelerate import PartialState
 from tqdm.auto import tqdm
 
 from vitok_hf import AutoencoderViTok, compute_latent_statistics
+from vitok_hf.commands import run_command
 from vitok_hf.training.cropping import CropSettings
 from vitok_hf.training.data import CropBatches, iterate_pixels
 
@@ -48,4 +49,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -17,10 +17,10 @@ import tempfile
 import time
 from pathlib import Path
 
-import onnxruntime
 import torch
 
 from vitok_hf import AutoencoderViTok
+from vitok_hf.commands import run_command
 from vitok_hf.training.cropping import parse_size
 
 
@@ -72,6 +72,8 @@ def export(half: Encoder | Decoder, channels: int, steps: tuple[int, ...], opset
 @torch.inference_mode()
 def check(half: Encoder | Decoder, path: Path, x: torch.Tensor, rounds: int) -> None:
     """Prints the largest difference from PyTorch and the median times; `ValueError` if it is too large."""
+    import onnxruntime  # of an extra
+
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # in PyTorch's turn
@@ -127,4 +129,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

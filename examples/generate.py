@@ -16,6 +16,7 @@ from einops import rearrange
 from PIL import Image
 
 from vitok_hf import ViTokDiTPipeline
+from vitok_hf.commands import run_command
 from vitok_hf.evaluation.generation import generate_samples
 from vitok_hf.precision import DTYPES, choose_dtype
 
@@ -58,4 +59,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -18,6 +18,7 @@ from accelerate import PartialState
 from diffusers import ModelMixin
 
 from vitok_hf import AutoencoderViTok
+from vitok_hf.commands import run_command
 from vitok_hf.evaluation.autoencoders import count_cost
 from vitok_hf.evaluation.macs import count_macs
 from vitok_hf.evaluation.peers import PEERS, make_peer
@@ -114,4 +115,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

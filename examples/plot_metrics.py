@@ -10,7 +10,8 @@ import json
 from pathlib import Path
 
 import numpy as np
-from matplotlib.figure import Figure
+
+from vitok_hf.commands import run_command
 
 
 def read_curves(path: Path, keys: list[str]) -> dict[str, np.ndarray]:
@@ -31,6 +32,7 @@ def main():
     parser.add_argument("--logarithmic", action="store_true", help="logarithmic values")
     parser.add_argument("--output", type=Path, default=Path("metrics.png"))
     args = parser.parse_args()
+    from matplotlib.figure import Figure  # of an extra
 
     figure = Figure(figsize=(8, 4), dpi=100, layout="constrained")
     axes = figure.subplots()
@@ -49,4 +51,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

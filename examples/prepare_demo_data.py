@@ -7,7 +7,7 @@ in class folders, and a short live-action clip. Unless `--include_share_alike` i
 pictures under CC0, CC-BY, Apache-2.0, MIT or in the public domain; the test side is always full. `CREDITS.md` lists
 sources and licences. Finished files are skipped, so a stopped run can be repeated, with the same options.
 
-Needs this package, `resvg-py==0.5.0` and `npm` for emoji, `apt-get` and `dpkg-deb` for photos and the clip.
+Needs this package; emoji need `pip install resvg-py==0.5.0` and `npm`, photos and the clip `apt-get` and `dpkg-deb`.
 """
 
 import argparse
@@ -27,6 +27,7 @@ from demo_data.emoji import EMOJI_STYLES, prepare_emoji
 from PIL import Image
 from tqdm import tqdm
 
+from vitok_hf.commands import run_command
 from vitok_hf.training.claims import claim_folder
 
 
@@ -198,4 +199,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -19,6 +19,7 @@ from demo_data.download import save_as
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
+from vitok_hf.commands import run_command
 from vitok_hf.training.claims import claim_folder
 from vitok_hf.training.files import IMAGE_SUFFIXES, list_files
 from vitok_hf.training.media import load_image
@@ -115,4 +116,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

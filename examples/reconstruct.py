@@ -20,6 +20,7 @@ from accelerate import PartialState
 from PIL import Image
 
 from vitok_hf import AutoencoderViTok
+from vitok_hf.commands import run_command
 from vitok_hf.evaluation.metrics import SSIM_MIN_SIZE, psnr, ssim
 from vitok_hf.evaluation.pixels import fold_frames
 from vitok_hf.evaluation.reconstruction import reconstruct, save_comparison, side_by_side
@@ -131,4 +132,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -28,11 +28,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import PartialState
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from PIL import Image
 
 from vitok_hf import AutoencoderViTok
+from vitok_hf.commands import run_command
 from vitok_hf.evaluation.features import Classifier, frechet_distance
 from vitok_hf.evaluation.reconstruction import evaluate_reconstruction
 from vitok_hf.training.checkpointing import list_checkpoints, write_json
@@ -208,8 +207,8 @@ def r_squared(x: np.ndarray, y: np.ndarray) -> float:
     return 1.0 - np.square(y - slope * x - intercept).sum() / np.square(y - y.mean()).sum()
 
 
-def plot(axes: Axes, x: np.ndarray, y: np.ndarray, groups: np.ndarray, labels: tuple[str, str]) -> None:
-    """Points by group, over a line against the logarithm of x."""
+def plot(axes, x: np.ndarray, y: np.ndarray, groups: np.ndarray, labels: tuple[str, str]) -> None:
+    """Points by group, on matplotlib's `axes`, over a line against the logarithm of x."""
     for group in dict.fromkeys(groups):
         axes.plot(x[groups == group], y[groups == group], "o", label=group, alpha=0.7)
     line = np.array([x.min(), x.max()])
@@ -220,6 +219,8 @@ def plot(axes: Axes, x: np.ndarray, y: np.ndarray, groups: np.ndarray, labels: t
 
 def report(args: argparse.Namespace) -> None:
     """results.csv, plots and report.md of all that there is."""
+    from matplotlib.figure import Figure  # of an extra
+
     rows = read_rows(args.output_dir)
     if not rows:
         return
@@ -292,4 +293,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
+from vitok_hf.commands import run_command
 from vitok_hf.evaluation.features import Classifier
 from vitok_hf.precision import MIXED_PRECISIONS, choose_mixed_precision
 from vitok_hf.training.files import IMAGE_SUFFIXES, list_files
@@ -127,4 +128,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

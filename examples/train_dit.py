@@ -9,6 +9,7 @@ whatever `accelerate config` describes, or `--config_file examples/accelerate_co
 `--config examples/configs/....yaml` reads settings from a file.
 """
 
+from vitok_hf.commands import run_command
 from vitok_hf.training.arguments import DiTArguments, parse_arguments
 from vitok_hf.training.transformer import DiTTrainer
 
@@ -18,4 +19,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -9,6 +9,7 @@ runs on one process; `accelerate launch examples/train_vitok.py ...` on whatever
 `--config_file examples/accelerate_configs/...`. `--config examples/configs/....yaml` reads settings from a file.
 """
 
+from vitok_hf.commands import run_command
 from vitok_hf.training.arguments import AutoencoderArguments, parse_arguments
 from vitok_hf.training.autoencoder import AutoencoderTrainer
 
@@ -18,4 +19,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -109,6 +109,7 @@ def run_example(monkeypatch, capsys, tmp_path):
         monkeypatch.chdir(tmp_path)
         monkeypatch.syspath_prepend(str(EXAMPLES))
         monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        monkeypatch.setenv("VITOK_TRACEBACK", "1")  # errors as they are raised
         runpy.run_path(str(EXAMPLES / name), run_name="__main__")
         return capsys.readouterr().out
 

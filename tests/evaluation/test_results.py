@@ -84,6 +84,12 @@ class TestFiles:
         assert load_results(tmp_path / "results.json") == results
         assert json.loads((tmp_path / "results.json").read_text())[0]["protocol"]["networks"] == INCEPTION
 
+    @pytest.mark.parametrize("text, message", [("[{", "is no JSON file"), ('[{"name": "x"}]', "holds no results")])
+    def test_other_files(self, tmp_path, text, message):
+        (tmp_path / "other.json").write_text(text)
+        with pytest.raises(ValueError, match=f'other.json" {message}'):
+            load_results(tmp_path / "other.json")
+
     def test_markdown(self):
         lines = markdown_table([make_result(), make_result("other", metrics={"psnr": 30.0}, costs={})]).splitlines()
         assert lines[0] == "|  | psnr | rFID | parameters_M |" and lines[1] == "|---|---|---|---|"

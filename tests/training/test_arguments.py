@@ -2,9 +2,11 @@ from dataclasses import fields
 
 import pytest
 
-from tests.conftest import ASSETS
+from tests.conftest import ASSETS, make_vae
 from vitok_hf import AutoencoderViTok
-from vitok_hf.training.arguments import AutoencoderArguments, parse_arguments
+from vitok_hf.training.arguments import AutoencoderArguments, DiTArguments, parse_arguments
+from vitok_hf.training.autoencoder import load_model
+from vitok_hf.training.transformer import make_transformer
 
 
 CONFIGS = sorted(path for path in (ASSETS.parent / "configs").glob("*.yaml") if not path.stem.startswith("dit-"))
@@ -105,3 +107,27 @@ class TestConfig:
         (tmp_path / "y.yaml").write_text("- 1\n")
         with pytest.raises(ValueError, match="has settings that do not exist"):
             parse("--config", tmp_path / "y.yaml")
+
+
+class TestDamagedFiles:
+    @pytest.mark.parametrize(
+        "text, message",
+        [
+            ('{"patch_size": 16', 'config.json" is no JSON file, or damaged'),
+            ('{"patch_sise": 16}', "config.json\" does not fit: .*unexpected keyword argument 'patch_sise'"),
+        ],
+    )
+    def test_model_config(self, tmp_path, text, message):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(ValueError, match=message):
+            load_model(AutoencoderArguments(model_config=str(tmp_path / "config.json")))
+        args = DiTArguments(
+            vae_name_or_path="x", model_config=str(tmp_path / "config.json"), train_data_dir=["x"], report_to="none"
+        )
+        with pytest.raises(ValueError, match=message):
+            make_transformer(args, make_vae("v1"), 32, 2)
+
+    def test_yaml(self, tmp_path):
+        (tmp_path / "run.yaml").write_text("stage: [1")
+        with pytest.raises(ValueError, match='run.yaml" is no YAML file, or damaged'):
+            parse("--config", tmp_path / "run.yaml")

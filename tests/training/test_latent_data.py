@@ -205,7 +205,7 @@ class TestCache:
         monkeypatch.setattr(latent_cache, "encode_shard", interrupted)
         with pytest.raises(KeyboardInterrupt):
             write(files, tmp_path / "parts")
-        with pytest.raises(ValueError, match="has 1 of 3 shards: run cache_latents.py again"):
+        with pytest.raises(ValueError, match="has 1 of 3 shards: call `write_latents` again"):
             LatentCache(tmp_path / "parts")
         before = state(tmp_path / "parts")
         write(files, tmp_path / "parts")
@@ -226,7 +226,7 @@ class TestCache:
             with pytest.raises(ValueError, match='latents-00001.safetensors" has changed since it was written'):
                 read(tmp_path / "cache")
         path.unlink()
-        with pytest.raises(ValueError, match='latents-00001.safetensors" is missing: delete it and run'):
+        with pytest.raises(ValueError, match='latents-00001.safetensors" is missing: delete it and call `write_lat'):
             LatentCache(tmp_path / "cache")
         write(files, tmp_path / "cache")
         assert path.read_bytes() == good and len(LatentCache(tmp_path / "cache")) == 11

@@ -292,8 +292,8 @@ def load_vitok_v2(
     hub_kwargs = {name: value for name, value in hub_kwargs.items() if name in HUB_ARGUMENTS or value}
     if unknown := sorted(set(hub_kwargs) - set(HUB_ARGUMENTS)):
         raise ValueError(
-            f"{', '.join(unknown)}: not possible with ViTok-v2 weights in the author's layout. Convert them first, "
-            f'in a checkout: python -m conversion.convert_vitok_v2 "{name_or_path}" converted'
+            f"{', '.join(unknown)}: not possible with ViTok-v2 weights in the author's layout. Load them without, "
+            "write them by `save_pretrained`, and load the folder that it wrote."
         )
     if low_cpu_mem_usage is False or use_safetensors is False:
         raise ValueError("The author's ViTok-v2 weights are read with low_cpu_mem_usage and use_safetensors only.")

@@ -8,9 +8,6 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
-from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, isc_features_to_metric
-from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
-from torchmetrics.image.fid import FrechetInceptionDistance
 
 from .networks import FeatureNetwork
 from .pixels import fold_frames
@@ -49,6 +46,8 @@ class SetMetrics:
     @torch.no_grad()
     def update(self, images: torch.Tensor, real: bool) -> None:
         """Adds uint8 pictures (B, 3, H, W) or clips (B, 3, T, H, W), real or generated."""
+        from torchmetrics.image.fid import FrechetInceptionDistance  # of an extra
+
         output = self.extractor(images)
         features, logits = output if isinstance(output, tuple) else (output, None)
         features = features.double()
@@ -82,6 +81,9 @@ class SetMetrics:
         Raises:
             ValueError: If one process has no picture of one kind.
         """
+        from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, isc_features_to_metric  # of an extra
+        from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
+
         counts = [self._counts[True], self._counts[False]]
         totals = gather_rows(torch.tensor([counts]))
         if totals.min() == 0:

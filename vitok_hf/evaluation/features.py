@@ -11,8 +11,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_model, save_model
 from torch import nn
-from torchvision.models import resnet18
 
+from .distributions import SetMetrics
 from .pixels import to_float
 
 
@@ -26,6 +26,8 @@ class Classifier(nn.Module):
     num_features = 512
 
     def __init__(self, class_names: list[str]):
+        from torchvision.models import resnet18  # of an extra
+
         super().__init__()
         self.class_names = list(class_names)
         self.network = resnet18(weights=None, num_classes=len(class_names))
@@ -52,7 +54,7 @@ class Classifier(nn.Module):
         with safe_open(str(path), framework="pt") as file:
             metadata = file.metadata() or {}
         if "class_names" not in metadata:
-            raise ValueError(f'"{path}" is no classifier: name a file that examples/train_classifier.py wrote.')
+            raise ValueError(f'"{path}" is no classifier: name a file that `Classifier.save` wrote.')
         classifier = cls(metadata["class_names"].split("\n"))
         load_model(classifier, str(path))
         return classifier.eval()
@@ -73,8 +75,6 @@ def frechet_distance(
         raise ValueError(
             f"A Frechet distance needs sets of two or more, but they have {len(images), len(references)}."
         )
-    from .distributions import SetMetrics  # here: training a classifier does without its packages
-
     metrics = SetMetrics(classifier.features)
     for real, pictures in ((True, references), (False, images)):
         for batch in pictures.split(batch_size):

@@ -1,6 +1,5 @@
 from collections.abc import Callable
 
-import pytorch_msssim
 import torch
 from torch.nn import functional as F
 
@@ -35,6 +34,8 @@ def ssim(images: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
     Raises:
         ValueError: If a side has less than 11 pixels.
     """
+    import pytorch_msssim  # of an extra
+
     check_size("SSIM", SSIM_MIN_SIZE, images)
     return _one_by_one(pytorch_msssim.ssim, images, references)
 
@@ -48,6 +49,8 @@ def ms_ssim(images: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
     Raises:
         ValueError: If a side has less than 161 pixels.
     """
+    import pytorch_msssim  # of an extra
+
     check_size("MS-SSIM", MS_SSIM_MIN_SIZE, images)
     return _one_by_one(pytorch_msssim.ms_ssim, images, references)
 

@@ -1,16 +1,14 @@
 """What was measured: stored with its protocol, compared under one protocol only, and written as tables."""
 
 import csv
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
-from scipy.stats import bootstrap
 
-from ..training.checkpointing import write_json
+from ..training.checkpointing import read_json, write_json
 from .protocol import Protocol
 
 
@@ -53,7 +51,10 @@ def save_results(path: str | Path, results: Sequence[Result]) -> None:
 
 def load_results(path: str | Path) -> list[Result]:
     """Reads what `save_results` wrote; raises `ValueError` for a protocol of other fields, as of another version."""
-    return [Result.from_dict(values) for values in json.loads(Path(path).read_text())]
+    try:
+        return [Result.from_dict(values) for values in read_json(path)]
+    except (KeyError, TypeError) as error:
+        raise ValueError(f'"{path}" holds no results ({error!r}): name what `save_results` wrote.') from error
 
 
 def check_comparable(results: Sequence[Result]) -> None:
@@ -91,6 +92,8 @@ def bootstrap_interval(values: torch.Tensor, seed: int = 0, num_resamples: int =
     """
     if len(values) < 2 or not values.isfinite().all():
         raise ValueError(f"A confidence interval needs two or more values, all finite, but got {values}.")
+    from scipy.stats import bootstrap  # of an extra
+
     interval = bootstrap(
         (values.double().cpu().numpy(),),
         np.mean,

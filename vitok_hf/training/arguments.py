@@ -133,7 +133,7 @@ class LoopArguments:
 
 @dataclass
 class AutoencoderArguments(DataArguments, LoopArguments):
-    """Settings of `AutoencoderTrainer`; the command line of `examples/train_vitok.py`."""
+    """Settings of `AutoencoderTrainer`, which `parse_arguments` reads from a command line."""
 
     stage: int = argument(1, "1: reconstruction losses; 2: reconstruction and GAN losses, by default decoder only.")
     variant: str | None = argument(None, 'Architecture by name, as "S-B/16", with random weights.')
@@ -202,7 +202,7 @@ class AutoencoderArguments(DataArguments, LoopArguments):
 
 @dataclass
 class DiTArguments(LoopArguments):
-    """Settings of `DiTTrainer`; the command line of `examples/train_dit.py`."""
+    """Settings of `DiTTrainer`, which `parse_arguments` reads from a command line."""
 
     lr_scheduler: str = argument("constant", "Schedule of `diffusers.optimization.get_scheduler`.")
     lr_warmup_steps: int = argument(0, "Steps of linear warm-up, if the schedule has any.")
@@ -215,7 +215,7 @@ class DiTArguments(LoopArguments):
     variant: str | None = argument(None, "Size of the transformer: S, B, L or XL.")
     model_config: str | None = argument(None, "Architecture by a JSON file; sizes and classes are those of the data.")
     train_data_dir: list[str] = argument([], "Folders of pictures (video models: videos); their folders are classes.")
-    latents_dir: str | None = argument(None, "Instead of `train_data_dir`, what cache_latents.py wrote.")
+    latents_dir: str | None = argument(None, "Instead of `train_data_dir`, the folder that `write_latents` wrote.")
     class_file: str | None = argument(None, "Classes in the order of their ids, one a line; default: sorted.")
     resolution: int | None = argument(None, "Side of the central squares; default: the autoencoder's sample_size.")
     fps: float | None = argument(None, "Frames a second of the clips of a video model; default: all frames.")
@@ -269,7 +269,10 @@ class DiTArguments(LoopArguments):
 
 def read_config(path: str, known: set[str]) -> dict[str, Any]:
     """The settings in a YAML file, `name: value`."""
-    settings = yaml.safe_load(Path(path).read_text()) or {}
+    try:
+        settings = yaml.safe_load(Path(path).read_text()) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f'"{path}" is no YAML file, or damaged: {error}') from error
     if not isinstance(settings, dict) or not known.issuperset(settings):
         unknown = sorted(set(settings) - known) if isinstance(settings, dict) else settings
         raise ValueError(f'"{path}" has settings that do not exist: {unknown}. Known are {", ".join(sorted(known))}.')

@@ -1,6 +1,5 @@
 """Training of the autoencoder, both stages."""
 
-import json
 import logging
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from ..latents import NO_STATISTICS
 from ..models import AutoencoderViTok
 from .adversary import Adversary
 from .arguments import AutoencoderArguments
-from .checkpointing import atomic_folder
+from .checkpointing import atomic_folder, read_json
 from .cropping import Batch, CropSettings, parse_size
 from .data import BatchLoader, make_dataset
 from .ema import WeightAverage
@@ -38,8 +37,11 @@ def load_model(args: AutoencoderArguments) -> AutoencoderViTok:
         )
     if args.variant is not None:
         return AutoencoderViTok.from_variant(args.variant, **overrides)
-    config = json.loads(Path(args.model_config).read_text()) | overrides
-    return AutoencoderViTok(**public_config(config))
+    config = read_json(args.model_config) | overrides
+    try:
+        return AutoencoderViTok(**public_config(config))
+    except TypeError as error:  # it has no such argument
+        raise ValueError(f'`model_config` "{args.model_config}" does not fit: {error}.') from error
 
 
 def public_config(config: dict[str, object]) -> dict[str, object]:
@@ -51,7 +53,9 @@ def forget_statistics(vae: AutoencoderViTok) -> None:
     """Those of the latents, which another encoder does not have."""
     stale = {name: value for name, value in NO_STATISTICS.items() if vae.config[name] not in (None, value)}
     if stale:
-        logger.warning("The encoder is trained: %s leave its config; export_checkpoint.py makes new ones.", [*stale])
+        logger.warning(
+            "The encoder is trained: %s leave its config; `compute_latent_statistics` measures new ones.", [*stale]
+        )
         vae.register_to_config(**stale)
 
 

@@ -44,6 +44,14 @@ def write_json(path: Path, content: dict | list) -> None:
     os.replace(temporary, path)
 
 
+def read_json(path: str | Path) -> dict | list:
+    """What a JSON file holds; raises `ValueError`, naming the file, if it is damaged or something else."""
+    try:
+        return json.loads(Path(path).read_text())
+    except ValueError as error:
+        raise ValueError(f'"{path}" is no JSON file, or damaged ({error}): correct it, or name another.') from error
+
+
 def weights_checksum(module: nn.Module, config: dict | None = None) -> str:
     """SHA-256 of a config, without what diffusers notes besides, and of weights in half precision."""
     config = {name: value for name, value in (config or {}).items() if not name.startswith("_")}

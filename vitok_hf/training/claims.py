@@ -17,7 +17,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from tqdm.auto import tqdm
 
-from .checkpointing import write_json
+from .checkpointing import read_json, write_json
 
 
 RECORD = "made_from.json"
@@ -126,7 +126,7 @@ def _claim(folder: Path, settings: dict, files: Sequence, may_change: Collection
     """Writes the record, or says why not."""
     path, old = folder / RECORD, None
     if path.is_file():
-        old = json.loads(path.read_text())
+        old = read_json(path)
     elif folder.is_dir() and any(not child.name.startswith(".") for child in folder.iterdir()):
         return f"files, but no {RECORD} that says what they were made from (an earlier version wrote none)"
     record = _make_record(settings, files, old["files"] if old else {})
@@ -143,7 +143,7 @@ def _claim(folder: Path, settings: dict, files: Sequence, may_change: Collection
 
 def claimed_contents(folder: Path) -> list[str]:
     """The SHA-256 of each input file that `claim_folder` noted, in their order."""
-    return [text.split()[0] for text in json.loads((folder / RECORD).read_text())["files"].values()]
+    return [text.split()[0] for text in read_json(folder / RECORD)["files"].values()]
 
 
 def note_inputs(folder: Path, settings: dict, files: Sequence[str | os.PathLike], before: Path | None) -> list[str]:
@@ -160,7 +160,7 @@ def note_inputs(folder: Path, settings: dict, files: Sequence[str | os.PathLike]
         path = before / RECORD
         reasons = [f"unknown inputs, for there is no {path}"]
         if path.is_file():
-            reasons = _differences(json.loads(path.read_text()), record)
+            reasons = _differences(read_json(path), record)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / RECORD, record)
     return reasons

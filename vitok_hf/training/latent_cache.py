@@ -7,7 +7,6 @@ goes on after the last one, if files and settings are the same (see `claims`). W
 """
 
 import hashlib
-import json
 import logging
 import os
 from collections.abc import Iterator, Sequence
@@ -23,7 +22,7 @@ from tqdm.auto import tqdm
 from ..evaluation.pixels import to_float
 from ..latents import NO_STATISTICS
 from ..models import AutoencoderViTok
-from .checkpointing import weights_checksum, write_json
+from .checkpointing import read_json, weights_checksum, write_json
 from .claims import checksum, claim_folder, claimed_contents
 from .cropping import Batch
 from .latent_data import ClassSampler, LabelledFiles, load_square, to_pixels
@@ -49,7 +48,7 @@ def check_shard(folder: Path, shard: dict) -> None:
     path = folder / shard["file"]
     if not path.is_file() or checksum(path) != shard["sha256"]:
         state = "has changed since it was written" if path.is_file() else "is missing"
-        raise ValueError(f'"{path}" {state}: delete it and run cache_latents.py again, which restores it.')
+        raise ValueError(f'"{path}" {state}: delete it and call `write_latents` again, which restores it.')
 
 
 class _Squares(Dataset):
@@ -127,7 +126,7 @@ def write_latents(
     settings |= {"dtype": str(dtype).removeprefix("torch."), "shard_size": shard_size}
     index = {"vae": name} | settings | {"num_shards": -(-len(files) // shard_size), "shards": {}}
     path, paths = folder / "index.json", [item.source for item in files.items]
-    if path.is_file() and (stored := json.loads(path.read_text())).get("format") == FORMAT:
+    if path.is_file() and (stored := read_json(path)).get("format") == FORMAT:
         index = stored
     skipped = {number for shard in index["shards"].values() for number in shard["skipped"]}
     claim_folder(folder, settings, paths, [file for number, file in enumerate(paths) if number in skipped])
@@ -178,8 +177,8 @@ class LatentCache:
     def __init__(self, folder: str | Path, verify: bool = True):
         self.folder = Path(folder)
         if not (self.folder / "index.json").is_file():
-            raise ValueError(f'"{folder}" has no index.json: write the cache with cache_latents.py.')
-        self.index = json.loads((self.folder / "index.json").read_text())
+            raise ValueError(f'"{folder}" has no index.json: write the cache with `write_latents`.')
+        self.index = read_json(self.folder / "index.json")
         if self.index.get("format") != FORMAT:
             raise ValueError(
                 f'"{folder}" is a cache of another version, of format {self.index.get("format")}, not {FORMAT}, which '
@@ -188,7 +187,7 @@ class LatentCache:
         found, expected = len(self.index["shards"]), self.index["num_shards"]
         if found < expected:
             raise ValueError(
-                f'"{folder}" has {found} of {expected} shards: run cache_latents.py again, which goes on.'
+                f'"{folder}" has {found} of {expected} shards: call `write_latents` again, which goes on.'
             )
         shards = [self.index["shards"][str(number)] for number in range(expected)]
         self.shards = [shard for shard in shards if shard["file"] is not None]

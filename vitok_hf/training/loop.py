@@ -20,7 +20,14 @@ from tqdm.auto import tqdm
 from ..models.layers import plain_name
 from ..precision import choose_mixed_precision
 from .arguments import LoopArguments
-from .checkpointing import atomic_folder, checkpoint_step, find_checkpoint, list_checkpoints, remove_folder
+from .checkpointing import (
+    atomic_folder,
+    checkpoint_step,
+    find_checkpoint,
+    list_checkpoints,
+    read_json,
+    remove_folder,
+)
 from .claims import note_inputs
 from .cropping import Batch
 from .data import BatchLoader
@@ -149,7 +156,7 @@ class Trainer:
             raise ValueError("FSDP version 1 is not supported: set `fsdp_version: 2` in accelerate's configuration.")
         if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
             raise ValueError(
-                "DeepSpeed is not supported: FSDP2 shards the same (examples/accelerate_configs/fsdp2.yaml)."
+                "DeepSpeed is not supported: FSDP2 shards the same (`fsdp_version: 2` in accelerate's configuration)."
             )
         if self.accelerator.is_fsdp2 and self.accelerator.mixed_precision == "fp16":
             raise ValueError('`mixed_precision` "fp16" is not supported with FSDP: take "bf16".')
@@ -328,7 +335,7 @@ class Trainer:
                 'there, name another output_dir, or resume from "latest".'
             )
         mine, any_process = (path / "state" / f"data_{index}.json" for index in (self.accelerator.process_index, 0))
-        state = json.loads((mine if mine.exists() else any_process).read_text())
+        state = read_json(mine if mine.exists() else any_process)
         self._check_settings(path, state.get("settings", {}))
         self.accelerator.load_state(str(path / "state"))
         if not (path / "state" / f"random_states_{self.accelerator.process_index}.pkl").exists():

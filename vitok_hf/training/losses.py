@@ -3,7 +3,6 @@ import logging
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torchmetrics.functional.image import structural_similarity_index_measure
 
 from ..evaluation import networks
 
@@ -40,6 +39,8 @@ def load_dino(name_or_path: str) -> nn.Module:
 
 def one_minus_ssim(sample: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """1 - SSIM of (B, C, H, W) in [-1, 1], a mean; SSIM itself is defined for values from 0 on."""
+    from torchmetrics.functional.image import structural_similarity_index_measure  # of an extra
+
     return 1.0 - structural_similarity_index_measure((sample + 1) / 2, (target + 1) / 2, data_range=1.0)
 
 

@@ -14,7 +14,7 @@ from ..models import AutoencoderViTok, ViTokDiTModel
 from ..pipelines import ViTokDiTPipeline
 from ..pipelines.model_card import usage
 from .arguments import DiTArguments
-from .checkpointing import atomic_folder, find_checkpoint
+from .checkpointing import atomic_folder, find_checkpoint, read_json
 from .cropping import Batch
 from .data import BatchLoader
 from .diffusion import bucket_timesteps, diffusion_losses, drop_labels, make_scheduler, sample_timesteps
@@ -53,7 +53,7 @@ def make_transformer(args: DiTArguments, vae: AutoencoderViTok, resolution: int,
     }
     if args.variant is not None:
         return ViTokDiTModel.from_variant(args.variant, **fixed)
-    config = json.loads(Path(args.model_config).read_text())
+    config = read_json(args.model_config)
     config = {name: value for name, value in config.items() if not name.startswith("_")}
     for name, value in (fixed | {"out_channels": fixed["in_channels"]}).items():
         if config.get(name) not in (None, value):
@@ -61,7 +61,10 @@ def make_transformer(args: DiTArguments, vae: AutoencoderViTok, resolution: int,
                 f"`model_config` has {name} {config[name]}, but the autoencoder and the data have {value}: leave it "
                 "out."
             )
-    return ViTokDiTModel(**config | fixed)
+    try:
+        return ViTokDiTModel(**config | fixed)
+    except TypeError as error:  # it has no such argument
+        raise ValueError(f'`model_config` "{args.model_config}" does not fit: {error}.') from error
 
 
 class DiTTrainer(Trainer):
