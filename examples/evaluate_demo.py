@@ -22,7 +22,8 @@ from vitok_hf.evaluation.pca import PatchPCA
 from vitok_hf.evaluation.reconstruction import evaluate_reconstruction, patch_border_ratio, reconstruct_in_tiles
 from vitok_hf.training.cropping import CropSettings
 from vitok_hf.training.data import CropBatches, iterate_pixels
-from vitok_hf.training.media import evenly_spaced, list_files, load_evaluation_images, load_image
+from vitok_hf.training.items import load_evaluation_images
+from vitok_hf.training.media import evenly_spaced, list_files, load_image
 
 
 TEST_SETS = [

@@ -21,7 +21,8 @@ from vitok_hf import AutoencoderViTok
 from vitok_hf.evaluation.features import Classifier, frechet_distance
 from vitok_hf.evaluation.metrics import high_frequency_energy
 from vitok_hf.evaluation.reconstruction import evaluate_reconstruction
-from vitok_hf.training.media import load_evaluation_images, short_names
+from vitok_hf.training.items import load_evaluation_images
+from vitok_hf.training.media import short_names
 
 
 def cut(images: torch.Tensor, side: int) -> torch.Tensor:

@@ -23,7 +23,8 @@ from vitok_hf.evaluation.metrics import SSIM_MIN_SIZE, psnr, ssim
 from vitok_hf.evaluation.pixels import fold_frames
 from vitok_hf.evaluation.reconstruction import reconstruct, save_comparison, side_by_side
 from vitok_hf.evaluation.visuals import VideoWriter
-from vitok_hf.training.media import VIDEO_SUFFIXES, iterate_frames, list_files, load_image, probe_rate
+from vitok_hf.training.media import VIDEO_SUFFIXES, list_files, load_image
+from vitok_hf.training.video import iterate_frames, probe_rate
 
 
 def timed_reconstruction(vae: AutoencoderViTok, images: torch.Tensor) -> tuple[torch.Tensor, float]:

@@ -38,7 +38,7 @@ from vitok_hf.evaluation.reconstruction import evaluate_reconstruction
 from vitok_hf.training.checkpointing import claim_folder, list_checkpoints, write_json
 from vitok_hf.training.cropping import CropSettings
 from vitok_hf.training.data import iterate_pixels, make_dataset
-from vitok_hf.training.media import load_evaluation_images
+from vitok_hf.training.items import load_evaluation_images
 
 
 SIZE = 64  # pixels a side

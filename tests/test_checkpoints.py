@@ -12,7 +12,8 @@ from vitok_hf import AutoencoderViTok, ViTokDiTPipeline, checkpoints
 from vitok_hf.evaluation.generation import generate_samples
 from vitok_hf.evaluation.metrics import high_frequency_energy
 from vitok_hf.evaluation.reconstruction import evaluate_reconstruction, patch_border_ratio, reconstruct_in_tiles
-from vitok_hf.training.media import list_files, load_evaluation_images, load_image
+from vitok_hf.training.items import load_evaluation_images
+from vitok_hf.training.media import list_files, load_image
 
 
 def test_list():

@@ -17,9 +17,10 @@ from .checkpointing import atomic_folder
 from .cropping import Batch, CropSettings, parse_size
 from .data import BatchLoader, make_dataset
 from .ema import WeightAverage
+from .items import load_evaluation_images
 from .loop import TrainedModel, Trainer, compile_blocks
 from .losses import ReconstructionLoss
-from .media import load_evaluation_images, short_names
+from .media import short_names
 from .publishing import changed_settings, push, write_model_card
 
 

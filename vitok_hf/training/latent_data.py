@@ -13,7 +13,8 @@ import torch
 from torch.utils.data import Dataset
 
 from .cropping import Batch, draw_readable
-from .media import VIDEO_SUFFIXES, Item, list_files, load_item, resize_and_crop, suffixes_for
+from .items import load_item
+from .media import VIDEO_SUFFIXES, Item, list_files, resize_and_crop, suffixes_for
 
 
 def read_classes(path: str | Path) -> list[str]:
