@@ -25,7 +25,8 @@ from vitok_hf.precision import DTYPES, choose_dtype
 from vitok_hf.training.cropping import CropSettings
 from vitok_hf.training.data import CropBatches, iterate_pixels
 from vitok_hf.training.files import IMAGE_SUFFIXES, list_files
-from vitok_hf.training.media import evenly_spaced, load_evaluation_images, load_image
+from vitok_hf.training.items import load_evaluation_images
+from vitok_hf.training.media import evenly_spaced, load_image
 
 
 TEST_SETS = [

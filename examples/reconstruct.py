@@ -27,7 +27,8 @@ from vitok_hf.evaluation.reconstruction import reconstruct, save_comparison, sid
 from vitok_hf.evaluation.visuals import VideoWriter
 from vitok_hf.precision import DTYPES, choose_dtype
 from vitok_hf.training.files import VIDEO_SUFFIXES, list_files, printable, read_each, suffix_of
-from vitok_hf.training.media import iterate_frames, load_image, probe_rate
+from vitok_hf.training.media import load_image
+from vitok_hf.training.video import iterate_frames, probe_rate
 
 
 def timed_reconstruction(vae: AutoencoderViTok, images: torch.Tensor) -> tuple[torch.Tensor, float]:

@@ -39,7 +39,7 @@ from vitok_hf.training.claims import claim_folder
 from vitok_hf.training.cropping import CropSettings
 from vitok_hf.training.data import iterate_pixels, make_dataset
 from vitok_hf.training.files import list_files
-from vitok_hf.training.media import load_evaluation_images
+from vitok_hf.training.items import load_evaluation_images
 from vitok_hf.training.sources import parse_source
 
 

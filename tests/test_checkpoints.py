@@ -14,7 +14,9 @@ from vitok_hf.evaluation.autoencoders import load_autoencoder
 from vitok_hf.evaluation.generation import generate_samples
 from vitok_hf.evaluation.metrics import high_frequency_energy, psnr
 from vitok_hf.evaluation.reconstruction import patch_border_ratio, reconstruct, reconstruct_in_tiles
-from vitok_hf.training.media import list_files, load_evaluation_images, load_image
+from vitok_hf.training.files import list_files
+from vitok_hf.training.items import load_evaluation_images
+from vitok_hf.training.media import load_image
 
 
 def test_list():

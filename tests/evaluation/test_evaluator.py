@@ -15,8 +15,11 @@ from vitok_hf.evaluation.metrics import psnr, ssim
 from vitok_hf.evaluation.networks import FeatureNetwork
 from vitok_hf.evaluation.protocol import Protocol
 from vitok_hf.evaluation.reconstruction import reconstruct
-from vitok_hf.training.media import list_files, load_clip, load_evaluation_images, load_image
+from vitok_hf.training.files import list_files
+from vitok_hf.training.items import load_evaluation_images
+from vitok_hf.training.media import load_image
 from vitok_hf.training.sources import FolderFiles
+from vitok_hf.training.video import load_clip
 
 
 NETWORKS = {

@@ -16,7 +16,7 @@ from vitok_hf.evaluation.reconstruction import (
     save_comparison,
 )
 from vitok_hf.evaluation.visuals import VideoWriter
-from vitok_hf.training.media import load_evaluation_images
+from vitok_hf.training.items import load_evaluation_images
 
 
 @pytest.fixture(scope="module")

@@ -66,7 +66,7 @@ class TestConfig:
             assert args.learning_rate == pytest.approx(1e-4 * items * frames / 256)
             assert (args.mse_weight, args.lpips_weight, args.kl_weight) == (1.0, 1.0, 1e-3)
             assert (args.adam_beta1, args.adam_beta2, args.adam_weight_decay) == (0.9, 0.95, 1e-4)
-            assert args.mixed_precision == "bf16" and args.lr_scheduler == "cosine"
+            assert args.mixed_precision == "auto" and args.lr_scheduler == "cosine"
             if args.stage == 2:
                 assert (args.gan_weight, args.discriminator_learning_rate) == (0.05, 2e-5)
                 assert args.discriminator_warmup_steps == 25_000 and args.use_ema and args.ema_decay == 0.9999

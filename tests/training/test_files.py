@@ -15,10 +15,12 @@ from vitok_hf.training import files, latent_data, sources
 from vitok_hf.training.cropping import CropSettings
 from vitok_hf.training.data import CropBatches
 from vitok_hf.training.files import FileList, list_files, printable, read_each, short_names
+from vitok_hf.training.items import load_evaluation_images
 from vitok_hf.training.latent_data import LabelledFiles
-from vitok_hf.training.media import load_clip, load_evaluation_images, load_image, probe_rate
+from vitok_hf.training.media import load_image
 from vitok_hf.training.publishing import last_folder
 from vitok_hf.training.sources import FolderFiles, parse_source
+from vitok_hf.training.video import load_clip, probe_rate
 
 
 def touch(folder: Path, *names: str) -> Path:

@@ -4,7 +4,8 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from ..training.media import Item, evenly_spaced, load_clip, load_image, probe_rate, resize_and_crop
+from ..training.media import Item, evenly_spaced, load_image, resize_and_crop
+from ..training.video import load_clip, probe_rate
 from .protocol import Protocol
 
 

@@ -17,9 +17,9 @@ from .cropping import Batch, CropSettings, parse_size
 from .data import BatchLoader, make_dataset
 from .ema import WeightAverage
 from .files import short_names
+from .items import load_evaluation_images
 from .loop import TrainedModel, Trainer, compile_blocks
 from .losses import ReconstructionLoss
-from .media import load_evaluation_images
 from .publishing import changed_settings, push, write_model_card
 
 

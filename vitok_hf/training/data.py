@@ -16,7 +16,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from .cropping import Batch, BatchCutter, CropSettings, draw_readable
-from .media import Item, load_item
+from .items import load_item
+from .media import Item
 from .sources import FolderFiles, HubRows, HubStream, TarStream, parse_source
 from .streams import StreamBatches
 

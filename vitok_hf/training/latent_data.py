@@ -16,7 +16,8 @@ from torch.utils.data import Dataset
 
 from .cropping import Batch, draw_readable
 from .files import FileList, iterate_files, printable
-from .media import Item, load_item, resize_and_crop, suffixes_for
+from .items import load_item
+from .media import Item, resize_and_crop, suffixes_for
 from .sources import FolderFiles
 
 

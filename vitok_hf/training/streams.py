@@ -7,7 +7,8 @@ import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
 from .cropping import Batch, BatchCutter, CropSettings, draw_readable
-from .media import Item, load_item
+from .items import load_item
+from .media import Item
 
 
 START = {"epoch": 0, "block": 0, "shard": 0, "sample": 0, "offset": 0, "batch": 0}
