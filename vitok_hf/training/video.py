@@ -22,6 +22,7 @@ from .media import Source, _describe, _errors_name, _open, resize
 
 MAX_TOLERANCE = 2e-3  # seconds; Matroska rounds time stamps to milliseconds
 FAR = 1e9  # seconds
+MAX_RATE = 1000  # of frames; more is the unit of time in place of a rate
 MAX_SEEKS = 4
 COVERS = Disposition.attached_pic | Disposition.timed_thumbnails
 IDR = re.compile(rb"\x00\x00\x01[\x05\x25\x45\x65]")  # marks an h264 key frame that nothing shown before it follows
@@ -61,7 +62,7 @@ class _Video:
         self.can_seek = self.has_times and not flags & Flags.ts_discont.value  # else, times depend on where one starts
         self.is_avi = self.container.format.name == "avi"
         rates = (self.stream.average_rate if self.has_times else None), self.stream.guessed_rate, 25
-        self.rate = float(next(filter(None, rates)))
+        self.rate = float(next(rate for rate in rates if rate and rate <= MAX_RATE))
         self.tick = float(self.stream.time_base)
         # fine time stamps are rounded, by less than a tick; coarse ones, which count frames, are not
         self.tolerance = 0.99 * self.tick if self.tick < MAX_TOLERANCE else 1e-6
