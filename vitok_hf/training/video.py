@@ -262,8 +262,9 @@ def load_random_clip(
             last = times[-num_frames:][:1]  # every frame from this one on is a clip
             latest = end - (num_frames - 1) / fps - 2 * MAX_TOLERANCE if fps else max(last, default=0.0)
             start = rng.uniform(0.0, max(0.0, latest))
-            pictures = []
-    return np.stack(pictures) if pictures else load_clip(source, start, num_frames, fps, name)
+    if len(pictures) == num_frames:
+        return np.stack(pictures)
+    return load_clip(source, start, num_frames, fps, name)
 
 
 def iterate_frames(source: Source, name: str | None = None) -> Iterator[np.ndarray]:
