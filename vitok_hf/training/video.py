@@ -51,7 +51,7 @@ class _Video:
         self.stream = streams[0]
         self.stream.thread_type = "AUTO"
         self.decoder = self.stream.codec_context
-        if self.stream.metadata.get("alpha_mode") == "1":
+        if self.stream.metadata.get("alpha_mode") == "1" and self.decoder.name in ALPHA_DECODERS:
             self.decoder = av.CodecContext.create(ALPHA_DECODERS[self.decoder.name], "r")
         width, ratio = self.stream.width, self.stream.sample_aspect_ratio or 1
         if abs(width * ratio - width) >= 1:  # less is a rounded size, no shape
@@ -83,7 +83,8 @@ class _Video:
         delay, counts = self.stream.codec_context.has_b_frames, not self.has_times
         for packet in packets:
             step = (packet.duration or 0) * self.tick or step
-            numbers.append(packet.dts)
+            if self.is_avi:
+                numbers.append(packet.dts)
             for frame in self.decoder.decode(packet):
                 counts |= frame.pts is None and not self.can_seek  # the demuxer has lost track
                 if self.is_avi and frame.pts is not None and numbers:
