@@ -56,7 +56,7 @@ def fetch_film(cache: Path) -> Path:
 def save_frames(set_name: str, video: Path, stills: dict[int, Path], clips: dict[int, Path]) -> None:
     """Decode a film once. `stills` maps a frame index to its picture, `clips` to the clip of the shot it is in."""
     last, shot_frames = max([*stills, *clips]), []
-    with av.open(str(video.absolute())) as container:
+    with av.open(f"file:{video}") as container:
         stream = container.streams.video[0]
         stream.thread_type = "AUTO"
         for index, frame in enumerate(tqdm(container.decode(stream), total=last + 1, desc=set_name, unit="frame")):
@@ -73,7 +73,7 @@ def save_frames(set_name: str, video: Path, stills: dict[int, Path], clips: dict
 
 
 def encode_clip(frames: list, source, path: Path) -> None:
-    with av.open(str(path.absolute()), "w", format="mp4") as container:
+    with av.open(f"file:{path}", "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=source.average_rate, options={"crf": FILM_CLIP_CRF})
         (stream.width, stream.height), stream.pix_fmt = FILM_CLIP_SIZE, "yuv420p"
         stream.codec_context.colorspace = source.codec_context.colorspace  # untagged, players guess it from the size

@@ -77,7 +77,7 @@ def draw_clip(drawing: np.ndarray, path: np.ndarray, size: int) -> np.ndarray:
 
 def write_clip(frames: np.ndarray, path: Path) -> None:
     """(T, H, W, 3) uint8 to an mp4 file that reads back as it is."""
-    with av.open(str(path.absolute()), "w", format="mp4") as container:
+    with av.open(f"file:{path}", "w", format="mp4") as container:
         stream = container.add_stream("libx264rgb", rate=FPS, options={"crf": "0"})
         (stream.height, stream.width), stream.pix_fmt = frames.shape[1:3], "rgb24"
         for frame in frames:

@@ -15,6 +15,7 @@ from fractions import Fraction
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate import PartialState
 from PIL import Image
@@ -28,7 +29,7 @@ from vitok_hf.evaluation.visuals import VideoWriter
 from vitok_hf.precision import DTYPES, choose_dtype
 from vitok_hf.training.files import VIDEO_SUFFIXES, list_files, printable, read_each, suffix_of
 from vitok_hf.training.media import load_image
-from vitok_hf.training.video import iterate_frames, probe_rate
+from vitok_hf.training.video import iterate_timed_frames, probe_rate
 
 
 def timed_reconstruction(vae: AutoencoderViTok, images: torch.Tensor) -> tuple[torch.Tensor, float]:
@@ -69,15 +70,16 @@ def reconstruct_video(vae: AutoencoderViTok, path: Path, target: str) -> None:
     with ExitStack() as stack:
         names = (f"{target}_{name}.mp4" for name in ("reconstruction", "comparison"))
         writers = [stack.enter_context(VideoWriter(name, rate)) for name in names]
-        frames = map(torch.from_numpy, iterate_frames(path))
+        frames = iterate_timed_frames(path)
         while clip := list(islice(frames, clip_frames)):
-            video = torch.stack(clip).permute(3, 0, 1, 2)[None]  # (1, 3, T, H, W)
+            times, pictures = zip(*clip)
+            video = torch.from_numpy(np.stack(pictures)).permute(3, 0, 1, 2)[None]  # (1, 3, T, H, W)
             reconstruction, elapsed = timed_reconstruction(vae, video)
             seconds += elapsed
             pair = fold_frames(video), fold_frames(reconstruction)  # (T, 3, H, W)
             scores.append(measure(pair[1], pair[0]))
-            writers[0].write(pair[1].permute(0, 2, 3, 1))
-            writers[1].write(side_by_side(*pair))
+            writers[0].write(pair[1].permute(0, 2, 3, 1), times)
+            writers[1].write(side_by_side(*pair), times)
         if not scores:
             raise ValueError(f'"{path}" holds no video frames: remove or replace it.')
     name = f"{path.name}, {sum(len(values) for values, _ in scores)} frames"

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import sys
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -16,9 +17,11 @@ from PIL import Image
 from tests.conftest import ASSETS, EXAMPLES, TINY, launch_example, make_input, make_vae
 from tests.dit import make_pipeline
 from tests.training.conftest import write_noise, write_video
+from tests.training.test_video import encode
 from vitok_hf import AutoencoderViTok
 from vitok_hf.evaluation.features import Classifier
 from vitok_hf.evaluation.results import load_results
+from vitok_hf.training.video import iterate_timed_frames
 
 
 @pytest.fixture
@@ -79,6 +82,14 @@ class TestReconstruct:
         assert len(frames) == 50 and frames[0].shape == (48, 128, 3)
         assert abs(frames[30][:, :60].mean() - 150) < 4  # the original is on the left
         assert (tmp_path / "out" / "ramp_reconstruction.mp4").stat().st_size > 0
+
+    def test_video_of_a_variable_rate(self, run_example, tmp_path):
+        times = [Fraction(0), *(3 + Fraction(index, 25) for index in range(4))]
+        encode(tmp_path / "x.mkv", times=times)
+        make_vae("v1", sample_size=16).save_pretrained(tmp_path / "model")
+        run_example("reconstruct.py", "--input", "x.mkv", "--model", "model", "--output_dir", "out")
+        shown = [second for second, _ in iterate_timed_frames(tmp_path / "out" / "x_comparison.mp4")]
+        assert shown == pytest.approx([float(time) for time in times], abs=1e-3)
 
 
 class TestTraining:

@@ -17,6 +17,7 @@ from vitok_hf.evaluation.reconstruction import (
 )
 from vitok_hf.evaluation.visuals import VideoWriter
 from vitok_hf.training.items import load_evaluation_images
+from vitok_hf.training.video import iterate_timed_frames
 
 
 @pytest.fixture(scope="module")
@@ -96,3 +97,13 @@ def test_half_written_videos_do_not_stay(tmp_path, num_frames):
             writer.write(torch.zeros(num_frames, 16, 16, 3, dtype=torch.uint8))
             raise OSError("cut off")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("seconds", [None, [0.0, 3.0, 3.04, 3.04]])
+def test_videos_show_frames_at_their_times(tmp_path, monkeypatch, seconds):
+    monkeypatch.chdir(tmp_path)
+    with VideoWriter("a:b.mp4", Fraction(8)) as writer:  # no protocol, but a name
+        for part in (slice(0, 3), slice(3, 4)):
+            writer.write(torch.zeros(4, 16, 16, 3, dtype=torch.uint8)[part], seconds and seconds[part])
+    times = [second for second, _ in iterate_timed_frames("a:b.mp4")]
+    assert times == pytest.approx(seconds or [0.0, 0.125, 0.25, 0.375], abs=2e-4)

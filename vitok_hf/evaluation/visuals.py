@@ -1,6 +1,7 @@
 """Pictures and videos to look at: original, reconstruction, and where it is wrong."""
 
 import os
+from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from .pixels import fold_frames
 
 
 ERROR_GAIN = 4
+CLOCK = Fraction(1, 90000)  # seconds; a multiple of the usual rates, 30000/1001 among them
 
 
 def error_map(images: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
@@ -70,16 +72,19 @@ def save_examples(folder: str | Path, data: EvaluationData, codec: Codec, psnr: 
 class VideoWriter:
     """Writes (T, H, W, 3) uint8 frames to an mp4 file, which is there when the `with` block ends without an error.
 
-    h264 wants even sides: odd ones get a row or column more.
+    h264 wants even sides: odd ones get a row or column more. Frames are shown at `rate` a second, or from the seconds
+    on that `write` is told.
     """
 
     def __init__(self, path: str | Path, rate: Fraction):
         self.path, self.temporary = Path(path), Path(f"{path}.incomplete")
-        self.container = av.open(os.path.abspath(self.temporary), "w", format="mp4")  # "a:b" has no protocol "a"
+        self.rate, self.stamp, self.count = rate, -1, 0
+        self.container = av.open(f"file:{self.temporary}", "w", format="mp4")  # else "a:b.mp4" names a protocol
         self.stream = self.container.add_stream("libx264", rate=rate, options={"crf": "14"})
         self.stream.pix_fmt = "yuv420p"
+        self.stream.codec_context.time_base = CLOCK
 
-    def write(self, frames: torch.Tensor) -> None:
+    def write(self, frames: torch.Tensor, seconds: Sequence[float] | None = None) -> None:
         odd = [(0, 0), *((0, side % 2) for side in frames.shape[1:3]), (0, 0)]
         pictures = np.pad(frames.numpy(), odd, mode="edge")
         if not self.stream.codec_context.is_open:
@@ -88,8 +93,14 @@ class VideoWriter:
             # BT.601, limited range, as converted here: without the tags, players guess by the size
             context.colorspace = 6
             context.color_range = 1
-        for picture in pictures:
-            self.container.mux(self.stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        if seconds is None:
+            seconds = [(self.count + index) / self.rate for index in range(len(pictures))]
+        self.count += len(pictures)
+        for picture, second in zip(pictures, seconds, strict=True):
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            self.stamp = max(self.stamp + 1, round(second / CLOCK))  # never twice the same
+            frame.pts, frame.time_base = self.stamp, CLOCK
+            self.container.mux(self.stream.encode(frame))
 
     def __enter__(self) -> "VideoWriter":
         return self

@@ -22,6 +22,7 @@ from .media import Source, _describe, _errors_name, _open, resize
 
 MAX_TOLERANCE = 2e-3  # seconds; Matroska rounds time stamps to milliseconds
 FAR = 1e9  # seconds
+MAX_RATE = 1000  # of frames; more is the unit of time in place of a rate
 MAX_SEEKS = 4
 COVERS = Disposition.attached_pic | Disposition.timed_thumbnails
 IDR = re.compile(rb"\x00\x00\x01[\x05\x25\x45\x65]")  # marks an h264 key frame that nothing shown before it follows
@@ -50,7 +51,7 @@ class _Video:
         self.stream = streams[0]
         self.stream.thread_type = "AUTO"
         self.decoder = self.stream.codec_context
-        if self.stream.metadata.get("alpha_mode") == "1":
+        if self.stream.metadata.get("alpha_mode") == "1" and self.decoder.name in ALPHA_DECODERS:
             self.decoder = av.CodecContext.create(ALPHA_DECODERS[self.decoder.name], "r")
         width, ratio = self.stream.width, self.stream.sample_aspect_ratio or 1
         if abs(width * ratio - width) >= 1:  # less is a rounded size, no shape
@@ -61,7 +62,7 @@ class _Video:
         self.can_seek = self.has_times and not flags & Flags.ts_discont.value  # else, times depend on where one starts
         self.is_avi = self.container.format.name == "avi"
         rates = (self.stream.average_rate if self.has_times else None), self.stream.guessed_rate, 25
-        self.rate = float(next(filter(None, rates)))
+        self.rate = float(next(rate for rate in rates if rate and rate <= MAX_RATE))
         self.tick = float(self.stream.time_base)
         # fine time stamps are rounded, by less than a tick; coarse ones, which count frames, are not
         self.tolerance = 0.99 * self.tick if self.tick < MAX_TOLERANCE else 1e-6
@@ -82,7 +83,8 @@ class _Video:
         delay, counts = self.stream.codec_context.has_b_frames, not self.has_times
         for packet in packets:
             step = (packet.duration or 0) * self.tick or step
-            numbers.append(packet.dts)
+            if self.is_avi:
+                numbers.append(packet.dts)
             for frame in self.decoder.decode(packet):
                 counts |= frame.pts is None and not self.can_seek  # the demuxer has lost track
                 if self.is_avi and frame.pts is not None and numbers:
@@ -261,8 +263,9 @@ def load_random_clip(
             last = times[-num_frames:][:1]  # every frame from this one on is a clip
             latest = end - (num_frames - 1) / fps - 2 * MAX_TOLERANCE if fps else max(last, default=0.0)
             start = rng.uniform(0.0, max(0.0, latest))
-            pictures = []
-    return np.stack(pictures) if pictures else load_clip(source, start, num_frames, fps, name)
+    if len(pictures) == num_frames:
+        return np.stack(pictures)
+    return load_clip(source, start, num_frames, fps, name)
 
 
 def iterate_frames(source: Source, name: str | None = None) -> Iterator[np.ndarray]:
