@@ -119,7 +119,7 @@ class TestTraining:
         for speed in (1, 2):
             options = ("--teraflops", 4, "--float32_teraflops", speed, "--utilization", 1)
             out = run_example("estimate_training.py", *command, *options)
-            seconds.append(float(out.split("time")[1].split()[0]))
+            seconds.append(float(out.split("\ntime")[1].split()[0]))
         flops = estimate_training.count_operations(args)[1]
         assert seconds[0] - seconds[1] == pytest.approx(flops * 10**6 / 2e12, rel=1e-3)
         assert f"{flops / 1e9:.0f} in float32" in out
