@@ -123,7 +123,7 @@ def benchmark(args: argparse.Namespace) -> None:
         print(f"{name:18} {1e3 * seconds:8.1f} ms  {ratio:5.2f} x floor  {2e-12 * macs / seconds:5.2f} TFLOP/s")
     if args.peer_rounds and not args.train:
         peer, image = make_peer("SD-VAE").to(device, dtype).eval(), x if x.ndim == 4 else x[:, :, 0]
-        peer(image[:1])
+        peer(image)  # to warm up
         seconds = statistics.median(timed(lambda: peer(image)) for _ in range(args.peer_rounds))
         seconds *= frames[0] if frames else 1
         print(f"{'AutoencoderKL (SD)':18} {1e3 * seconds:8.1f} ms")

@@ -1,7 +1,8 @@
 """Times and memory of large pictures: ViTok with full and with local attention, and diffusers' tiled `AutoencoderKL`.
 
-Each measurement has a process of its own, encodes and decodes one random picture, and prints seconds and
-how far the largest resident set (Linux) rose above that of the loaded model. Weights are random: they cost the same.
+Each measurement has a process of its own, encodes and decodes one random picture, and prints seconds and how far the
+largest resident set (Linux) rose above that of the model after a small picture, which does not count. Weights are
+random: they cost the same.
 
     python examples/benchmark_sizes.py --variant S-B/16 --sizes 1024 2048 4096 --radius 16
 """
@@ -9,7 +10,6 @@ how far the largest resident set (Linux) rose above that of the loaded model. We
 import argparse
 import subprocess
 import sys
-import time
 
 import torch
 from accelerate import PartialState
@@ -19,6 +19,7 @@ from vitok_hf.commands import run_command
 from vitok_hf.evaluation.memory import peak_memory, reset_peak_memory
 from vitok_hf.evaluation.peers import make_peer
 from vitok_hf.precision import DTYPES, choose_dtype
+from vitok_hf.training.tracking import finished_time
 
 
 MODES = ("full attention", "sliding window", "tiled AutoencoderKL")
@@ -40,11 +41,12 @@ def measure(mode: str, variant: str, radius: int, size: int, dtype: torch.dtype)
     device = PartialState().default_device
     vae = make_model(mode, variant, radius).to(device, dtype).eval()
     x = torch.rand(1, 3, size, size, device=device, dtype=dtype) * 2 - 1
-    before, began = reset_peak_memory(device), time.perf_counter()
+    vae(x[..., :64, :64])  # to warm up
+    before, began = reset_peak_memory(device), finished_time()
     latents = vae.encode(x).latent_dist.mode()
-    encoded = time.perf_counter()
+    encoded = finished_time()
     sample = vae.decode(latents).sample
-    ended = time.perf_counter()
+    ended = finished_time()
     print(
         f"{size:5} {mode:20} encode {encoded - began:7.1f} s, decode {ended - encoded:7.1f} s, "
         f"memory +{(peak_memory(device) - before) / 1e9:5.2f} GB, finite: {bool(sample.isfinite().all())}",

@@ -4,8 +4,9 @@
         --num_devices 8 --teraflops 989 --utilization 0.4
 
 Memory is that of weights, gradients, AdamW and, in stage 2, EMA and discriminator in float32, and of the activations
-of a device's part of the batch in bfloat16; buffers of kernels and of communication come on top. `--teraflops` is the
-peak of a device in bfloat16, `--utilization` the share of it that the run reaches.
+of a device's part of the batch in bfloat16, those of LPIPS in float32; buffers of kernels and of communication come on
+top. `--teraflops` is the peak of a device in bfloat16, `--float32_teraflops` that of convolutions in float32, as LPIPS
+has them, and `--utilization` the share of these that the run reaches.
 """
 
 import argparse
@@ -32,7 +33,7 @@ def make_step(args: argparse.Namespace, device: str) -> tuple[list[nn.Module], C
         frames = () if vae.is_image_model else (vae.config.sample_frames,)
         x = torch.empty(1, 3, *frames, args.resolution, args.resolution, dtype=torch.bfloat16)
         lpips = LPIPS(net="vgg", pnet_rand=True, pretrained=False, verbose=False).requires_grad_(False)
-        lpips.to(device, torch.bfloat16)
+        lpips.to(device)
         models = [vae, lpips]
         if args.stage == 2:
             vae.encoder.requires_grad_(False)
@@ -45,7 +46,8 @@ def make_step(args: argparse.Namespace, device: str) -> tuple[list[nn.Module], C
         if args.stage == 2:
             fake, real = models[2]([sample.detach()], [target])
             (fake.mean() - real.mean()).backward()
-        loss = (sample - target).square().mean() + lpips(sample, target).mean()
+        pair = sample.float(), target.float()  # as in training
+        loss = (pair[0] - pair[1]).square().mean() + lpips(*pair).mean()
         if args.stage == 2:
             models[2].requires_grad_(False)
             loss = loss + models[2]([sample])[0].mean()
@@ -54,11 +56,13 @@ def make_step(args: argparse.Namespace, device: str) -> tuple[list[nn.Module], C
     return models, step
 
 
-def count_operations(args: argparse.Namespace) -> int:
+def count_operations(args: argparse.Namespace) -> tuple[int, int]:
+    """Of everything in bfloat16, and of LPIPS, which is in float32."""
     _, step = make_step(args, "meta")
     with FlopCounterMode(display=False) as counter, attention_backend("native"), sdpa_kernel(SDPBackend.MATH):
         step()
-    return counter.get_total_flops()
+    in_float32 = sum(counter.get_flop_counts()["LPIPS"].values())
+    return counter.get_total_flops() - in_float32, in_float32
 
 
 def count_activations(args: argparse.Namespace) -> int:
@@ -87,6 +91,9 @@ def main():
     parser.add_argument("--max_train_steps", type=int, default=100_000)
     parser.add_argument("--num_devices", type=int, default=8)
     parser.add_argument("--teraflops", type=float, default=989.0)
+    parser.add_argument(
+        "--float32_teraflops", type=float, help="default: half of --teraflops, as of TF32, in which PyTorch convolves"
+    )
     parser.add_argument("--utilization", type=float, default=0.4)
     parser.add_argument("--gradient_checkpointing", action="store_true")
     args = parser.parse_args()
@@ -97,11 +104,13 @@ def main():
     ema = sum(x.numel() for x in models[0].decoder.parameters()) if args.stage == 2 else 0
     states = 4 * (4 * trained + ema + fixed)  # weights, gradients and two moments of AdamW, 4 bytes each
     operations, activations = count_operations(args), count_activations(args)
+    speeds = args.teraflops, args.float32_teraflops or args.teraflops / 2
     on_device = args.batch_size / args.num_devices
-    seconds = operations * args.batch_size / (args.num_devices * args.teraflops * 1e12 * args.utilization)
+    on_one = sum(count / (speed * 1e12) for count, speed in zip(operations, speeds))
+    seconds = on_one * args.batch_size / (args.num_devices * args.utilization)
     print(f"{args.variant}, stage {args.stage}, {args.resolution} px, {args.batch_size} a step on {args.num_devices}")
-    print(f"operations   {operations / 1e9:8.0f} GFLOP a picture or clip")
-    print(f"             {operations * args.batch_size / 1e15:8.2f} PFLOP a step")
+    print(f"operations   {sum(operations) / 1e9:8.0f} GFLOP a picture or clip, {operations[1] / 1e9:.0f} in float32")
+    print(f"             {sum(operations) * args.batch_size / 1e15:8.2f} PFLOP a step")
     print(f"memory       {states / 1e9:8.1f} GB of weights and states")
     print(f"             {activations / 1e9:8.3f} GB of activations for each picture or clip")
     print(f"on a device  {(states + activations * on_device) / 1e9:8.1f} GB with {on_device:g} at a time")

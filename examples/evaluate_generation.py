@@ -156,11 +156,7 @@ def print_distances(args: argparse.Namespace, samples: Labelled, held_out: Label
         metrics.update(images, real=False)
     values, missing = metrics.compute()
     digests = {name: {"name": network.name, "sha256": network.sha256} for name, network in networks.items()}
-    for name, value in values.items():
-        say(f"{name}: {value:.3f}")
-    for name, reason in (unavailable | missing).items():
-        say(f"No {name}: {reason}.")
-    return Result(
+    result = Result(
         name=f"{args.model}, guidance {args.guidance_scale}, rescale {args.guidance_rescale}, "
         f"{args.num_inference_steps} steps",
         data=", ".join(Path(folder).name for folder in args.test_data_dir),
@@ -170,6 +166,11 @@ def print_distances(args: argparse.Namespace, samples: Labelled, held_out: Label
         unavailable=unavailable | missing,
         protocol=replace(held_out.data.protocol, networks=digests),
     )
+    for name, value in result.metrics.items():
+        say(f"{name}: {value:.3f}")
+    for name, reason in result.unavailable.items():
+        say(f"No {name}: {reason}.")
+    return result
 
 
 @torch.no_grad()
@@ -196,8 +197,9 @@ def print_classification(
             predicted.append(classifier.network.fc(batch).argmax(dim=1))
         right = gather_rows(torch.cat(predicted)).numpy() == to_classifier[pictures.labels]
         each = ", ".join(f"{text} {right[pictures.labels == label].mean():.0%}" for label, text in enumerate(classes))
-        distance = metrics.compute()[0]["frechet_distance"]
-        say(f"| {name} | {len(pictures)} | {right.mean():.1%} | {each} | {distance:.3f} |")
+        distance = metrics.compute()[0].get("frechet_distance")  # none of a single picture
+        cell = "" if distance is None else f"{distance:.3f}"
+        say(f"| {name} | {len(pictures)} | {right.mean():.1%} | {each} | {cell} |")
 
 
 def print_neighbours(args: argparse.Namespace, sets: dict[str, Labelled], known: Labelled) -> None:

@@ -88,7 +88,8 @@ def main():
         counts = ", ".join(f"{name} {seen[2].count(name)}" for name in (*MOTIONS, "none") if name in seen[2])
         print(f"| {motion} | " + " | ".join(f"{share:.2f}" for share in shares[-1]) + f" | {counts} |", flush=True)
     print("| mean | " + " | ".join(f"{share:.2f}" for share in np.mean(shares, axis=0)) + " | |")
-    print(f"\nPSNR of the reconstructions: {np.mean(psnrs):.2f} dB")
+    psnr = np.average(psnrs, weights=[len(clips) for clips in real.values()])
+    print(f"\nPSNR of the reconstructions: {psnr:.2f} dB")
     save_pictures(real, samples, args.output_dir)
 
 

@@ -8,13 +8,15 @@ Prints a table and writes it to `output_dir`/<data>/ as table.md, table.csv and 
 worst ten beside their reconstructions and error maps, clips as mp4. Metrics: PSNR (dB), SSIM, MS-SSIM and LPIPS with
 95 % confidence intervals, rFID, rIS, rFDD (DINOv2) and, of clips, rFVD. The weights of the feature networks are
 downloaded, or read from the paths given; a metric whose weights cannot be had is left out, and the table says why.
-Costs: GMACs, E (numbers in the code), compression (values a number), bytes (of latents at 16 bits, or as --latent_bits
-says; of JPEG and WebP whole files), seconds a picture with the given batch size, and by how much memory rises.
+Costs, of pictures of several sizes means: GMACs, E (numbers in the code), compression (values a number), bytes (of
+latents at 16 bits, or as --latent_bits says; of JPEG and WebP whole files), seconds a picture with the given batch
+size, and by how much memory rises at most.
 `accelerate launch` shares the pictures among processes.
 """
 
 import argparse
 import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -97,7 +99,7 @@ def fit_pca(args: argparse.Namespace, patch_size: int, num_components: int, prot
 
 
 def rows(
-    args: argparse.Namespace, data: EvaluationData, device: torch.device
+    args: argparse.Namespace, data: EvaluationData, shapes: Counter, device: torch.device
 ) -> Iterator[tuple[str, Codec, dict[str, float]]]:
     """Name, codec and known costs: of the models, then of the baselines that have as many numbers or bytes."""
     codes = {}  # latents -> patch size
@@ -106,9 +108,9 @@ def rows(
         options = {"subfolder": args.subfolder, "dtype": getattr(torch, args.dtype)}
         vae = load_autoencoder(name, **options | ({"variant": args.variant} if args.variant else {}))
         for bits in (None, args.latent_bits) if args.latent_bits else (None,):
-            codec, costs = autoencoder_codec(vae.to(device), tuple(data[0].shape), bits)
+            codec, costs = autoencoder_codec(vae.to(device), shapes, bits)
             yield title if bits is None else f"{title}, {bits}-bit latents", codec, costs
-        patch_size = codes.setdefault(costs["E"], spatial_ratio(vae))
+        patch_size = codes.setdefault(int(costs["E"]), spatial_ratio(vae))
         if "pca" in args.baselines and args.resolution % patch_size:
             raise ValueError(f"PCA needs a --resolution that is a multiple of {patch_size}, not {args.resolution}.")
     for num_latents, patch_size in codes.items():
@@ -142,7 +144,7 @@ def main():
         evaluator = ReconstructionEvaluator(data, data_name, networks, unavailable, args.batch_size, device)
         folder = args.output_dir / re.sub(r"[^\w.-]+", "_", data_name)
         results: list[Result] = []
-        for name, codec, costs in rows(args, data, device):
+        for name, codec, costs in rows(args, data, evaluator.shapes, device):
             result, values = evaluator.evaluate(name, codec, costs)
             if isinstance(codec, ImageCodec):
                 result.costs |= codec.costs()

@@ -72,12 +72,13 @@ def main():
         for name, vae in models.items():
             metrics, reconstructions = evaluate_reconstruction(vae, images)
             columns.append(reconstructions)
-            energy = high_frequency_energy(reconstructions) / high_frequency_energy(images)
+            energies = high_frequency_energy(reconstructions), high_frequency_energy(images)
+            energy = f"{energies[0] / energies[1]:.3f}" if energies[1] else ""  # flat pictures have none
             distance = ""
             if classifier is not None:
                 tiles = cut(reconstructions, args.crop)
                 distance = f"{frechet_distance(tiles.to(device), originals.to(device), classifier):.3f}"
-            values = f"{metrics['psnr']:.2f} | {metrics['ssim']:.3f} | {energy:.3f} | {distance}"
+            values = f"{metrics['psnr']:.2f} | {metrics['ssim']:.3f} | {energy} | {distance}"
             print(f"| {folder_name}, {len(images)} | {name} | {values} |", flush=True)
         save_details(args.output_dir / f"{folder_name}.png", columns, args.crop)
 

@@ -17,7 +17,8 @@ from vitok_hf.commands import run_command
 def read_curves(path: Path, keys: list[str]) -> dict[str, np.ndarray]:
     """(N, 2) steps and values of each key that the file has. Raises `ValueError` if it has none of them."""
     lines = [json.loads(line) for line in path.read_text().splitlines()]
-    curves = {key: np.array([(line["step"], line[key]) for line in lines if key in line]) for key in keys}
+    found = {key: [line for line in lines if line.get(key) is not None] for key in keys}  # null: not finite
+    curves = {key: np.array([(line["step"], line[key]) for line in found[key]]) for key in keys}
     curves = {key: curve for key, curve in curves.items() if len(curve)}
     if not curves:
         known = sorted({key for line in lines for key in line} - {"step"})

@@ -166,7 +166,7 @@ def evaluate(folder: Path, args: argparse.Namespace) -> dict[str, float]:
         rows.append(metrics)
     means = {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
     if classifier is not None:
-        means["log2_frechet_distance"] = math.log2(means["frechet_distance"])
+        means["log2_frechet_distance"] = math.log2(max(means["frechet_distance"], 1e-12))
     for tower in ("encoder", "decoder"):
         means[f"{tower}_parameters"] = sum(parameter.numel() for parameter in getattr(vae, tower).parameters())
     return means
@@ -202,7 +202,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def r_squared(x: np.ndarray, y: np.ndarray) -> float:
-    """Coefficient of determination of the straight line through (N,) points."""
+    """Coefficient of determination of the straight line through (N,) points; NaN if all `y` are equal."""
+    if np.ptp(y) == 0:
+        return math.nan
     slope, intercept = np.polyfit(x, y, 1)
     return 1.0 - np.square(y - slope * x - intercept).sum() / np.square(y - y.mean()).sum()
 

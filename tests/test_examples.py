@@ -1,5 +1,6 @@
 """Runs the scripts of examples/ as a user would."""
 
+import argparse
 import json
 import os
 import re
@@ -8,6 +9,7 @@ from fractions import Fraction
 from pathlib import Path
 
 import av
+import lpips
 import numpy as np
 import onnxruntime
 import pytest
@@ -122,6 +124,32 @@ class TestTraining:
             assert "with 8 at a time" in out
             hours.append(float(out.split("GFLOP a picture")[0].split("operations")[1]))
         assert hours[1] > hours[0] > 0
+
+    def test_lpips_is_estimated_in_float32(self, run_example, monkeypatch):
+        """As it runs: in the bytes that are kept, and in the time, by --float32_teraflops."""
+        monkeypatch.syspath_prepend(str(EXAMPLES))
+        import estimate_training
+
+        args = argparse.Namespace(variant="w32_d1_h2-w32_d1_h2/1x8x4", stage=1, resolution=32)
+        args.gradient_checkpointing = False
+        network = lpips.LPIPS(net="vgg", pnet_rand=True, pretrained=False, verbose=False).requires_grad_(False)
+        picture, kept = torch.rand(1, 3, 32, 32), {}
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda x: kept.setdefault(x.untyped_storage().data_ptr(), x) is None or x, lambda x: x
+        ):
+            network(picture.clone().requires_grad_(), picture).sum()
+        weights = {parameter.untyped_storage().data_ptr() for parameter in network.parameters()}
+        alone = sum(x.untyped_storage().nbytes() for place, x in kept.items() if place not in weights)
+        assert alone < estimate_training.count_activations(args) < 1.3 * alone  # the tiny ViTok has little
+        command = ("--variant", args.variant, "--resolution", 32, "--batch_size", 10**6, "--num_devices", 1)
+        seconds = []
+        for speed in (1, 2):
+            options = ("--teraflops", 4, "--float32_teraflops", speed, "--utilization", 1)
+            out = run_example("estimate_training.py", *command, *options)
+            seconds.append(float(out.split("\ntime")[1].split()[0]))
+        flops = estimate_training.count_operations(args)[1]
+        assert seconds[0] - seconds[1] == pytest.approx(flops * 10**6 / 2e12, rel=1e-3)
+        assert f"{flops / 1e9:.0f} in float32" in out
 
     @pytest.mark.parametrize("random_flip", [False, True])
     def test_training_pictures_are_mirrored_on_request(self, monkeypatch, tmp_path, random_flip):

@@ -1,4 +1,6 @@
 import io
+import json
+import math
 
 import numpy as np
 import pytest
@@ -8,13 +10,15 @@ from PIL import Image
 from tests.conftest import ASSETS, make_vae, run_on_two_processes
 from tests.evaluation.test_distributions import colour_and_logits
 from tests.training.conftest import write_video
-from vitok_hf.evaluation.codecs import ImageCodec, decode
+from vitok_hf.evaluation.autoencoders import count_cost
+from vitok_hf.evaluation.codecs import ImageCodec, autoencoder_codec, decode
 from vitok_hf.evaluation.data import EvaluationData
 from vitok_hf.evaluation.evaluator import ReconstructionEvaluator
 from vitok_hf.evaluation.metrics import psnr, ssim
 from vitok_hf.evaluation.networks import FeatureNetwork
 from vitok_hf.evaluation.protocol import Protocol
 from vitok_hf.evaluation.reconstruction import reconstruct
+from vitok_hf.evaluation.results import load_results, markdown_table, save_results
 from vitok_hf.training.files import list_files
 from vitok_hf.training.items import load_evaluation_images
 from vitok_hf.training.media import load_image
@@ -82,14 +86,57 @@ class TestReconstructionEvaluator:
         assert result.protocol.networks["inception"] == {"name": "tiny", "sha256": "0"}
         assert (result.num_items, result.data) == (len(data), "assets")
 
-    def test_rows_are_independent_and_identical_pictures_are_infinite(self):
+    def test_rows_are_independent_and_identical_pictures_are_finite(self):
         evaluator = ReconstructionEvaluator(make_data(), "assets", NETWORKS)
         first, _ = evaluator.evaluate("darker", darken)
         same, _ = evaluator.evaluate("same", torch.clone)
         again, _ = evaluator.evaluate("darker", darken)
         assert first.metrics == again.metrics
-        assert same.metrics["psnr"] == float("inf") and abs(same.metrics["rFID"]) < 1e-6
-        assert "psnr" not in same.intervals and same.intervals["ssim"] == (1.0, 1.0)
+        best = 10 * math.log10(12 * 255**2)
+        assert same.metrics["psnr"] == pytest.approx(best) and 0 <= same.metrics["rFID"] < 1e-6
+        assert same.intervals["psnr"] == pytest.approx((best, best)) and same.intervals["ssim"] == (1.0, 1.0)
+
+    def test_one_perfect_picture(self, tmp_path):
+        """Counts as 58.92 dB in the mean, and the file can be read by all."""
+        data = make_data(2)
+        first = data[0]
+        evaluator = ReconstructionEvaluator(data, "assets", batch_size=1)
+        result, values = evaluator.evaluate("half", lambda x: x if torch.equal(x[0], first) else darken(x))
+        assert values["psnr"][0] == pytest.approx(10 * math.log10(12 * 255**2)) and values["psnr"][1] < 40
+        assert result.metrics["psnr"] == pytest.approx(values["psnr"].mean().item())
+        save_results(tmp_path / "results.json", [result])
+        json.loads((tmp_path / "results.json").read_text(), parse_constant=pytest.fail)
+
+    def test_metrics_that_are_not_finite_are_named(self, tmp_path):
+        networks = {"lpips": FeatureNetwork("broken", lambda x, y: torch.full((len(x),), torch.nan), "1")}
+        result, _ = ReconstructionEvaluator(make_data(2), "assets", networks).evaluate("darker", darken)
+        assert "lpips" not in result.metrics and result.unavailable["lpips"] == "is nan"
+        save_results(tmp_path / "results.json", [result])
+        assert load_results(tmp_path / "results.json") == [result]
+        assert "No lpips: is nan." in markdown_table([result])
+
+    @pytest.mark.parametrize("count", [1, 2])
+    def test_few_pictures(self, count):
+        """Fewer than features: distances that are numbers, or a reason; no interval of a single picture."""
+        result, _ = ReconstructionEvaluator(make_data(count), "assets", NETWORKS).evaluate("darker", darken)
+        assert ("rFID" in result.metrics) == ("psnr" in result.intervals) == (count == 2)
+        assert all(math.isfinite(value) for value in result.metrics.values())
+        assert count == 2 or result.unavailable["rFID"] == "needs 2 real and 2 generated pictures, has 1 and 1"
+
+    def test_costs_are_those_of_all_sizes(self, tmp_path):
+        """Two pictures of 16 x 24 and one of 40 x 32, of which 2 x 3 and 5 x 4 patches with 4 channels are left."""
+        for index, size in enumerate(((24, 16), (24, 16), (32, 40))):
+            Image.new("RGB", size, (index, 0, 0)).save(tmp_path / f"{index}.png")
+        data = EvaluationData(FolderFiles(str(tmp_path)), Protocol(resolution=None))
+        evaluator, vae = ReconstructionEvaluator(data, "sizes"), make_vae("v1")
+        assert evaluator.shapes == {(3, 16, 24): 2, (3, 40, 32): 1}
+        _, costs = autoencoder_codec(vae, evaluator.shapes)
+        assert costs["E"] == pytest.approx((24 + 24 + 80) / 3) and costs["bytes"] == pytest.approx(2 * costs["E"])
+        assert costs["compression"] == pytest.approx(3 * (2 * 16 * 24 + 40 * 32) / (24 + 24 + 80))
+        small, large = (count_cost(vae, shape).macs / 1e9 for shape in ((3, 16, 24), (3, 40, 32)))
+        assert costs["GMACs"] == pytest.approx((2 * small + large) / 3) and large > 3 * small
+        _, quantized = autoencoder_codec(vae, evaluator.shapes, 4)
+        assert quantized["bytes"] == pytest.approx(((12 + 32) * 2 + 40 + 32) / 3)
 
     def test_other_pictures_have_another_checksum(self):
         checksums = {ReconstructionEvaluator(make_data(limit), "x").data_sha256 for limit in (None, None, 2)}
@@ -123,7 +170,8 @@ def evaluate_share(path: str) -> None:
 
     state = PartialState(cpu=True)
     evaluator = ReconstructionEvaluator(make_data(3), "assets", NETWORKS, batch_size=2)
-    torch.save((len(evaluator.share), *evaluator.evaluate("darker", darken)), f"{path}.{state.process_index}")
+    measured = (len(evaluator.share), evaluator.shapes, *evaluator.evaluate("darker", darken))
+    torch.save(measured, f"{path}.{state.process_index}")
 
 
 def test_two_processes_measure_as_one(tmp_path):
@@ -131,11 +179,12 @@ def test_two_processes_measure_as_one(tmp_path):
     expected, values = ReconstructionEvaluator(make_data(3), "assets", NETWORKS).evaluate("darker", darken)
     shares = []
     for rank in (0, 1):
-        share, result, columns = torch.load(tmp_path / f"x.{rank}", weights_only=False)
+        share, counts, result, columns = torch.load(tmp_path / f"x.{rank}", weights_only=False)
         shares.append(share)
         assert torch.equal(columns["psnr"], values["psnr"])
         assert result.metrics == pytest.approx(expected.metrics) and result.intervals == expected.intervals
         assert result.data_sha256 == expected.data_sha256
+        assert counts == {(3, 64, 64): 3}
     assert shares == [2, 1]
 
 

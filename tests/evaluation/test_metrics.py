@@ -24,7 +24,25 @@ def test_psnr_agrees_with_scikit_image(pairs):
 
 
 def test_psnr_of_equal_pictures(pairs):
-    assert psnr(pairs[0], pairs[0]).isinf().all()
+    """That of rounding to whole numbers: a mean square of 1/12, 10 log10(12 * 255^2) = 58.92 dB, and no more."""
+    expected = 10 * np.log10(12 * 255.0**2)
+    assert psnr(pairs[0], pairs[0]).tolist() == pytest.approx([expected] * 4) and round(expected, 2) == 58.92
+    almost = pairs[0].clone()
+    almost[0, 0, 0, 0] ^= 1
+    assert psnr(almost, pairs[0])[0].item() == pytest.approx(expected)
+    off_by_one = torch.full((1, 3, 16, 16), 7, dtype=torch.uint8)  # a mean square of 1 is no rounding
+    assert psnr(off_by_one, off_by_one + 1).item() == pytest.approx(20 * np.log10(255.0))
+    mean = psnr(torch.cat([off_by_one, off_by_one + 1]), torch.cat([off_by_one] * 2)).mean().item()
+    assert mean == pytest.approx((expected + 20 * np.log10(255.0)) / 2)
+
+
+@pytest.mark.parametrize("metric, exponent", [(ssim, 1.0), (ms_ssim, 0.1333)])
+def test_pictures_of_one_colour(metric, exponent):
+    """No structure to differ in: only the term of brightness is left, on the coarsest scale for MS-SSIM."""
+    grey, other = (torch.full((1, 3, 176, 176), level, dtype=torch.uint8) for level in (100, 120))
+    assert metric(grey, grey).item() == pytest.approx(1.0, abs=1e-6)
+    brightness = (2 * 100 * 120 + 6.5025) / (100**2 + 120**2 + 6.5025)
+    assert metric(other, grey).item() == pytest.approx(brightness**exponent, abs=1e-6)
 
 
 def test_ssim_agrees_with_scikit_image(pairs):

@@ -44,6 +44,13 @@ class TestReconstruct:
             expected = to_uint8(vae(padded).sample)[:, :, : video.shape[2], :13, :21]
         assert torch.equal(reconstruct(vae, images), expected.view(shape))
 
+    def test_numbers_that_are_not_finite_are_no_picture(self, images):
+        vae = make_vae("v1")
+        with torch.no_grad():
+            vae.decoder.proj_out.bias[0] = torch.nan
+        with pytest.raises(ValueError, match="AutoencoderViTok gives numbers that are not finite in torch.float32"):
+            reconstruct(vae, images)
+
     def test_tiles(self, images):
         vae = make_vae("v1")
         tiles = reconstruct_in_tiles(vae, images, 16, 32)
@@ -57,6 +64,9 @@ def test_patch_border_ratio():
     assert patch_border_ratio(images, reconstructions, 8) == 1.0
     reconstructions[..., [0, 7, 8, 15]] = 2  # columns: outer error 4, inner 1; rows: 7 / 4 + 1 = 1.75 throughout
     assert patch_border_ratio(images, reconstructions, 8) == pytest.approx((4 + 1.75) / (1 + 1.75))
+    assert patch_border_ratio(images, images, 8) == 1.0
+    with pytest.raises(ValueError, match="Patches of 2 x 2 pixels have no inner ones"):
+        patch_border_ratio(images, images, 2)
 
 
 class TestPCA:

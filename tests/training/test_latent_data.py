@@ -192,6 +192,26 @@ class TestCache:
         write(LabelledFiles([str(tmp_path / "data")], num_frames=4), tmp_path / "cache", vae, fps=12.5)
         assert LatentCache(tmp_path / "cache").moments(0).shape == (2, 4, 2, 2, 2)
 
+    def test_draws_the_same_videos_as_without(self, tmp_path):
+        """Mirrored alike; the clips are random without it."""
+        for name in ("a", "b", "c", "d"):
+            (tmp_path / "data" / name).mkdir(parents=True)
+            write_video(tmp_path / "data" / name / "ramp.mp4")
+        files = LabelledFiles([str(tmp_path / "data")], num_frames=4)
+        drawn = []
+
+        class Noted(ClassSampler):
+            def __call__(self, rng):
+                drawn.append(super().__call__(rng))
+                return drawn[-1]
+
+        write(files, tmp_path / "cache", make_vae("video"), fps=12.5)
+        sampler, cache = Noted(files.labels, files.classes), LatentCache(tmp_path / "cache")
+        cached = LatentBatches(cache, sampler, 8, seed=3)[5]
+        fresh = PictureBatches(files, sampler, 16, 8, num_frames=4, fps=12.5, seed=3)[5]
+        assert torch.equal(cached.labels, fresh.labels) and drawn[:8] == drawn[8:]
+        assert len({int(clip[0, 0].float().mean()) for clip in fresh.pixels}) > 4  # clips of four equal videos
+
     def test_resumes(self, files, tmp_path, monkeypatch):
         write(files, tmp_path / "whole")
         encode, calls = latent_cache.encode_shard, []

@@ -1,5 +1,6 @@
 """JPEG and WebP with as many bytes a picture as an autoencoder's latents, and an autoencoder as such a codec."""
 
+from collections.abc import Iterable, Mapping
 from functools import partial
 from io import BytesIO
 from typing import Any
@@ -93,20 +94,26 @@ class ImageCodec:
 
 
 def autoencoder_codec(
-    vae: ModelMixin, shape: tuple[int, ...], latent_bits: int | None = None
+    vae: ModelMixin, shapes: Mapping[tuple[int, ...], int], latent_bits: int | None = None
 ) -> tuple[Codec, dict[str, float]]:
-    """Codec and costs for `ReconstructionEvaluator.evaluate`, for pictures or clips of `shape`, (C, [T,] H, W).
+    """Codec and costs for `ReconstructionEvaluator.evaluate`; `shapes` are the evaluator's, or {(C, [T,] H, W): 1}.
 
-    The costs: parameters in millions, multiply-accumulates in units of 1e9, the number of latents (E of the paper),
-    how many values of the picture there are for each, and the bytes of the latents, which are quantized to
-    `latent_bits`, or stay as they are and count 16 bits.
+    The costs: parameters in millions; means over all pictures or clips of multiply-accumulates in units of 1e9, of
+    the number of latents (E of the paper) and of their bytes, quantized to `latent_bits`, or, as they are, at 16 bits;
+    and how many values of the pictures there are for each latent.
     """
-    cost = count_cost(vae, shape)
+    counted = [(count_cost(vae, shape), torch.Size(shape).numel(), number) for shape, number in shapes.items()]
+    total = sum(number for *_, number in counted)
+
+    def mean(values: Iterable[float]) -> float:
+        return sum(value * number for value, (*_, number) in zip(values, counted)) / total
+
+    num_latents = mean(cost.num_latents for cost, *_ in counted)
     costs = {
-        "parameters_M": cost.parameters / 1e6,
-        "GMACs": cost.macs / 1e9,
-        "E": cost.num_latents,
-        "compression": cost.compression,
-        "bytes": cost.num_bytes(latent_bits),
+        "parameters_M": counted[0][0].parameters / 1e6,
+        "GMACs": mean(cost.macs for cost, *_ in counted) / 1e9,
+        "E": num_latents,
+        "compression": mean(values for _, values, _ in counted) / num_latents,
+        "bytes": mean(cost.num_bytes(latent_bits) for cost, *_ in counted),
     }
     return partial(reconstruct, vae, latent_bits=latent_bits), costs

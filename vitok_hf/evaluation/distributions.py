@@ -94,7 +94,7 @@ class SetMetrics:
         real, generated = totals.sum(dim=0).tolist()
         values, missing = {}, {}
         if min(real, generated) > 1:
-            values["frechet_distance"] = self._frechet.compute().item()
+            values["frechet_distance"] = self._frechet.compute().clamp(min=0.0).item()
         else:
             missing["frechet_distance"] = f"needs 2 real and 2 generated pictures, has {real} and {generated}"
         if self._logits:

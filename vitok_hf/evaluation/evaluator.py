@@ -2,6 +2,7 @@
 
 import hashlib
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -29,6 +30,9 @@ class ReconstructionEvaluator:
         networks, unavailable: What `load_networks` gives; metrics whose network is missing have its reason.
         batch_size: Pictures or clips at a time.
         device: Where networks compute.
+
+    Attributes:
+        shapes: (C, [T,] H, W) -> how many pictures or clips have it.
     """
 
     def __init__(
@@ -49,10 +53,12 @@ class ReconstructionEvaluator:
         self.protocol = replace(data.protocol, networks=digests)
 
         self.share = share_of(len(data))
-        checksums = []
+        checksums, shapes = [], []
         for images in self._batches():
             self.sets.update(images.to(device), real=True)
             checksums.append(sha256_each(images))
+            shapes += [images.shape[1:]] * len(images)
+        self.shapes = Counter(map(tuple, gather_rows(torch.tensor(shapes)).tolist()))
         self.data_sha256 = hashlib.sha256(gather_rows(torch.cat(checksums)).numpy()).hexdigest()
 
     def _batches(self):

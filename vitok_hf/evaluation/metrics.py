@@ -6,6 +6,7 @@ from torch.nn import functional as F
 
 SSIM_MIN_SIZE = 11  # pixels a side: the window
 MS_SSIM_MIN_SIZE = 161  # the same on the coarsest of five scales
+ROUNDING_ERROR = 1 / 12  # mean square of errors that are spread evenly from -0.5 to 0.5
 
 
 def check_size(metric: str, least: int, images: torch.Tensor) -> None:
@@ -21,8 +22,12 @@ def _one_by_one(metric: Callable[..., torch.Tensor], images: torch.Tensor, refer
 
 
 def psnr(images: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
-    """Peak signal-to-noise ratio in dB of uint8 pictures (B, C, ..., H, W), one value an item: (B,), float64."""
-    error = (images.double() - references.double()).square().flatten(1).mean(dim=1)
+    """Peak signal-to-noise ratio in dB of uint8 pictures (B, C, ..., H, W), one value an item: (B,), float64.
+
+    Errors count as at least 1/12, the mean square of what rounding to whole numbers leaves: no value is above
+    58.92 dB, that of pictures which are equal but for rounding, and one of these does not make a mean infinite.
+    """
+    error = (images.double() - references.double()).square().flatten(1).mean(dim=1).clamp(min=ROUNDING_ERROR)
     return 10.0 * torch.log10(255.0**2 / error)
 
 

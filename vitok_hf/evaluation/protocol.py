@@ -19,7 +19,7 @@ class Protocol:
         value_range: In which, and in what precision, pixels are compared.
         rounding: What happens to a model's output before anything is measured.
         averaging: PSNR, SSIM, MS-SSIM and LPIPS are means of values of single pictures, for clips of the means over
-            their frames.
+            their frames. No PSNR is above 58.92 dB, see `vitok_hf.evaluation.metrics.psnr`.
         statistics: How features become values.
         networks: "inception", "dino", "i3d", "lpips" -> {"name": architecture and preprocessing, "sha256": of the
             weights}, those that were used.
@@ -32,7 +32,7 @@ class Protocol:
     resize_filter: str = "bicubic, antialiased (Pillow, reducing_gap 3)"
     value_range: str = "0 to 255, RGB, float64"
     rounding: str = "clipped and rounded to uint8"
-    averaging: str = "mean over frames, then over items"
+    averaging: str = "mean over frames, then over items; PSNR at most 58.92 dB"
     statistics: str = "float64; unbiased covariances; IS of 10 splits, shuffled; precision and recall of 3 neighbours"
     networks: dict[str, dict[str, str]] = field(default_factory=dict)
 

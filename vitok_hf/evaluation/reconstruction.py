@@ -8,7 +8,7 @@ from einops import rearrange
 from PIL import Image
 
 from .autoencoders import fit_shape, run_autoencoder
-from .metrics import psnr, ssim
+from .metrics import ROUNDING_ERROR, psnr, ssim
 from .pixels import fold_frames, pad_to_size, to_float, to_uint8, unfold_frames
 
 
@@ -26,7 +26,7 @@ def reconstruct(vae, images: torch.Tensor, latent_bits: int | None = None) -> to
         uint8 of the shape of `images`, on its device.
 
     Raises:
-        ValueError: If the model gives another size than it took.
+        ValueError: If the model gives another size than it took, or numbers that are not finite.
     """
     video = images if images.ndim == 5 else images.unsqueeze(2)
     frames, height, width = video.shape[2:]
@@ -38,6 +38,10 @@ def reconstruct(vae, images: torch.Tensor, latent_bits: int | None = None) -> to
         raise ValueError(
             f"{type(vae).__name__} gives {tuple(sample.shape)} for {fitted}: it has sizes or numbers of frames of its "
             "own; bring the pictures to what it gives."
+        )
+    if not sample.isfinite().all():  # as black or white pixels they would count like others
+        raise ValueError(
+            f"{type(vae).__name__} gives numbers that are not finite in {vae.dtype}: take float32, or bfloat16."
         )
     sample = to_uint8(sample if len(fitted) == 5 else unfold_frames(sample, frames))
     sample = sample[:, :, :frames, :height, :width].to(images.device)
@@ -91,12 +95,19 @@ def patch_border_ratio(images: torch.Tensor, reconstructions: torch.Tensor, patc
     """Mean squared error in the outermost columns and rows of the patches over that in the inner ones.
 
     1 means no patch grid. `images` and `reconstructions`: (B, 3, H, W) uint8, with H and W multiples of `patch_size`.
+    Errors below those of rounding count as these, as for PSNR: of equal pictures it is 1.
+
+    Raises:
+        ValueError: If `patch_size` is below 3, where a patch has no inner pixels.
     """
+    if patch_size < 3:
+        raise ValueError(f"Patches of {patch_size} x {patch_size} pixels have no inner ones to compare with.")
     error = (images.double() - reconstructions.double()).square()
     error = rearrange(error, "b c (h p) (w r) -> p r (b c h w)", p=patch_size, r=patch_size).mean(dim=-1)
     columns, rows = error.mean(dim=0), error.mean(dim=1)
     outer = columns[[0, -1]].mean() + rows[[0, -1]].mean()
-    return (outer / (columns[1:-1].mean() + rows[1:-1].mean())).item()
+    inner = columns[1:-1].mean() + rows[1:-1].mean()
+    return (outer.clamp(min=2 * ROUNDING_ERROR) / inner.clamp(min=2 * ROUNDING_ERROR)).item()
 
 
 def reconstruct_in_tiles(vae, images: torch.Tensor, height: int, width: int, batch_size: int = 4) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """What was measured: stored with its protocol, compared under one protocol only, and written as tables."""
 
 import csv
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -21,7 +22,7 @@ class Result:
         data: Of the data.
         num_items: Pictures or clips.
         data_sha256: Of the reference pixels, in order.
-        metrics: Metric -> value: PSNR in dB.
+        metrics: Metric -> value: PSNR in dB. Those that are not finite go to `unavailable`: JSON has no such numbers.
         intervals: Metric -> bounds of the 95 % confidence interval of a mean over pictures.
         unavailable: Metric or cost -> reason why it has no value.
         costs: Name -> value, with the unit in the name.
@@ -37,6 +38,11 @@ class Result:
     intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
     unavailable: dict[str, str] = field(default_factory=dict)
     costs: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self):
+        lost = {name: f"is {value}" for name, value in self.metrics.items() if not math.isfinite(value)}
+        self.unavailable = self.unavailable | lost
+        self.metrics = {name: value for name, value in self.metrics.items() if name not in lost}
 
     @classmethod
     def from_dict(cls, values: dict) -> "Result":

@@ -38,9 +38,10 @@ def remove_folder(path: Path) -> None:
 
 
 def write_json(path: Path, content: dict | list) -> None:
-    """Writes a file that is never seen half written."""
+    """Writes a file that is never seen half written; raises `ValueError` for numbers that are not finite."""
+    text = json.dumps(content, indent=1, allow_nan=False)  # other readers know no NaN or Infinity
     temporary = path.with_name(f".{path.name}.{os.getpid()}.incomplete")  # another process may write the same
-    temporary.write_text(json.dumps(content, indent=1))
+    temporary.write_text(text)
     os.replace(temporary, path)
 
 

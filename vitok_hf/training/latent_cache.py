@@ -108,7 +108,8 @@ def write_latents(
     Args:
         vae: The autoencoder, in float32.
         name: Its name, for the index.
-        files: Pictures; or videos for a video model, of each a clip from a second that depends on its number.
+        files: Pictures; or videos for a video model, of each one clip, from a random second that depends on its number
+            alone: with few long videos, train without a cache, where every draw takes another clip.
         folder: Of the cache.
         resolution: Side of the central squares in pixels.
         fps: Frames a second of clips; `None`: every frame.

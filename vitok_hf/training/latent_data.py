@@ -1,6 +1,7 @@
 """Training batches for diffusion models: pictures by class, and the latents of pictures from a cache.
 
-A batch is a pure function of (seed, index), and from a cache shows the same pictures, mirrored alike, as without.
+A batch is a pure function of (seed, index), and from a cache of files that could all be read shows the same pictures
+and videos, mirrored alike, as without. A cache has one clip of each video; without it, every draw takes another one.
 """
 
 import itertools
@@ -178,10 +179,11 @@ class PictureBatches(Dataset):
 
     def __getitem__(self, index: int) -> Batch:
         rng, skipped = np.random.default_rng((self.seed, index)), []
+        starts = np.random.default_rng((self.seed, index, 1))  # of clips: what is drawn next does not depend on them
 
         def load(choice: tuple[int, bool]) -> tuple[np.ndarray, int]:
             place, mirrored = choice
-            clip = load_square(self.files[place], *self.shape, rng)
+            clip = load_square(self.files[place], *self.shape, starts)
             return clip[:, :, ::-1] if mirrored else clip, self.files.labels[place]
 
         drawn = [draw_readable(lambda: self.sampler(rng), load, skipped) for _ in range(self.batch_size)]

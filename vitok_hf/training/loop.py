@@ -203,15 +203,15 @@ class Trainer:
         """Trains to `max_train_steps`, or for `max_minutes`; ends with a checkpoint and, after all steps, `finish`."""
         args = self.args
         settings = vars(args) | {"mixed_precision": self.accelerator.mixed_precision}  # what "auto" stands for
-        log = Log(self.accelerator, self.output_dir, args.tracker_project_name, settings)
+        log = Log(self.accelerator, self.output_dir, args.tracker_project_name, settings, self.step)
         finished = stop = self.step >= args.max_train_steps
         if finished:  # a run that may have broken off after its last checkpoint
             logger.warning(
                 "Nothing to train, the checkpoint is at step %d of %d: writing the result.",
                 *(self.step, args.max_train_steps),
             )
-            self._evaluate(log)
-        began, window, batches = time.monotonic(), Window(), iter(self.loader)
+            self._evaluate(log, replace=True)
+        began, first, window, batches = time.monotonic(), self.step + 1, Window(), iter(self.loader)
         bar = tqdm(total=args.max_train_steps, initial=self.step, disable=not self.accelerator.is_local_main_process)
         while not stop:
             micro_batches = [self._next_batch(batches) for _ in range(args.gradient_accumulation_steps)]
@@ -222,27 +222,32 @@ class Trainer:
             for batch, values in zip(micro_batches, logs):
                 window.add(values, len(batch.pixels), self.count_pixels(batch))
             bar.update()
+            if self.step == first:  # in which workers started and kernels were compiled
+                window.start_clock()
             finished = stop = self.step == args.max_train_steps
             if self.step % args.logging_steps == 0 or finished:
                 stop = finished or self._out_of_time(began)
                 values = self._check_finite(window.means(self.accelerator))
-                bar.set_postfix(loss=f"{values['loss']:.4f}", items_per_second=f"{values['items_per_second']:.1f}")
+                shown = {name: f"{values[name]:.4g}" for name in ("loss", "items_per_second") if name in values}
+                bar.set_postfix(shown)
                 log.write(self.step, values | self._learning_rates() | {"skipped": self._total_skipped()})
                 window = Window()
             if self.step % args.checkpointing_steps == 0 or stop:
                 if window.logs:  # since the last check
                     self._check_finite(window.means(self.accelerator))
-                self.save()
+                with window.paused():
+                    self.save()
             if self.step % args.validation_steps == 0 or finished:
-                self._evaluate(log)
+                with window.paused():
+                    self._evaluate(log)
         bar.close()
         if finished:
             self.finish()
         self.accelerator.end_training()
 
-    def _evaluate(self, log: Log) -> None:
+    def _evaluate(self, log: Log, replace: bool = False) -> None:
         metrics, pictures = self.evaluate()
-        log.write(self.step, metrics)
+        log.write(self.step, metrics, replace)
         log.show(self.step, pictures)
 
     def _next_batch(self, batches) -> Batch:

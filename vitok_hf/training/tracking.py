@@ -1,5 +1,11 @@
+"""What a run logs: means and throughput since the line before, metrics.jsonl, and the trackers of accelerate."""
+
 import json
+import math
+import os
 import time
+from collections.abc import Callable
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -8,11 +14,33 @@ from accelerate import Accelerator
 from PIL import Image
 
 
+def finished_time() -> float:
+    """The time in seconds at which an accelerator, if there is one, has done what it was given."""
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+    return time.monotonic()
+
+
 class Window:
-    """Means of the logs, and throughput, since the last line of metrics.jsonl."""
+    """Means of the logs, and throughput, since the last line of metrics.jsonl.
+
+    Throughput is that of training, waiting for data included: what happens in `paused` does not count.
+    """
 
     def __init__(self):
-        self.began, self.items, self.pixels, self.logs = time.monotonic(), 0, 0, {}
+        self.logs: dict[str, list[torch.Tensor]] = {}
+        self.start_clock()
+
+    def start_clock(self) -> None:
+        """Throughput counts from here on."""
+        self.began, self.items, self.pixels = finished_time(), 0, 0
+
+    @contextmanager
+    def paused(self):
+        """The clock stands still in this block."""
+        stopped = finished_time()
+        yield
+        self.began += finished_time() - stopped
 
     def add(self, logs: dict[str, torch.Tensor], items: int, pixels: int) -> None:
         self.items += items
@@ -21,12 +49,11 @@ class Window:
             self.logs.setdefault(name, []).append(torch.as_tensor(value).float())
 
     def means(self, accelerator: Accelerator) -> dict[str, float]:
-        """Over the steps and the processes; all processes must call it."""
-        seconds = time.monotonic() - self.began
-        rates = {
-            "items_per_second": self.items * accelerator.num_processes / seconds,
-            "megapixels_per_second": self.pixels * accelerator.num_processes / seconds / 1e6,
-        }
+        """Over the steps and the processes; all processes must call it. No throughput where no items were timed."""
+        seconds = finished_time() - self.began
+        counts = torch.tensor([self.items, self.pixels], dtype=torch.float32, device=accelerator.device)
+        items, pixels = accelerator.reduce(counts, "sum").tolist()
+        rates = {"items_per_second": items / seconds, "megapixels_per_second": pixels / seconds / 1e6} if items else {}
         means = {
             name: accelerator.reduce(torch.stack(values).mean().to(accelerator.device), "mean").item()
             for name, values in self.logs.items()
@@ -34,22 +61,49 @@ class Window:
         return means | rates
 
 
-class Log:
-    """Writes metrics.jsonl in `output_dir`, and the trackers that the accelerator has; on the main process."""
+def drop_lines(path: Path, is_stale: Callable[[dict], bool]) -> None:
+    """Rewrites a file of a JSON object a line without the stale ones, and without a last line that was torn off."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            stale = is_stale(json.loads(line))
+        except ValueError:
+            continue
+        if not stale:
+            kept.append(line + "\n")
+    temporary = path.with_name(path.name + ".incomplete")
+    temporary.write_text("".join(kept))
+    os.replace(temporary, path)
 
-    def __init__(self, accelerator: Accelerator, output_dir: Path, project: str, settings: dict):
+
+class Log:
+    """Writes metrics.jsonl in `output_dir`, and the trackers that the accelerator has; on the main process.
+
+    What was logged there of steps after `step`, from which the run goes on, is dropped, and hidden in TensorBoard:
+    these steps are made again. In metrics.jsonl, numbers that are not finite are null, as the norm of gradients that
+    overflowed.
+    """
+
+    def __init__(self, accelerator: Accelerator, output_dir: Path, project: str, settings: dict, step: int = 0):
         self.accelerator, self.path = accelerator, output_dir / "metrics.jsonl"
         if accelerator.is_main_process:
             output_dir.mkdir(parents=True, exist_ok=True)
+            drop_lines(self.path, lambda line: line["step"] > step)
         # TensorBoard takes plain values only, and a token has no place in a log
         settings = {name: value for name, value in settings.items() if name != "hub_token"}
         plain = {key: x if isinstance(x, int | float | str) else str(x) for key, x in settings.items()}
-        accelerator.init_trackers(project, plain)
+        accelerator.init_trackers(project, plain, {"tensorboard": {"purge_step": step + 1}})
 
-    def write(self, step: int, values: dict[str, float]) -> None:
+    def write(self, step: int, values: dict[str, float], replace: bool = False) -> None:
+        """Adds a line; with `replace`, without those of this step that have one of its names."""
         if values and self.accelerator.is_main_process:
+            if replace:
+                drop_lines(self.path, lambda line: line["step"] == step and not values.keys().isdisjoint(line))
+            finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
             with open(self.path, "a") as file:
-                file.write(json.dumps({"step": step} | values) + "\n")
+                file.write(json.dumps({"step": step} | finite, allow_nan=False) + "\n")
         self.accelerator.log(values, step=step)
 
     def show(self, step: int, pictures: dict[str, np.ndarray]) -> None:
