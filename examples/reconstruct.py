@@ -87,10 +87,18 @@ def reconstruct_video(vae: AutoencoderViTok, path: Path, target: str) -> None:
 
 
 def name_targets(inputs: list[Path], output_dir: Path) -> dict[str, Path]:
-    """Beginnings of the names of results, and the files that they are made from."""
-    targets = {}
+    """Beginnings of the names of results, and the files that they are made from.
+
+    Results of an earlier run, in an output folder inside of an input folder, are left out.
+
+    Raises:
+        ValueError: If a result would have the name of another result, or of an input.
+    """
+    targets, results = {}, output_dir.resolve()
     for path in inputs:
         for file in list_files(path):
+            if path.resolve() in results.parents and results in file.resolve().parents:
+                continue
             relative = file.relative_to(path) if path.is_dir() else Path(file.name)
             target = output_dir / relative.with_suffix("")
             if str(target) in targets:  # another format, or another folder's
@@ -98,6 +106,13 @@ def name_targets(inputs: list[Path], output_dir: Path) -> dict[str, Path]:
             if str(target) in targets:
                 raise ValueError(f'"{file}" has the name of another input: name another --output_dir for it.')
             targets[str(target)] = file
+    if not targets:
+        raise ValueError(f'There is nothing in {", ".join(map(str, inputs))} but results in "{output_dir}".')
+    files = {file.resolve() for file in targets.values()}
+    for target in targets:
+        for name in ("reconstruction.png", "comparison.png", "reconstruction.mp4", "comparison.mp4"):
+            if (result := Path(f"{target}_{name}").resolve()) in files:
+                raise ValueError(f'"{result}" is an input and may not be replaced: name another --output_dir.')
     return targets
 
 

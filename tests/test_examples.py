@@ -72,6 +72,21 @@ class TestReconstruct:
         assert "000.png: 16x16  PSNR" in out and "001.png: 16x16  PSNR" in out and "\\udcff.png: 16x16" in out
         assert len(list((tmp_path / "out").rglob("*_comparison.png"))) == 3
 
+    def test_inputs_are_not_replaced(self, run_example, model, tmp_path):
+        for name in ("a.png", "a_reconstruction.png"):
+            Image.new("RGB", (16, 16), "red").save(tmp_path / name)
+        before = (tmp_path / "a_reconstruction.png").read_bytes()
+        with pytest.raises(ValueError, match="a_reconstruction.png.* is an input and may not be replaced"):
+            run_example("reconstruct.py", "--input", ".", "--model", model, "--output_dir", ".")
+        assert (tmp_path / "a_reconstruction.png").read_bytes() == before
+
+    def test_results_are_no_inputs(self, run_example, model, tmp_path):
+        Image.new("RGB", (16, 16), "red").save(tmp_path / "a.png")
+        for _ in range(2):
+            out = run_example("reconstruct.py", "--input", ".", "--model", model)
+            assert out.count("PSNR") == 1
+        assert len(list(tmp_path.rglob("*.png"))) == 3
+
     @pytest.mark.parametrize("architecture", ["v1", "video"])
     def test_video(self, run_example, tmp_path, architecture):
         write_video(tmp_path / "ramp.mp4")

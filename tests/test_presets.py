@@ -117,6 +117,8 @@ class TestV2:
         "Z-L/1x16x64",
         "w64_d2-w64_d2_h4/1x8x16",
         "Ld-L/1x16x64",
+        "Bd4d5/1x16x64",
+        "B/1x16x\u0666\u0664",
     ],
 )
 def test_unknown_variants(variant):

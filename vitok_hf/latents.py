@@ -25,7 +25,7 @@ def _statistics(vae: ModelMixin, latents: torch.Tensor) -> tuple[torch.Tensor, t
             f"Latents must be (B, {max(counts)}, h, w) or (B, {max(counts)}, t, h, w), but have shape "
             f"{tuple(latents.shape)}; add a batch dimension to items of a list."
         )
-    if std is not None and not min(std) > 0:
+    if std is not None and not all(value > 0 for value in std):
         raise ValueError(f"`latents_std` of the config must be positive, but is {std}.")
     shift = getattr(config, "shift_factor", None) or 0.0
     mean = [shift] if mean is None else mean

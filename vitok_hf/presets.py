@@ -33,8 +33,8 @@ V2_REPOSITORIES = {
     for channels in all_channels
 }
 
-V1_PATTERN = re.compile(r"([A-Z])-([A-Z])/(?:(\d+)x)?(\d+)")
-V2_PATTERN = re.compile(r"([A-Za-z0-9_.]+)(?:-([A-Za-z0-9_.]+))?/(\d+)x(\d+)x(\d+)")
+V1_PATTERN = re.compile(r"([A-Z])-([A-Z])/(?:(\d+)x)?(\d+)", re.ASCII)
+V2_PATTERN = re.compile(r"([A-Za-z0-9_.]+)(?:-([A-Za-z0-9_.]+))?/(\d+)x(\d+)x(\d+)", re.ASCII)
 V2_SIZE_PATTERN = re.compile(r"([A-Z]?)((?:_?[wdhm][0-9.]+)*)")
 
 HELP = (
@@ -47,9 +47,11 @@ HELP = (
 
 def _parse_v2_size(size: str, variant: str) -> tuple[int, int, int, float]:
     match = V2_SIZE_PATTERN.fullmatch(size)
-    fields = {name: value for name, value in re.findall(r"([wdhm])([0-9.]+)", size)}
+    pairs = re.findall(r"([wdhm])([0-9.]+)", size)
+    fields = dict(pairs)
     if (
         match is None
+        or len(fields) < len(pairs)  # one twice
         or (match[1] and match[1] not in V2_SIZES)
         or (not match[1] and not {"w", "d", "h"} <= set(fields))
     ):

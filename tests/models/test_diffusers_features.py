@@ -156,6 +156,14 @@ class TestFusedProjections:
         vae.fuse_qkv_projections()
         assert "attn.to_qkv" in linear_calls(vae, x)
 
+    def test_weights_that_are_loaded(self, vae, x):
+        other = copy.deepcopy(vae)
+        for parameter in other.parameters():
+            parameter.data.mul_(1.5)
+        vae.fuse_qkv_projections()
+        vae.load_state_dict(other.state_dict())
+        assert_close(vae(x).sample, other(x).sample)
+
     def test_save_and_load(self, vae, x, tmp_path):
         vae.fuse_qkv_projections()
         vae.save_pretrained(tmp_path)

@@ -6,7 +6,7 @@ import os
 import pytest
 
 from vitok_hf.training import claims
-from vitok_hf.training.claims import RECORD, claim_folder, note_inputs
+from vitok_hf.training.claims import RECORD, claim_folder, claimed_contents, note_inputs
 
 
 @pytest.fixture
@@ -71,6 +71,16 @@ class TestClaim:
         claim_folder(tmp_path / "out", {}, files(data), may_change=[data / "a" / "y", data / "b" / "x"])
         claim_folder(tmp_path / "out", {}, files(data))
 
+    def test_a_file_that_could_not_be_read_once(self, data, tmp_path, monkeypatch):
+        def fail(path):
+            raise OSError(5, "io")
+
+        with monkeypatch.context() as context:
+            context.setattr("vitok_hf.training.claims.checksum", fail)
+            claim_folder(tmp_path / "out", {}, files(data))
+        claim_folder(tmp_path / "out", {}, files(data))
+        assert all(len(content) == 64 for content in claimed_contents(tmp_path / "out"))
+
     def test_a_file_listed_twice(self, data, tmp_path):
         twice = [*files(data), data / "a" / "x"]
         claim_folder(tmp_path / "out", {}, twice)
@@ -99,6 +109,23 @@ class TestNote:
             "other files, 1 changed (b/x), 1 missing (a/x)",
         ]
         assert note_inputs(second, {"rate": 2.0}, files(data), second) == []  # said once
+
+    def test_many_files(self, data, tmp_path, monkeypatch):
+        """Which count by size and time of their content, all together."""
+        monkeypatch.setattr("vitok_hf.training.claims.MAX_NAMED", 1)
+        run, count = tmp_path / "run", len(files(data))
+        assert note_inputs(run, {}, files(data), None) == []
+        (data / "a" / "x").chmod(0o600)
+        assert note_inputs(run, {}, files(data), run) == []
+        (data / "a" / "x").write_text("longer")
+        assert note_inputs(run, {}, files(data), run) == [f"other files, 1 changed ({count} files together)"]
+
+    def test_a_damaged_record_stops_nothing(self, data, tmp_path):
+        (tmp_path / RECORD).touch()
+        (reason,) = note_inputs(tmp_path / "run", {}, files(data), tmp_path)
+        assert f'"{tmp_path / RECORD}" is no JSON file, or damaged' in reason
+        with pytest.raises(ValueError, match="is no JSON file, or damaged"):
+            claim_folder(tmp_path, {}, files(data))
 
     def test_unknown(self, tmp_path):
         (reason,) = note_inputs(tmp_path / "run", {}, [], tmp_path)

@@ -143,6 +143,20 @@ class TestKinds:
         first, second = (Image.new("RGB", (16, 16), colour) for colour in ("red", "lime"))
         assert deviation(encode(first, kind, save_all=True, append_images=[second]), np.array([255, 0, 0])) <= 2
 
+    @pytest.mark.parametrize("white, over", [(1.0, 0.0001), (1.0, 0.009), (255.0, 2.0), (65535.0, 100.0)])
+    def test_floats_that_overshoot(self, white, over):
+        """As resampling leaves them."""
+        values = np.linspace(-over, white + over, 64, dtype=np.float32).reshape(8, 8)
+        expected = (values.clip(0, white) * (255 / white))[..., None]
+        assert deviation(encode(values, "TIFF"), expected.astype(int)) <= 1
+
+    def test_transparent_grey_of_16_bits(self):
+        picture = np.full((4, 4), 1000, np.uint16)
+        picture[0] = 40000
+        expected = np.full((4, 4, 1), 255)
+        expected[0] = 40000 >> 8
+        assert deviation(encode(picture, transparency=1000), expected) <= 1
+
     @pytest.mark.parametrize("low, high", [(-1.0, 1.0), (0.0, 70000.0), (0.0, np.nan)])
     def test_values_that_tell_nothing(self, low, high):
         with pytest.raises(ValueError, match="its values go from .*: save it with 8 or 16 bits"):

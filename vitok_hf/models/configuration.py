@@ -55,6 +55,8 @@ def check_config(config: ViTokConfig) -> None:
     for name, value in config.items():
         if name.endswith(("_size", "_channels", "_layers", "_heads", "_frames")) and value < 1:
             raise ValueError(f"`{name}` must be positive, but is {value}.")
+    if not config.mlp_ratio > 0:
+        raise ValueError(f"`mlp_ratio` must be positive, but is {config.mlp_ratio}.")
     for tower in ("encoder", "decoder"):
         size, heads = config[f"{tower}_hidden_size"], config[f"{tower}_num_attention_heads"]
         if size % heads:

@@ -245,7 +245,8 @@ def uncompiled(model: nn.Module):
 class SavingMixin(PeftAdapterMixin):
     """Saves and loads under the names of a model of which nothing is compiled, as PEFT needs it to find the layers.
 
-    Adding an adapter unfuses the projections, whose weights it changes.
+    Adding an adapter and loading weights unfuse the projections, whose weights are copies. Whoever changes weights in
+    place fuses them again.
     """
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
@@ -255,6 +256,10 @@ class SavingMixin(PeftAdapterMixin):
     def save_lora_adapter(self, *args: Any, **kwargs: Any) -> None:
         with uncompiled(self):
             super().save_lora_adapter(*args, **kwargs)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        self.unfuse_qkv_projections()  # whose weights are copies
+        return super().load_state_dict(*args, **kwargs)
 
     def add_adapter(self, *args: Any, **kwargs: Any) -> None:
         self.unfuse_qkv_projections()

@@ -36,6 +36,8 @@ def check_dit_config(config: FrozenDict) -> None:
     for name, value in config.items():
         if name.endswith(("_size", "_channels", "_layers", "_heads", "_frames")) and value is not None and value < 1:
             raise ValueError(f"`{name}` must be positive, but is {value}.")
+    if not config.mlp_ratio > 0:
+        raise ValueError(f"`mlp_ratio` must be positive, but is {config.mlp_ratio}.")
     if not isinstance(config.num_classes, int) or config.num_classes < 0:
         raise ValueError(f"`num_classes` must be 0 (unconditional) or more, but is {config.num_classes}.")
     size, heads = config.hidden_size, config.num_attention_heads

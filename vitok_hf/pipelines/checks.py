@@ -27,8 +27,8 @@ UNSUPPORTED_SCHEDULERS = dict.fromkeys(
 
 def check_counts(**counts: int) -> None:
     for name, count in counts.items():
-        if count < 1:
-            raise ValueError(f"`{name}` must be positive, but is {count}.")
+        if not hasattr(count, "__index__") or count < 1:
+            raise ValueError(f"`{name}` must be a positive integer, but is {count!r}.")
 
 
 def check_guidance(scale: float, interval: tuple[float, float], rescale: float) -> None:
@@ -87,7 +87,7 @@ def check_timesteps(scheduler: SchedulerMixin) -> None:
         raise ValueError(
             f"{type(scheduler).__name__} starts where there is only noise (rescale_betas_zero_snr) with "
             'prediction_type="epsilon", which divides by zero: take a model and scheduler with "v_prediction" or '
-            '"sample", or timestep_spacing="leading".'
+            '"sample", or rescale_betas_zero_snr=False.'
         )
 
 

@@ -376,7 +376,7 @@ class ViTokDiTPipeline(DiffusionPipeline):
                 latents = self.scheduler.step(prediction, timestep, latents, **step_options, return_dict=False)[0]
                 if callback_on_step_end is not None:
                     tensors = {"latents": latents} if callback_on_step_end_tensor_inputs else {}
-                    latents = callback_on_step_end(self, step, timestep, tensors).pop("latents", latents)
+                    latents = (callback_on_step_end(self, step, timestep, tensors) or {}).pop("latents", latents)
                 progress_bar.update()
         self._current_timestep = None
 

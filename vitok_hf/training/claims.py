@@ -21,6 +21,7 @@ from .checkpointing import read_json, write_json
 
 
 RECORD = "made_from.json"
+UNREADABLE = "unreadable:"  # in place of a file's content
 MAX_SHOWN = 200  # characters of a value in a message
 MAX_NAMED = 100_000  # files that a training run notes one by one
 
@@ -56,7 +57,7 @@ def _describe(path: str, known: str, read: bool) -> str:
             return known
         return f"{checksum(path) if read else f'{stat.st_size}-{stat.st_mtime_ns}'} {times}"
     except OSError as error:
-        return f"unreadable:{error.errno}"
+        return f"{UNREADABLE}{error.errno}"
 
 
 def _make_record(settings: dict, files: Sequence[str | os.PathLike], known: dict, read: bool = True) -> dict:
@@ -65,6 +66,11 @@ def _make_record(settings: dict, files: Sequence[str | os.PathLike], known: dict
         described = pool.imap(lambda name: _describe(named[name], known.get(name, ""), read), named, 64)
         files = dict(zip(named, tqdm(described, "input files", len(named), delay=5)))
     return {"settings": json.loads(json.dumps(settings, default=str)), "files": files}
+
+
+def _contents(record: dict) -> dict[str, str]:
+    """Names of files -> what stands for their content."""
+    return {name: text.split()[0] for name, text in record["files"].items()}
 
 
 def _shorten(value: object) -> str:
@@ -79,9 +85,13 @@ def _differences(old: dict, new: dict, may_change: Collection[str] = ()) -> list
         for name in then | now
         if then.get(name) != now.get(name)
     ]
-    then, now = ({name: text.split()[0] for name, text in record["files"].items()} for record in (old, new))
+    then, now = map(_contents, (old, new))
     groups = {
-        "changed": [name for name in then.keys() & now.keys() - set(may_change) if then[name] != now[name]],
+        "changed": [
+            name
+            for name in then.keys() & now.keys() - set(may_change)
+            if then[name] != now[name] and not then[name].startswith(UNREADABLE)
+        ],
         "missing": then.keys() - now.keys(),
         "new": now.keys() - then.keys(),
     }
@@ -143,7 +153,7 @@ def _claim(folder: Path, settings: dict, files: Sequence, may_change: Collection
 
 def claimed_contents(folder: Path) -> list[str]:
     """The SHA-256 of each input file that `claim_folder` noted, in their order."""
-    return [text.split()[0] for text in read_json(folder / RECORD)["files"].values()]
+    return list(_contents(read_json(folder / RECORD)).values())
 
 
 def note_inputs(folder: Path, settings: dict, files: Sequence[str | os.PathLike], before: Path | None) -> list[str]:
@@ -154,13 +164,16 @@ def note_inputs(folder: Path, settings: dict, files: Sequence[str | os.PathLike]
     """
     record, reasons = _make_record(settings, files, {}, read=False), []
     if len(files) > MAX_NAMED:
-        digest = hashlib.sha256(json.dumps(record["files"]).encode()).hexdigest()
+        digest = hashlib.sha256(json.dumps(_contents(record)).encode()).hexdigest()
         record["files"] = {f"{len(files)} files together": digest}
     if before is not None:
         path = before / RECORD
         reasons = [f"unknown inputs, for there is no {path}"]
         if path.is_file():
-            reasons = _differences(read_json(path), record)
+            try:
+                reasons = _differences(read_json(path), record)
+            except ValueError as error:  # it only says what has changed
+                reasons = [f"unknown inputs: {error}"]
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / RECORD, record)
     return reasons

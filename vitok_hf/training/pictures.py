@@ -71,14 +71,17 @@ def _upright_picture(image: Image.Image) -> Image.Image:
 def _to_16_bits(image: Image.Image) -> Image.Image:
     """Greys of more than 8 bits, integers or floats, which `convert` would cut off at 255, as "I;16".
 
-    Greys of 32 bits do not tell what is white: the least of 1 (of floats alone), 255 and 65535 that none exceeds.
+    Greys of 32 bits do not tell what is white: the least of 1 (of floats alone), 255 and 65535 that none exceeds, of
+    floats by more than a hundredth, as resampling does, which is cut off.
     """
     values, white = np.asarray(image), 65535
     if image.mode == "F" or (image.mode == "I" and image.format != "PPM"):
+        whites, slack = ((1, 255, 65535), 0.01) if image.mode == "F" else ((255, 65535), 0.0)
         low, high = values.min(), values.max()
-        if not 0 <= low <= high <= 65535:
+        white = next((white for white in whites if high <= (1 + slack) * white), None)
+        if white is None or not -slack * high <= low:
             raise ValueError(f"its values go from {low} to {high}: save it with 8 or 16 bits")
-        white = next(white for white in (1, 255, 65535) if high <= white and (white > 1 or image.mode == "F"))
+        values = values.clip(0, white)
     return Image.fromarray((values * (65535 / white)).round().astype(np.uint16))
 
 
@@ -128,8 +131,10 @@ def _decode(file: str | BytesIO) -> np.ndarray:
     with Image.open(file) as image:
         image.load()
         profile, alpha = image.info.get("icc_profile"), None
-        image = _upright_picture(image)
+        image, transparent = _upright_picture(image), image.info.get("transparency")
         if image.mode[0] in "IF":
+            if isinstance(transparent, int):  # a grey of a PNG of 16 bits
+                alpha = Image.fromarray(np.where(np.asarray(image) == transparent, 0, 255).astype(np.uint8))
             image = _to_16_bits(image)
         elif image.has_transparency_data:
             alpha = image.convert("RGBA").getchannel("A")
