@@ -68,12 +68,12 @@ class TestTiling:
         torch.testing.assert_close(vae(x).sample, expected, rtol=0, atol=1e-6)
 
     @pytest.mark.parametrize(
-        "q, factor, overlap", [(8, 0.25, 1), (4, 0.25, 1), (2, 0.25, 2), (8, 0.0, 0), (16, 0.5, 0)]
+        "q, factor, overlap", [(8, 0.25, 1), (4, 0.25, 1), (2, 0.25, 2), (8, 0.0, 0), (16, 0.25, 1)]
     )
     def test_tiles_of_two_latent_frames_overlap(self, q, factor, overlap):
         vae = make_vae("video", temporal_patch_size=q, sample_frames=16, sample_size=8)
         vae.enable_tiling(tile_overlap_factor=factor)
-        assert vae.tiling.sizes == (16 // q, 2, 2)
+        assert vae.tiling.sizes == (max(16 // q, 2), 2, 2)
         assert vae.tiling.overlaps == (overlap, *[1 if factor else 0] * 2)
 
     @torch.no_grad()

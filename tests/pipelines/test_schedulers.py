@@ -143,6 +143,12 @@ class TestNoise:
 
 
 class TestLimits:
+    def test_a_config_with_entries_of_another(self, pipe):
+        """As `from_config` keeps them: DDIM has no shift."""
+        flow = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+        pipe.scheduler = DDIMScheduler.from_config(flow.config, clip_sample=False)
+        assert_close(sample(pipe, None), by_hand(pipe, DDIMScheduler(clip_sample=False)))
+
     def test_subclasses(self):
         class Mine(diffusers.SCMScheduler):
             pass

@@ -102,7 +102,7 @@ def make_tiling(
 ) -> Tiling:
     """See `MemoryMixin.enable_tiling`."""
     if frames is None:
-        frames = 16 if config.is_image_model else max(config.sample_frames, config.temporal_patch_size)
+        frames = 16 if config.is_image_model else max(config.sample_frames, 2 * config.temporal_patch_size)
     size = max(2 * config.sample_size, config.patch_size) if size is None else size
     if size < config.patch_size or frames < config.temporal_patch_size:
         raise ValueError(
@@ -132,8 +132,8 @@ class MemoryMixin:
 
         Args:
             tile_sample_min_size: Height and width of a tile in pixels, by default twice `config.sample_size`.
-            tile_sample_min_frames: Frames of a tile, by default `config.sample_frames`, or 16 for an image model,
-                whose frames are independent and do not overlap.
+            tile_sample_min_frames: Frames of a tile, by default `config.sample_frames` but at least two latent
+                frames, or 16 for an image model, whose frames are independent and do not overlap.
             tile_overlap_factor: The share of a tile that it has in common with the next, at most 0.5; rounded down to
                 whole tokens, but at least one where a tile has two, unless it is 0.
 

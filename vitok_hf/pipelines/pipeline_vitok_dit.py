@@ -220,7 +220,8 @@ class ViTokDiTPipeline(DiffusionPipeline):
 
     def _set_timesteps(self, num_inference_steps: int, num_tokens: int, device: torch.device) -> torch.Tensor:
         config, options = self.scheduler.config, {}
-        if config.get("use_dynamic_shifting"):  # more noise for more tokens, as in FLUX
+        takes_shift = "mu" in inspect.signature(self.scheduler.set_timesteps).parameters
+        if takes_shift and config.get("use_dynamic_shifting"):  # more noise for more tokens, as in FLUX
             shortest, longest = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
             low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
             options["mu"] = low + (high - low) * (num_tokens - shortest) / (longest - shortest)
