@@ -17,11 +17,15 @@ from vitok_hf.training.tracking import Log, Window
 
 
 class Clock:
-    """Stands for `time` in the package: only what is slow takes time."""
+    """Stands for the module `time` in the trainers: only what is slow takes time."""
 
     def __init__(self, monkeypatch):
         self.now = 100.0
-        monkeypatch.setattr(time, "monotonic", lambda: self.now)
+        for module in ("loop", "tracking"):
+            monkeypatch.setattr(f"vitok_hf.training.{module}.time", self)
+
+    def monotonic(self) -> float:
+        return self.now
 
     def taking(self, seconds: float, function):
         def slow(*args, **kwargs):
