@@ -44,13 +44,12 @@ class TestGaussian:
         torch.testing.assert_close(batch[1:], alone)
 
     @torch.no_grad()
-    @pytest.mark.parametrize("sample_posterior", [True, False])
-    def test_compiled_for_other_sizes(self, sample_posterior):
+    def test_compiled_for_other_sizes(self):
         vae = make_vae("v1")
 
         def run(x):
             posterior = vae.encode(x).latent_dist
-            return posterior.sample(), vae(x, sample_posterior=sample_posterior).sample, posterior.kl()
+            return posterior.sample(), vae(x, sample_posterior=True).sample, posterior.kl()
 
         compiled = torch.compile(run, backend="eager", fullgraph=True)
         for height, width in ((16, 16), (24, 32), (8, 40)):

@@ -295,6 +295,7 @@ class TestErrors:
             ({"eta": 5.0}, "`eta` must be from 0 to 1, but is 5.0"),
             ({"guidance_rescale": 1.5}, "`guidance_rescale` must be from 0 to 1, but is 1.5"),
             ({"num_inference_steps": 0}, "`num_inference_steps` must be positive, but is 0"),
+            ({"num_inference_steps": 4.0}, "`num_inference_steps` must be an integer, but is 4.0"),
             ({"num_images_per_label": 0}, "`num_images_per_label` must be positive, but is 0"),
             ({"guidance_interval": (0.5, 0.2)}, r"0 <= start <= stop <= 1, but is \(0.5, 0.2\)"),
             ({"output_type": "png"}, "one of pil, np, pt, latent, but is 'png'"),

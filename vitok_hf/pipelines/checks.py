@@ -27,8 +27,10 @@ UNSUPPORTED_SCHEDULERS = dict.fromkeys(
 
 def check_counts(**counts: int) -> None:
     for name, count in counts.items():
-        if not hasattr(count, "__index__") or count < 1:
-            raise ValueError(f"`{name}` must be a positive integer, but is {count!r}.")
+        if not hasattr(count, "__index__"):
+            raise ValueError(f"`{name}` must be an integer, but is {count!r}.")
+        if count < 1:
+            raise ValueError(f"`{name}` must be positive, but is {count}.")
 
 
 def check_guidance(scale: float, interval: tuple[float, float], rescale: float) -> None:
