@@ -32,7 +32,7 @@ from .claims import note_inputs
 from .cropping import Batch
 from .data import BatchLoader
 from .ema import WeightAverage, gather
-from .files import list_files
+from .files import iterate_files
 from .sources import parse_source
 from .tracking import Log, Window
 
@@ -189,7 +189,7 @@ class Trainer:
         settings["mixed_precision"] = self.accelerator.mixed_precision  # perhaps of accelerate's configuration
         settings["num_processes"] = self.accelerator.num_processes
         folders = [parse_source(source)[0] for source in self.args.train_data_dir]
-        files = [file for folder in folders for file in list_files(folder)]
+        files = [file for folder in folders for file in iterate_files(folder)]
         shards = getattr(getattr(self.loader.dataset, "source", None), "urls", ())
         return settings, files + [shard for shard in shards if Path(shard).is_file()]
 
