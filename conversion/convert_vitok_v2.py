@@ -6,7 +6,6 @@ python -m conversion.convert_vitok_v2 --to_vitok_v2 ViTok-v2-350M-f16x64 origina
 """
 
 import argparse
-import json
 import os
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from huggingface_hub import HfApi, model_info, parse_safetensors_file_metadata, 
 from safetensors.torch import load_file, save_file
 
 from vitok_hf import AutoencoderViTok
+from vitok_hf.checkpoints.strict import check_shards, list_weights, read_header
 from vitok_hf.checkpoints.vitok_v2 import (
     TOWERS,
     check_headers,
@@ -23,7 +23,6 @@ from vitok_hf.checkpoints.vitok_v2 import (
     fetch_vitok_v2,
     key_plan,
     load_vitok_v2,
-    read_header,
     to_vitok_v2,
 )
 from vitok_hf.commands import run_command
@@ -157,13 +156,11 @@ def write_vitok_v2(args: argparse.Namespace, hub: dict[str, str | None], folder:
     foreign = [name for name in V2_BOOLEANS if model.config[name] != V2_ARCHITECTURE.get(name, False)]
     if foreign:
         raise ValueError(f"{args.source} has no ViTok-v2 architecture: {', '.join(foreign)} differ.")
-    weights = source / "diffusion_pytorch_model.safetensors"
-    files, index = [weights.name], weights.with_name(weights.name + ".index.json")
-    if not weights.exists() and index.exists():
-        files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    files = list_weights(source, variant=None)
+    check_shards(files, ())
     state_dict = {}
     for file in files:
-        state_dict |= load_file(source / file)
+        state_dict |= load_file(file)
     state_dict = {name: tensor for name, tensor in state_dict.items() if ".to_qkv." not in name}  # a fused copy
     expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
     found = {name: tensor.shape for name, tensor in state_dict.items()}

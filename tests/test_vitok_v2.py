@@ -14,7 +14,8 @@ from conversion import convert_vitok_v2
 from examples.benchmark_loading import measure_loading, write_random_weights
 from tests.conftest import GOLDEN, make_vae
 from vitok_hf import AutoencoderViTok
-from vitok_hf.checkpoints.vitok_v2 import find_variant, guess_variant, read_header
+from vitok_hf.checkpoints.strict import read_header
+from vitok_hf.checkpoints.vitok_v2 import find_variant, guess_variant
 from vitok_hf.presets import V2_REPOSITORIES, variant_to_config
 from vitok_hf.training.arguments import AutoencoderArguments
 from vitok_hf.training.autoencoder import load_model
@@ -231,7 +232,7 @@ class TestErrors:
                 "quantization_config: not possible .* Load them without, write them by `save_pretrained`",
             ),
             ({"variant": VARIANT, "low_cpu_mem_usage": False}, "low_cpu_mem_usage"),
-            ({"variant": VARIANT, "dtype": "bfloat16"}, "must be a dtype, as torch.bfloat16, .* but is 'bfloat16'"),
+            ({"variant": VARIANT, "dtype": "int8"}, "must be a dtype, as torch.bfloat16, .* but is 'int8'"),
         ],
     )
     def test_arguments(self, kwargs, message):

@@ -190,7 +190,7 @@ class TestErrors:
             ({"num_attention_heads": 16, "sample_frames": 2}, "head size of 2"),
             ({"num_layers": 0}, "`num_layers` must be positive, but is 0"),
             ({"num_classes": -1}, "`num_classes` must be 0 .* but is -1"),
-            ({"num_classes": None}, "`num_classes` must be 0 .* but is None"),
+            ({"num_classes": None}, "`num_classes` must be int .* but is None"),
             ({"sample_size": 5, "patch_size": 2}, "`sample_size` 5 must be a multiple of `patch_size` 2"),
         ],
     )

@@ -1,12 +1,13 @@
 """The weights that are installed with the package, one `from_pretrained` folder each."""
 
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import is_offline_mode
+
+from .strict import check_folder, finite_checked, read_object, to_dtype
 
 
 def list_bundled() -> list[str]:
@@ -24,20 +25,26 @@ def resolve_bundled(name_or_path):
     autoencoder of a bundled pipeline is one, also in a copy.
 
     Raises:
-        ValueError: If there is no such bundled model, or its config differs from that of the folder.
+        ValueError: If it is no name, there is no such bundled model, or its config differs from that of the folder.
     """
+    if not isinstance(name_or_path, (str, os.PathLike)) or not os.fspath(name_or_path):
+        raise ValueError(
+            f"A checkpoint is a folder, a Hub id or a name of {list_bundled()}, but not {name_or_path!r}."
+        )
     root, folder = Path(__file__).parent, Path(name_or_path)
     if not folder.is_dir():
         return str(root / name_or_path) if str(name_or_path) in list_bundled() else name_or_path
-    config = _read_config(folder)
-    if "_bundled" not in config or any(folder.glob("diffusion_pytorch_model*")):
+    if not os.path.lexists(folder / "config.json") or any(folder.glob("diffusion_pytorch_model*")):
+        return name_or_path
+    config = read_object(folder / "config.json")
+    if "_bundled" not in config:
         return name_or_path
     name = config["_bundled"]
     if name not in list_bundled():
         raise ValueError(
             f'"{folder}" has "_bundled": "{name}" in its config.json, but there is only {list_bundled()}.'
         )
-    bundled = _read_config(root / name)
+    bundled = read_object(root / name / "config.json")
     keys = [key for key in config | bundled if not key.startswith("_") and config.get(key) != bundled.get(key)]
     if keys:
         raise ValueError(
@@ -47,15 +54,6 @@ def resolve_bundled(name_or_path):
             + ". Make them equal, or save a model with weights there."
         )
     return str(root / name)
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    """Empty if there is none or it is no JSON object, which diffusers then says."""
-    try:
-        config = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError):
-        return {}
-    return config if isinstance(config, dict) else {}
 
 
 def check_place(folder: str | os.PathLike, subfolder: str | None) -> None:
@@ -74,16 +72,28 @@ def check_place(folder: str | os.PathLike, subfolder: str | None) -> None:
         raise ValueError(f'"{folder}" is a pipeline: name the model in it by `subfolder`, one of {parts}.')
 
 
-def load_strictly(from_pretrained: Callable, name_or_path: str | os.PathLike, **kwargs: Any) -> Any:
-    """What diffusers' `from_pretrained` gives, unless tensors are missing or unexpected, which raises `ValueError`."""
+def load_strictly(
+    from_pretrained: Callable, name_or_path: str | os.PathLike, check_finite: bool = True, **kwargs: Any
+) -> Any:
+    """What diffusers' `from_pretrained` gives, unless something is damaged or does not fit.
+
+    Args:
+        check_finite: Read the weights once more, to see that they are.
+
+    Raises:
+        ValueError: If a file cannot be read, its tensors are missing or unexpected, or a config has wrong values.
+    """
     if is_offline_mode():  # diffusers asks the Hub about sharded weights unless it is told not to
         kwargs["local_files_only"] = True
     output_loading_info = kwargs.pop("output_loading_info", False)
+    kwargs |= {name: to_dtype(kwargs[name]) for name in ("dtype", "torch_dtype") if name in kwargs}
     folder = resolve_bundled(name_or_path)
     check_place(folder, kwargs.get("subfolder"))
-    if kwargs.get("subfolder") and os.path.isdir(folder):
-        folder = resolve_bundled(Path(folder, kwargs.pop("subfolder")))
-    model, info = from_pretrained(folder, output_loading_info=True, **kwargs)
+    if os.path.isdir(folder):
+        folder = resolve_bundled(Path(folder, kwargs.pop("subfolder", None) or ""))
+        check_folder(Path(folder), kwargs.get("variant"))
+    with finite_checked(check_finite):
+        model, info = from_pretrained(folder, output_loading_info=True, **kwargs)
     check_loading_info(info, model.config.get("component"), name_or_path)
     return (model, info) if output_loading_info else model
 

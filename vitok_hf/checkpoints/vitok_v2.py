@@ -20,10 +20,11 @@ from huggingface_hub.errors import (
     HFValidationError,
     LocalEntryNotFoundError,
 )
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import nn
 
 from ..presets import V2_MLP_RATIO, V2_PATTERN, V2_REPOSITORIES, variant_to_config
+from .strict import Header, check_values, finite_checked, read_header, to_dtype
 
 
 TOWERS = ("encoder", "decoder")
@@ -43,8 +44,6 @@ RENAMED_IN_BLOCKS = {
     "ff.net.2.": "ffn.fc2.",
     "residual1.": "layer_scale.",
 }
-
-Header = dict[str, tuple[int, ...]]
 
 
 def author_name(name: str) -> tuple[str, str]:
@@ -112,18 +111,6 @@ def read_parameters(files: dict[str, Path], model: nn.Module) -> Iterator[tuple[
             yield name, to_half_split(part, groups) if groups else part
 
 
-def read_header(path: str | os.PathLike) -> Header:
-    """Names and shapes of the tensors in a safetensors file."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}
-    except (SafetensorError, OSError) as error:
-        raise ValueError(
-            f"{path} cannot be read as safetensors ({error}): it is damaged or its download was cut. Fetch it again, "
-            "with force_download=True if it came from the Hub."
-        ) from error
-
-
 def find_differences(expected: Header, found: Header) -> list[str]:
     """What is missing, unexpected or misshapen in a file, one line each."""
     lines = [f"{key}: missing, expected {shape}" for key, shape in expected.items() if key not in found]
@@ -137,14 +124,18 @@ def find_differences(expected: Header, found: Header) -> list[str]:
 
 def guess_variant(headers: dict[str, Header]) -> str | None:
     """The variant that the shapes in the headers suggest, with temporal patch size 1; `None` if they do not."""
+    try:
+        return _guess_variant(headers)
+    except (KeyError, IndexError, ZeroDivisionError):  # they are of another architecture, or damaged
+        return None
+
+
+def _guess_variant(headers: dict[str, Header]) -> str:
     sizes = {}
     for tower, header in headers.items():
-        try:
-            width = header[f"{RENAMED[tower]['proj_in.']}weight"][0]
-            head_dim = header[f"{tower}_blocks.0.attn.norm_q.weight"][0]
-            mlp_ratio = header[f"{tower}_blocks.0.ffn.fc2.weight"][1] / width
-        except KeyError:
-            return None
+        width = header[f"{RENAMED[tower]['proj_in.']}weight"][0]
+        head_dim = header[f"{tower}_blocks.0.attn.norm_q.weight"][0]
+        mlp_ratio = header[f"{tower}_blocks.0.ffn.fc2.weight"][1] / width
         depth = len({key.split(".")[1] for key in header if key.startswith(f"{tower}_blocks.")})
         default = (int(V2_MLP_RATIO * width) + 8) // 16 * 16
         suffix = "" if round(mlp_ratio * width) == default else f"_m{mlp_ratio:g}"
@@ -271,6 +262,7 @@ def load_vitok_v2(
     low_cpu_mem_usage: bool | None = None,
     use_safetensors: bool | None = None,
     output_loading_info: bool = False,
+    check_finite: bool = True,
     **hub_kwargs: Any,
 ) -> nn.Module:
     """Loads the author's weights: the model is built without memory, each tensor goes straight to its place and dtype.
@@ -283,10 +275,12 @@ def load_vitok_v2(
         torch_dtype, dtype: Of the weights, by default float32; `"auto"` keeps that of the files.
         device_map, max_memory, offload_folder: As in diffusers.
         low_cpu_mem_usage, use_safetensors: As they are always set here; other values are refused.
+        check_finite: See `load_strictly`.
         hub_kwargs: `HUB_ARGUMENTS`.
 
     Raises:
-        ValueError: If a tensor is missing, unexpected or misshapen, a file is damaged, or the variant is unknown.
+        ValueError: If a tensor is missing, unexpected, misshapen or not finite, a file is damaged, or the variant is
+            unknown.
         OSError: If a file cannot be found or fetched.
     """
     hub_kwargs = {name: value for name, value in hub_kwargs.items() if name in HUB_ARGUMENTS or value}
@@ -298,9 +292,7 @@ def load_vitok_v2(
     if low_cpu_mem_usage is False or use_safetensors is False:
         raise ValueError("The author's ViTok-v2 weights are read with low_cpu_mem_usage and use_safetensors only.")
     dtype = dtype if dtype is not None else torch_dtype
-    dtype = torch.get_default_dtype() if dtype is None else dtype
-    if dtype != "auto" and not isinstance(dtype, torch.dtype):
-        raise ValueError(f'`dtype` must be a dtype, as torch.bfloat16, or "auto", but is {dtype!r}.')
+    dtype = dtype if dtype == "auto" else to_dtype(dtype) or torch.get_default_dtype()
     if component not in (None, *TOWERS):
         raise ValueError(f'`component` must be "encoder", "decoder" or None (both), but is {component!r}.')
     files = fetch_vitok_v2(name_or_path, [component] if component else TOWERS, **hub_kwargs)
@@ -317,6 +309,8 @@ def load_vitok_v2(
             copy=not rotary_groups(name, model.config),  # the others are a copy already, not a view of the file
         )
         set_module_tensor_to_device(model, name, tensor.device, value=tensor, dtype=tensor.dtype)
+    with finite_checked(check_finite):
+        check_values(model, name_or_path)
     if device_map is not None:
         dispatch_model(model, device_map=device_map, offload_dir=offload_folder)
     model.register_to_config(_name_or_path=str(name_or_path))

@@ -39,7 +39,7 @@ def load_autoencoder(name_or_path: str | os.PathLike, subfolder: str | None = No
     place = {} if subfolder is None else {"subfolder": subfolder}
     if is_vitok_v2(source, **place):
         return AutoencoderViTok.from_pretrained(name_or_path, **place, **kwargs)
-    class_name = AutoencoderViTok.load_config(source, **place).get("_class_name")
+    class_name = diffusers.AutoencoderKL.load_config(source, **place).get("_class_name")
     if class_name == AutoencoderViTok.__name__:
         return AutoencoderViTok.from_pretrained(name_or_path, **place, **kwargs)
     cls = getattr(diffusers, class_name or "", None)

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from ..checkpoints import check_place, load_strictly, resolve_bundled
 from ..checkpoints.vitok_v2 import HUB_ARGUMENTS, is_vitok_v2, load_vitok_v2
 from ..presets import V2_PATTERN, variant_to_config
-from .configuration import ViTokConfig, check_config, check_input
+from .configuration import ViTokConfig, check_config, check_input, is_derived
 from .layers import SavingMixin, ViTokTower, patchify, unpatchify
 from .memory import MemoryMixin, apply_tiled, make_tiling
 from .posterior import PosteriorList, ViTokOutput, ViTokPosterior
@@ -57,8 +57,9 @@ class AutoencoderViTok(SavingMixin, ModelMixin, MemoryMixin, AutoencoderMixin, A
 
     Raises:
         ValueError: If a hidden size is not divisible by its number of heads, the head size cannot hold the rotary
-            axes, a size is not positive, `latents_mean` or `latents_std` do not have `latent_channels` entries,
-            `latent_norm` and `variational` are both set, or there is no such `component`.
+            axes, a number is not finite or out of range (sizes are positive, and at most 65,536), an argument is of
+            another type, `latents_mean` or `latents_std` do not have `latent_channels` entries, `latent_norm` and
+            `variational` are both set, or there is no such `component`.
     """
 
     _supports_gradient_checkpointing = True
@@ -98,7 +99,7 @@ class AutoencoderViTok(SavingMixin, ModelMixin, MemoryMixin, AutoencoderMixin, A
         component: str | None = None,
     ):
         super().__init__()
-        check_config(self.config)
+        self.check_config(self.config)
         self.is_image_model = self.config.is_image_model
         pixels = in_channels * temporal_patch_size * patch_size**2
         block_kwargs = {
@@ -134,6 +135,15 @@ class AutoencoderViTok(SavingMixin, ModelMixin, MemoryMixin, AutoencoderMixin, A
         self.tiling = make_tiling(self.config)
         self._init_weights()
 
+    @classmethod
+    def check_config(cls, config: dict[str, Any]) -> None:
+        """Raises `ValueError` for what the constructor does not allow."""
+        check_config(ViTokConfig(config), cls.__init__)
+
+    @classmethod
+    def has_entry(cls, name: str) -> bool:
+        return super().has_entry(name) or is_derived(name)
+
     def _init_weights(self):
         for tower in self.children():
             for name, parameter in tower.named_parameters():
@@ -148,8 +158,7 @@ class AutoencoderViTok(SavingMixin, ModelMixin, MemoryMixin, AutoencoderMixin, A
 
     def register_to_config(self, **kwargs):
         """As in diffusers; ignores entries that the config derives from others."""
-        derived = [name for name in kwargs if isinstance(getattr(ViTokConfig, name, None), property)]
-        super().register_to_config(**{name: value for name, value in kwargs.items() if name not in derived})
+        super().register_to_config(**{name: value for name, value in kwargs.items() if not is_derived(name)})
         self._internal_dict = ViTokConfig(self._internal_dict)
 
     @property
@@ -211,11 +220,14 @@ class AutoencoderViTok(SavingMixin, ModelMixin, MemoryMixin, AutoencoderMixin, A
                 author's weights only that half is downloaded.
             variant (`str`, *optional*): As in diffusers (`"fp16"`). For the author's weights the architecture
                 (`"Ld4-Ld24/1x16x64"`), needed if the name of the repository or folder does not tell.
+            dtype (`torch.dtype` or `str`, *optional*): Also by name (`"bfloat16"`).
+            check_finite (`bool`, defaults to `True`): Look at all weights for values that are not finite.
             kwargs: As in diffusers. Those that the author's weights can be loaded with are in `load_vitok_v2`.
 
         Raises:
-            ValueError: If a tensor is missing, unexpected or misshapen, a file is truncated, the architecture is
-                unknown, or a folder has no such `subfolder`.
+            ValueError: If a tensor is missing, unexpected, misshapen, of no float dtype or not finite, a file is
+                damaged, the config has unknown entries or wrong values, the architecture is unknown, or a folder has
+                no such `subfolder`.
             OSError: If a file cannot be found or fetched.
         """
         name_or_path = resolve_bundled(pretrained_model_name_or_path)

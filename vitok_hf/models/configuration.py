@@ -1,8 +1,10 @@
+from collections.abc import Callable
 from operator import itemgetter
 
 import torch
 from diffusers.configuration_utils import FrozenDict
 
+from ..checkpoints.strict import check_types
 from .layers import split_rotary_pairs
 
 
@@ -50,13 +52,41 @@ class ViTokConfig(FrozenDict):
         return (False,) * (spatial - temporal) + (True,) * temporal
 
 
-def check_config(config: ViTokConfig) -> None:
-    """Raises `ValueError` for what the constructor of `AutoencoderViTok` does not allow."""
+def is_derived(name: str) -> bool:
+    """Whether an entry of configs, as other VAEs have it, follows from others in this one."""
+    return isinstance(getattr(ViTokConfig, name, None), property)
+
+
+# The largest values of entries by the end of their names: a model of a damaged config would fill all memory.
+MAX_VALUES = {
+    "_frames": 2**16,
+    "_size": 2**16,
+    "_channels": 2**16,
+    "_layers": 2**10,
+    "_heads": 2**10,
+    "_classes": 2**24,
+    "mlp_ratio": 2**6,
+}
+
+
+def check_numbers(config: FrozenDict, constructor: Callable) -> None:
+    """Raises `ValueError` for entries of other types than the constructor's arguments, or out of their range."""
+    check_types(config, constructor)
     for name, value in config.items():
-        if name.endswith(("_size", "_channels", "_layers", "_heads", "_frames")) and value < 1:
-            raise ValueError(f"`{name}` must be positive, but is {value}.")
-    if not config.mlp_ratio > 0:
-        raise ValueError(f"`mlp_ratio` must be positive, but is {config.mlp_ratio}.")
+        maximum = next((MAX_VALUES[end] for end in MAX_VALUES if name.endswith(end)), None)
+        if maximum is None or value is None or (name == "num_classes" and value == 0):
+            continue
+        if not value > 0:
+            raise ValueError(
+                f"`{name}` must be {'0 (unconditional) or ' if name == 'num_classes' else ''}positive, but is {value}."
+            )
+        if value > maximum:
+            raise ValueError(f"`{name}` must be at most {maximum}, but is {value}.")
+
+
+def check_config(config: ViTokConfig, constructor: Callable) -> None:
+    """Raises `ValueError` for what the constructor of `AutoencoderViTok` does not allow."""
+    check_numbers(config, constructor)
     for tower in ("encoder", "decoder"):
         size, heads = config[f"{tower}_hidden_size"], config[f"{tower}_num_attention_heads"]
         if size % heads:
@@ -64,6 +94,11 @@ def check_config(config: ViTokConfig) -> None:
                 f"`{tower}_hidden_size` {size} must be divisible by `{tower}_num_attention_heads` {heads}."
             )
         split_rotary_pairs(size // heads, 2 if config.is_image_model else 3)
+    if not (config.scaling_factor > 0 and all(value > 0 for value in config.latents_std or ())):
+        raise ValueError(
+            "`scaling_factor` and `latents_std` must be positive, but are "
+            f"{config.scaling_factor} and {config.latents_std}."
+        )
     for name in ("latents_mean", "latents_std"):
         if config[name] is not None and len(config[name]) != config.latent_channels:
             raise ValueError(

@@ -5,6 +5,7 @@ Sequences of different lengths are packed into one, (1, L, D). `packing` says wh
 of sequences and their grid, for each run of equal ones, `[(B, grid)]` for an ordinary batch.
 """
 
+import inspect
 import itertools
 import math
 from collections.abc import Callable
@@ -19,6 +20,8 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.utils.torch_utils import is_compiled_module
 from einops import rearrange
 from torch import nn
+
+from ..checkpoints.strict import check_config_file, check_shards, check_values
 
 
 def patchify(video: torch.Tensor, temporal_patch_size: int, patch_size: int, frames_per_item: int) -> torch.Tensor:
@@ -248,6 +251,26 @@ class SavingMixin(PeftAdapterMixin):
     Adding an adapter and loading weights unfuse the projections, whose weights are copies. Whoever changes weights in
     place fuses them again.
     """
+
+    @classmethod
+    def load_config(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+        loaded = super().load_config(pretrained_model_name_or_path, **kwargs)
+        check_config_file(cls, loaded[0] if isinstance(loaded, tuple) else loaded, pretrained_model_name_or_path)
+        return loaded
+
+    @classmethod
+    def has_entry(cls, name: str) -> bool:
+        """Whether a config may have this entry."""
+        return name in inspect.signature(cls.__init__).parameters
+
+    @classmethod
+    def _load_pretrained_model(cls, model, state_dict, files, name_or_path, loaded_keys, **kwargs: Any) -> Any:
+        if kwargs.get("hf_quantizer") is not None:  # others than floats, under other names
+            return super()._load_pretrained_model(model, state_dict, files, name_or_path, loaded_keys, **kwargs)
+        check_shards([file for file in files if str(file).endswith(".safetensors")], loaded_keys)
+        loaded = super()._load_pretrained_model(model, state_dict, files, name_or_path, loaded_keys, **kwargs)
+        check_values(model, name_or_path)
+        return loaded
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         with uncompiled(self):

@@ -1,5 +1,6 @@
 import dataclasses
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch.nn import functional as F
 
 from ..checkpoints import load_strictly
 from ..presets import dit_variant_to_config
+from .configuration import check_numbers
 from .layers import (
     Packing,
     RMSNorm,
@@ -31,15 +33,9 @@ from .layers import (
 TIMESTEP_CHANNELS = 256  # sines and cosines of the timestep, as in DiT
 
 
-def check_dit_config(config: FrozenDict) -> None:
+def check_dit_config(config: FrozenDict, constructor: Callable) -> None:
     """Raises `ValueError` for what the constructor of `ViTokDiTModel` does not allow."""
-    for name, value in config.items():
-        if name.endswith(("_size", "_channels", "_layers", "_heads", "_frames")) and value is not None and value < 1:
-            raise ValueError(f"`{name}` must be positive, but is {value}.")
-    if not config.mlp_ratio > 0:
-        raise ValueError(f"`mlp_ratio` must be positive, but is {config.mlp_ratio}.")
-    if not isinstance(config.num_classes, int) or config.num_classes < 0:
-        raise ValueError(f"`num_classes` must be 0 (unconditional) or more, but is {config.num_classes}.")
+    check_numbers(config, constructor)
     size, heads = config.hidden_size, config.num_attention_heads
     if size % heads:
         raise ValueError(f"`hidden_size` {size} must be divisible by `num_attention_heads` {heads}.")
@@ -128,7 +124,8 @@ class ViTokDiTModel(SavingMixin, ModelMixin, AttentionMixin, CacheMixin, ConfigM
 
     Raises:
         ValueError: If `hidden_size` is not divisible by `num_attention_heads`, the head size cannot hold the rotary
-            axes, a size is not positive, `num_classes` is negative, or `sample_size` is no multiple of `patch_size`.
+            axes, a number is not finite or out of range, an argument is of another type, or `sample_size` is no
+            multiple of `patch_size`.
     """
 
     _supports_gradient_checkpointing = True
@@ -153,7 +150,7 @@ class ViTokDiTModel(SavingMixin, ModelMixin, AttentionMixin, CacheMixin, ConfigM
         qk_norm: bool = False,
     ):
         super().__init__()
-        check_dit_config(self.config)
+        self.check_config(self.config)
         self.is_image_model = sample_frames == 1
         self.out_channels = in_channels if out_channels is None else out_channels
         self.time_proj = Timesteps(TIMESTEP_CHANNELS, flip_sin_to_cos=True, downscale_freq_shift=0)
@@ -168,6 +165,11 @@ class ViTokDiTModel(SavingMixin, ModelMixin, AttentionMixin, CacheMixin, ConfigM
         self.proj_out = nn.Linear(hidden_size, self.out_channels * patch_size**2)
         self.gradient_checkpointing = False
         self._init_weights()
+
+    @classmethod
+    def check_config(cls, config: dict[str, Any]) -> None:
+        """Raises `ValueError` for what the constructor does not allow."""
+        check_dit_config(FrozenDict(config), cls.__init__)
 
     def _init_weights(self):
         for name, parameter in self.named_parameters():
@@ -195,8 +197,11 @@ class ViTokDiTModel(SavingMixin, ModelMixin, AttentionMixin, CacheMixin, ConfigM
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> "ViTokDiTModel":
         """As in diffusers; also from a bundled pipeline (`vitok_hf.list_bundled()`), with `subfolder="transformer"`.
 
+        `dtype` may be a name, as `"bfloat16"`; `check_finite=False` leaves out the look at all weights.
+
         Raises:
-            ValueError: If a tensor is missing, unexpected or misshapen.
+            ValueError: If a tensor is missing, unexpected, misshapen, of no float dtype or not finite, a file is
+                damaged, or the config has unknown entries or wrong values.
             OSError: If a file cannot be found or fetched.
         """
         return load_strictly(super().from_pretrained, pretrained_model_name_or_path, **kwargs)

@@ -1,14 +1,25 @@
 """What `ViTokDiTPipeline` does not take: each check raises a `ValueError` that says what to do."""
 
+import copy
 import inspect
 import math
+import os
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import diffusers
+import torch
 from diffusers import DDPMParallelScheduler, DDPMScheduler, SchedulerMixin
 from diffusers.utils import logging
 
+from ..checkpoints.strict import check_types, has_type, read_object
+
 
 logger = logging.get_logger(__name__)
+
+MAX_TIMESTEPS = 100_000
+TRIAL_STEPS = 10
 
 DISCRETE = "its samples are discrete tokens"
 # Those whose `step` can be called as that of others, but does something else.
@@ -108,3 +119,54 @@ def check_scheduler(scheduler: SchedulerMixin, eta: float | None, predicts_varia
             f'{name} has variance_type="{scheduler.config.variance_type}", but {reason}: make it with another, '
             '"fixed_small" for DDPM, None for others.'
         )
+
+
+def check_folder(folder: str | os.PathLike, constructor: Callable) -> None:
+    """Raises `ValueError`, with the name of the file, for what is damaged in the configs of a saved pipeline."""
+    path = Path(folder, "model_index.json")
+    if not os.path.lexists(path):
+        return  # diffusers says so
+    config, parameters = read_object(path), inspect.signature(constructor).parameters
+    if unknown := [name for name in config if not name.startswith("_") and name not in parameters]:
+        raise ValueError(f'"{path}" has entries that do not exist, {unknown}: it is damaged, or of another pipeline.')
+    for name, value in config.items():
+        if name in parameters and name != "id2label" and (not has_type(value, list[str | None]) or len(value) != 2):
+            raise ValueError(f'"{path}" must name library and class of "{name}", but has {value!r}.')
+    _, scheduler_name = config.get("scheduler", (None, None))
+    path = Path(folder, "scheduler", "scheduler_config.json")
+    if scheduler_name is not None and os.path.lexists(path):
+        scheduler_class = getattr(diffusers, scheduler_name, None)
+        try:
+            check_scheduler_config(read_object(path), scheduler_class and scheduler_class.__init__)
+        except ValueError as error:
+            raise ValueError(f'The config of "{path}" does not fit: {error}') from error
+
+
+def check_scheduler_config(config: dict[str, Any], constructor: Callable | None) -> None:
+    """Raises `ValueError` for values of other types than those of the constructor, or with which nothing ends."""
+    if constructor is not None:
+        parameters = inspect.signature(constructor).parameters
+        check_types({name: value for name, value in config.items() if name in parameters}, constructor, simple=True)
+    steps = config.get("num_train_timesteps", 1)
+    if not has_type(steps, int) or not 1 <= steps <= MAX_TIMESTEPS:
+        raise ValueError(f"`num_train_timesteps` must be from 1 to {MAX_TIMESTEPS}, but is {steps!r}.")
+    for name in ("beta_start", "beta_end"):
+        if name in config and not (has_type(config[name], float) and 0 <= config[name] < 1):
+            raise ValueError(f"`{name}` must be from 0 to less than 1, but is {config[name]!r}.")
+
+
+def check_scheduler_works(scheduler: SchedulerMixin) -> None:
+    """Raises `ValueError` for a scheduler that its config does not let step, which it would say in a call only."""
+    if why_unsupported(scheduler) or (has_learned_variance(scheduler) and not takes_variance(scheduler)):
+        return  # which `check_scheduler` says
+    trial, latents = copy.deepcopy(scheduler), torch.zeros(1, 1, 2, 2)
+    options = {"mu": 1.0} if scheduler.config.get("use_dynamic_shifting") else {}
+    prediction = torch.zeros(1, 2, 2, 2) if takes_variance(scheduler) else latents
+    try:
+        trial.set_timesteps(TRIAL_STEPS, **options)
+        trial.step(prediction, trial.timesteps[0], latents)
+    except (NotImplementedError, ValueError, TypeError) as error:
+        raise ValueError(
+            f"{type(scheduler).__name__} does not work with its config ({error}): correct its scheduler_config.json, "
+            "or make it with other arguments."
+        ) from error

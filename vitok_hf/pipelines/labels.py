@@ -4,6 +4,16 @@ import difflib
 from typing import Any
 
 
+def check_labels(id2label: dict[int, str] | dict[str, str]) -> dict[int, str]:
+    """Ids, of which JSON makes strings, as numbers; raises `ValueError` for what is no id or no name, or twice."""
+    labels = {}
+    for index, text in id2label.items() if isinstance(id2label, dict) else [(None, id2label)]:
+        if isinstance(index, bool) or not str(index).isdecimal() or not isinstance(text, str) or int(index) in labels:
+            raise ValueError(f"`id2label` must have an id and a name for each class, but has {index!r}: {text!r}.")
+        labels[int(index)] = text
+    return labels
+
+
 def label_names(text: str) -> list[str]:
     """Those of an entry of `id2label`: ImageNet's "tench, Tinca tinca" has two."""
     return [name.strip() for name in text.split(",")]

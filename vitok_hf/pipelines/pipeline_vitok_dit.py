@@ -16,10 +16,20 @@ from diffusers.video_processor import VideoProcessor
 from PIL import Image
 
 from ..checkpoints import resolve_bundled
+from ..checkpoints.strict import finite_checked, to_dtype
 from ..latents import denormalize_latents
 from ..models import AutoencoderViTok, ViTokDiTModel
-from .checks import check_counts, check_guidance, check_scheduler, check_timesteps, takes_variance, warn_of_clipping
-from .labels import label_table, to_label_ids
+from .checks import (
+    check_counts,
+    check_folder,
+    check_guidance,
+    check_scheduler,
+    check_scheduler_works,
+    check_timesteps,
+    takes_variance,
+    warn_of_clipping,
+)
+from .labels import check_labels, label_table, to_label_ids
 from .model_card import add_usage
 
 
@@ -73,9 +83,11 @@ class ViTokDiTPipeline(DiffusionPipeline):
         id2label: dict[int, str] | dict[str, str] | None = None,
     ):
         super().__init__()
-        id2label = {int(index): text for index, text in (id2label or {}).items()}  # JSON made strings of the ids
+        id2label = check_labels(id2label or {})
         if transformer is not None:
             self._check_models(transformer.config, vae, id2label)
+        if scheduler is not None:
+            check_scheduler_works(scheduler)
         self.register_modules(transformer=transformer, vae=vae, scheduler=scheduler)
         self.register_to_config(id2label=id2label)
         self.labels = label_table(id2label)
@@ -102,8 +114,25 @@ class ViTokDiTPipeline(DiffusionPipeline):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> "ViTokDiTPipeline":
-        """As in diffusers, and also the name of a bundled pipeline (`vitok_hf.list_bundled()`), without network."""
-        return super().from_pretrained(resolve_bundled(pretrained_model_name_or_path), **kwargs)
+        """As in diffusers, and also the name of a bundled pipeline (`vitok_hf.list_bundled()`), without network.
+
+        `dtype` may be a name, as `"bfloat16"`; `check_finite=False` leaves out the look at all weights.
+
+        Raises:
+            ValueError: If a file is damaged, or does not fit the others.
+            OSError: If a file cannot be found or fetched.
+        """
+        for name in {"dtype", "torch_dtype"} & set(kwargs):
+            dtype = kwargs[name]
+            parts = {part: to_dtype(value) for part, value in dtype.items()} if isinstance(dtype, dict) else {}
+            kwargs[name] = parts or to_dtype(dtype)
+        with finite_checked(kwargs.pop("check_finite", True)):
+            return super().from_pretrained(resolve_bundled(pretrained_model_name_or_path), **kwargs)
+
+    @classmethod
+    def load_config(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Any:
+        check_folder(pretrained_model_name_or_path, cls.__init__)
+        return super().load_config(pretrained_model_name_or_path, **kwargs)
 
     def _upload_folder(self, working_dir: str | os.PathLike, repo_id: str, **kwargs: Any) -> Any:
         """Both ways to push end here: the model card is there, and says how to use the pipeline when it leaves."""

@@ -1,0 +1,215 @@
+"""Strict reading of checkpoints, which may be damaged or of strangers: JSON files, configs, and tensors.
+
+What is wrong raises a `ValueError` that names the file and the key. Nothing here runs code of a checkpoint.
+"""
+
+import inspect
+import json
+import math
+import numbers
+import os
+import types
+import typing
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME
+from diffusers.utils.hub_utils import _add_variant
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+
+Header = dict[str, tuple[int, ...]]
+
+FLOATS = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}
+DTYPES = {name: getattr(torch, name) for name in ("float64", "float32", "bfloat16", "float16", "float8_e4m3fn")}
+MAX_JSON_BYTES = 2**26
+DAMAGED = "it is damaged or its download was cut. Fetch it again, with force_download=True if it came from the Hub."
+
+_checks_values: ContextVar[bool] = ContextVar("checks_values", default=True)
+
+
+@contextmanager
+def finite_checked(check: bool):
+    """Whether `check_values` does anything in this block."""
+    if not isinstance(check, bool):
+        raise ValueError(f"`check_finite` must be True or False, but is {check!r}.")
+    token = _checks_values.set(check)
+    try:
+        yield
+    finally:
+        _checks_values.reset(token)
+
+
+def check_file(path: str | os.PathLike) -> Path:
+    """Raises `ValueError` for pipes, folders and the like, on which reading may never end."""
+    if not Path(path).is_file():
+        state = "is no regular file" if os.path.lexists(path) else "is missing"
+        raise ValueError(f'"{path}" {state}: put the file of the checkpoint in its place.')
+    return Path(path)
+
+
+def read_json(path: str | os.PathLike) -> Any:
+    """What a JSON file holds; raises `ValueError`, naming the file, if it is damaged or something else."""
+    if check_file(path).stat().st_size > MAX_JSON_BYTES:
+        raise ValueError(f'"{path}" has more than {MAX_JSON_BYTES} bytes, too many for a JSON file of a checkpoint.')
+    try:
+        return json.loads(Path(path).read_text())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f'"{path}" is no JSON file, or damaged ({error}): correct it, or name another.') from error
+
+
+def read_object(path: str | os.PathLike) -> dict[str, Any]:
+    """As `read_json`, of a file that holds an object."""
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise ValueError(f'"{path}" must hold a JSON object, but holds {_shorten(content)}: correct it.')
+    return content
+
+
+def _shorten(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 100 else text[:100] + "..."
+
+
+def has_type(value: Any, annotation: Any) -> bool:
+    """Whether a value of a config is what the annotation says; a bool is no number, and numbers are finite."""
+    if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union:
+        return any(has_type(value, kind) for kind in typing.get_args(annotation))
+    if typing.get_origin(annotation) is list:
+        (kind,) = typing.get_args(annotation)
+        return isinstance(value, (list, tuple)) and all(has_type(item, kind) for item in value)
+    if annotation in (int, float):
+        kind = numbers.Integral if annotation is int else numbers.Real
+        return isinstance(value, kind) and not isinstance(value, bool) and abs(value) < math.inf
+    return isinstance(value, typing.get_origin(annotation) or annotation)
+
+
+SIMPLE = (int, float, bool, str, types.NoneType, list[float], list[int])
+
+
+def check_types(config: dict[str, Any], constructor: Callable, simple: bool = False) -> None:
+    """Raises `ValueError` for entries that are not of the types that the arguments of a constructor have.
+
+    With `simple`, annotations with other types than numbers, strings and their lists are left out.
+    """
+    for name, parameter in inspect.signature(constructor).parameters.items():
+        kinds = typing.get_args(parameter.annotation) or (parameter.annotation,)
+        if name not in config or config[name] == parameter.default or (simple and not set(kinds) <= set(SIMPLE)):
+            continue
+        if not has_type(config[name], parameter.annotation):
+            kind = getattr(parameter.annotation, "__name__", str(parameter.annotation))
+            raise ValueError(f"`{name}` must be {kind} (numbers finite), but is {_shorten(config[name])}.")
+
+
+def to_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """A dtype by its name, as "bfloat16", or the argument itself; raises `ValueError` for what is none."""
+    if isinstance(dtype, str) and dtype.removeprefix("torch.") in DTYPES:
+        return DTYPES[dtype.removeprefix("torch.")]
+    if dtype is None or (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        return dtype
+    raise ValueError(
+        f"`dtype` must be a dtype, as torch.bfloat16, or the name of one of {[*DTYPES]}, but is {dtype!r}."
+    )
+
+
+def read_header(path: str | os.PathLike) -> Header:
+    """Names and shapes of the tensors in a safetensors file, which must be of floats."""
+    try:
+        with safe_open(check_file(path), framework="pt") as file:
+            slices = {key: file.get_slice(key) for key in file.keys()}
+            dtypes = {key: part.get_dtype() for key, part in slices.items()}
+            header = {key: tuple(part.get_shape()) for key, part in slices.items()}
+    except (SafetensorError, OSError, UnicodeError) as error:
+        raise ValueError(f"{path} cannot be read as safetensors ({error}): {DAMAGED}") from error
+    for key, dtype in dtypes.items():
+        if dtype not in FLOATS:
+            raise ValueError(f'"{path}" holds "{key}" as {dtype}, but weights are one of {sorted(FLOATS)}: {DAMAGED}')
+    return header
+
+
+def list_weights(folder: Path, variant: str | None) -> list[Path]:
+    """The safetensors files that diffusers loads from a folder, none if there are others only."""
+    index = folder / _add_variant(SAFE_WEIGHTS_INDEX_NAME, variant)
+    if not os.path.lexists(index):
+        single = folder / _add_variant(SAFETENSORS_WEIGHTS_NAME, variant)
+        return [single] if os.path.lexists(single) else []
+    content = read_object(index)
+    weight_map = content.get("weight_map")
+    if not isinstance(content.get("metadata"), dict) or not has_type([*_values(weight_map)], list[str]):
+        raise ValueError(f'"{index}" must have "metadata" and "weight_map", objects, the second of names of files.')
+    for name, file in weight_map.items():
+        if Path(file).name != file:
+            raise ValueError(f'"{index}" has "{name}" in "{file}", which leaves the folder: {DAMAGED}')
+    return [folder / file for file in sorted(set(weight_map.values()))]
+
+
+def _values(content: Any) -> Iterator[Any]:
+    return iter(content.values() if isinstance(content, dict) and content else [None])
+
+
+def check_folder(folder: Path, variant: str | None) -> None:
+    """Raises `ValueError` if a file of a model in diffusers' layout cannot be read."""
+    if not os.path.lexists(folder / "config.json"):
+        return  # diffusers says so
+    if "quantization_config" in read_object(folder / "config.json"):
+        return
+    for file in list_weights(folder, variant):
+        read_header(file)
+
+
+def check_shards(files: Collection[Path], listed: Collection[str]) -> None:
+    """Raises `ValueError` unless safetensors files are whole, and hold each tensor of their index, each once."""
+    places = {}
+    for file in files:
+        for name in read_header(file):
+            if name in places:
+                raise ValueError(f'"{file}" holds "{name}", which is in "{places[name]}" too: {DAMAGED}')
+            places[name] = file
+    if lost := sorted(set(listed) - set(places)):
+        more = ", ..." if lost[5:] else ""
+        raise ValueError(f"The index of {files} lists {', '.join(lost[:5])}{more}, which no file holds: {DAMAGED}")
+
+
+@torch.no_grad()
+def check_values(model: nn.Module, source: str | os.PathLike) -> None:
+    """Raises `ValueError` if a weight is not finite; one pass over those in memory, unless it is turned off."""
+    if not _checks_values.get():
+        return
+    by_device: dict[torch.device, dict[str, torch.Tensor]] = {}
+    for name, weight in model.state_dict().items():
+        if weight.device.type != "meta" and weight.numel():
+            weight = weight.float() if weight.itemsize == 1 else weight  # fp8 has no extremes
+            by_device.setdefault(weight.device, {})[name] = torch.stack(weight.aminmax()).float()
+    for extremes in by_device.values():
+        for name, finite in zip(extremes, torch.stack([*extremes.values()]).isfinite().all(dim=1).tolist()):
+            if not finite:
+                dtype = str(model.get_parameter(name).dtype).removeprefix("torch.")
+                raise ValueError(
+                    f'The weights of "{source}" are not finite in "{name}" as {dtype}: load them in another dtype, or '
+                    "fetch or train them again (check_finite=False loads them all the same)."
+                )
+
+
+def check_config_file(model_class: type, config: Any, path: str | os.PathLike) -> None:
+    """Raises `ValueError`, with the name of the file, for a config that the constructor would not take."""
+    if not isinstance(config, dict):
+        raise ValueError(f'The config of "{path}" must be a JSON object, but is {_shorten(config)}.')
+    parameters = inspect.signature(model_class.__init__).parameters
+    defaults = {name: parameter.default for name, parameter in parameters.items() if name != "self"}
+    if not has_type(config.get("_use_default_values", []), list[str]):
+        raise ValueError(f'`_use_default_values` in the config of "{path}" must be a list of names: leave it out.')
+    public = [name for name in config if not name.startswith("_") and name != "quantization_config"]
+    if unknown := [name for name in public if not model_class.has_entry(name)]:
+        raise ValueError(
+            f'The config of "{path}" has entries that do not exist, {unknown}: it is damaged, or of another class or '
+            "version, by which it can be loaded."
+        )
+    try:
+        model_class.check_config(defaults | {name: value for name, value in config.items() if name in defaults})
+    except ValueError as error:
+        raise ValueError(f'The config of "{path}" does not fit: {error}') from error
