@@ -157,7 +157,7 @@ def write_vitok_v2(args: argparse.Namespace, hub: dict[str, str | None], folder:
     if foreign:
         raise ValueError(f"{args.source} has no ViTok-v2 architecture: {', '.join(foreign)} differ.")
     files = list_weights(source, variant=None)
-    check_shards(files, ())
+    check_shards(files, (), {})
     state_dict = {}
     for file in files:
         state_dict |= load_file(file)

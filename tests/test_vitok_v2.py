@@ -263,7 +263,7 @@ class TestConversion:
         def mix(tensors):
             for key in tensors:
                 if "weight" in key:
-                    tensors[key] = tensors[key].to(torch.bfloat16 if "qkv" in key else torch.float16)
+                    tensors[key] = tensors[key].to(torch.bfloat16 if "qkv" in key else torch.float32)
 
         for file in FILES:
             change(author_folder, file, mix)

@@ -5,6 +5,7 @@ in `folder` and returns its outcome. `python -m tests.faults` runs all and print
 """
 
 import re
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 
@@ -24,6 +25,15 @@ def judge(error: BaseException, *names: str) -> str:
     """Whether an error is clear: a `ValueError`, or an `OSError` that is no bare one, which has one of the names."""
     clear = isinstance(error, (ValueError, OSError)) and any(re.search(name, str(error)) for name in names)
     return "clear" if clear else "unclear"
+
+
+def limited(run: Callable[[], str], seconds: float = 20.0) -> str:
+    """The outcome of a case, which is "hanging" if there is none in this time."""
+    outcomes = []
+    thread = threading.Thread(target=lambda: outcomes.append(run()), daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return outcomes[0] if outcomes else "hanging" if thread.is_alive() else "unclear"
 
 
 def run_cases(cases: Iterator[Case]) -> tuple[Counter, list[str]]:

@@ -28,9 +28,7 @@ def resolve_bundled(name_or_path):
         ValueError: If it is no name, there is no such bundled model, or its config differs from that of the folder.
     """
     if not isinstance(name_or_path, (str, os.PathLike)) or not os.fspath(name_or_path):
-        raise ValueError(
-            f"A checkpoint is a folder, a Hub id or a name of {list_bundled()}, but not {name_or_path!r}."
-        )
+        raise ValueError(f"A checkpoint is a folder, a Hub id or one of {list_bundled()}, but not {name_or_path!r}.")
     root, folder = Path(__file__).parent, Path(name_or_path)
     if not folder.is_dir():
         return str(root / name_or_path) if str(name_or_path) in list_bundled() else name_or_path
@@ -73,12 +71,12 @@ def check_place(folder: str | os.PathLike, subfolder: str | None) -> None:
 
 
 def load_strictly(
-    from_pretrained: Callable, name_or_path: str | os.PathLike, check_finite: bool = True, **kwargs: Any
+    from_pretrained: Callable, name_or_path: str | os.PathLike, check_finite: bool | None = None, **kwargs: Any
 ) -> Any:
     """What diffusers' `from_pretrained` gives, unless something is damaged or does not fit.
 
     Args:
-        check_finite: Read the weights once more, to see that they are.
+        check_finite: Look at all weights, by default, unless it is of a pipeline that is loaded without.
 
     Raises:
         ValueError: If a file cannot be read, its tensors are missing or unexpected, or a config has wrong values.

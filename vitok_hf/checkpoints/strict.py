@@ -10,7 +10,7 @@ import numbers
 import os
 import types
 import typing
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
@@ -34,11 +34,11 @@ _checks_values: ContextVar[bool] = ContextVar("checks_values", default=True)
 
 
 @contextmanager
-def finite_checked(check: bool):
-    """Whether `check_values` does anything in this block."""
-    if not isinstance(check, bool):
+def finite_checked(check: bool | None):
+    """Whether `check_values` does anything in this block; `None`: as outside of it."""
+    if check not in (None, True, False):
         raise ValueError(f"`check_finite` must be True or False, but is {check!r}.")
-    token = _checks_values.set(check)
+    token = _checks_values.set(_checks_values.get() if check is None else check)
     try:
         yield
     finally:
@@ -129,6 +129,8 @@ def read_header(path: str | os.PathLike) -> Header:
     for key, dtype in dtypes.items():
         if dtype not in FLOATS:
             raise ValueError(f'"{path}" holds "{key}" as {dtype}, but weights are one of {sorted(FLOATS)}: {DAMAGED}')
+    if {"F16", "BF16"} <= set(dtypes.values()):  # which differ in a letter, but not in size
+        raise ValueError(f'"{path}" holds tensors as F16 and as BF16, and one must be wrong: {DAMAGED}')
     return header
 
 
@@ -162,17 +164,29 @@ def check_folder(folder: Path, variant: str | None) -> None:
         read_header(file)
 
 
-def check_shards(files: Collection[Path], listed: Collection[str]) -> None:
-    """Raises `ValueError` unless safetensors files are whole, and hold each tensor of their index, each once."""
+def check_shards(files: Sequence[str | os.PathLike], listed: Collection[str], expected: Header) -> None:
+    """Raises `ValueError` unless safetensors files are whole, and hold each tensor of their index, each once.
+
+    Args:
+        files: The shards.
+        listed: Names in their index.
+        expected: Shapes that tensors must have where there are such.
+    """
     places = {}
     for file in files:
-        for name in read_header(file):
+        for name, shape in read_header(file).items():
             if name in places:
                 raise ValueError(f'"{file}" holds "{name}", which is in "{places[name]}" too: {DAMAGED}')
+            if shape != expected.get(name, shape):
+                raise ValueError(
+                    f'"{file}" does not fit its config: "{name}" is {shape}, not {expected[name]}. Use the config '
+                    "that it was saved with."
+                )
             places[name] = file
-    if lost := sorted(set(listed) - set(places)):
+    if files and (lost := sorted(set(listed) - set(places))):
         more = ", ..." if lost[5:] else ""
-        raise ValueError(f"The index of {files} lists {', '.join(lost[:5])}{more}, which no file holds: {DAMAGED}")
+        folder = os.path.dirname(files[0])
+        raise ValueError(f'The index in "{folder}" lists {", ".join(lost[:5])}{more}, which no file has: {DAMAGED}')
 
 
 @torch.no_grad()
@@ -195,14 +209,20 @@ def check_values(model: nn.Module, source: str | os.PathLike) -> None:
                 )
 
 
+def check_private_entries(config: dict[str, Any], path: str | os.PathLike) -> None:
+    """Raises `ValueError` for what diffusers notes in a config and cannot read again."""
+    for name, kind in {"_class_name": str | list[str | None], "_use_default_values": list[str]}.items():
+        if name in config and (not has_type(config[name], kind) or not config[name]):
+            raise ValueError(f'"{path}" has `{name}` {_shorten(config[name])}, but it must be {kind}.')
+
+
 def check_config_file(model_class: type, config: Any, path: str | os.PathLike) -> None:
     """Raises `ValueError`, with the name of the file, for a config that the constructor would not take."""
     if not isinstance(config, dict):
         raise ValueError(f'The config of "{path}" must be a JSON object, but is {_shorten(config)}.')
     parameters = inspect.signature(model_class.__init__).parameters
     defaults = {name: parameter.default for name, parameter in parameters.items() if name != "self"}
-    if not has_type(config.get("_use_default_values", []), list[str]):
-        raise ValueError(f'`_use_default_values` in the config of "{path}" must be a list of names: leave it out.')
+    check_private_entries(config, path)
     public = [name for name in config if not name.startswith("_") and name != "quantization_config"]
     if unknown := [name for name in public if not model_class.has_entry(name)]:
         raise ValueError(

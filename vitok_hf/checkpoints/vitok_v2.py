@@ -262,7 +262,7 @@ def load_vitok_v2(
     low_cpu_mem_usage: bool | None = None,
     use_safetensors: bool | None = None,
     output_loading_info: bool = False,
-    check_finite: bool = True,
+    check_finite: bool | None = None,
     **hub_kwargs: Any,
 ) -> nn.Module:
     """Loads the author's weights: the model is built without memory, each tensor goes straight to its place and dtype.

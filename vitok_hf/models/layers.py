@@ -267,7 +267,10 @@ class SavingMixin(PeftAdapterMixin):
     def _load_pretrained_model(cls, model, state_dict, files, name_or_path, loaded_keys, **kwargs: Any) -> Any:
         if kwargs.get("hf_quantizer") is not None:  # others than floats, under other names
             return super()._load_pretrained_model(model, state_dict, files, name_or_path, loaded_keys, **kwargs)
-        check_shards([file for file in files if str(file).endswith(".safetensors")], loaded_keys)
+        shapes = {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
+        if kwargs.get("ignore_mismatched_sizes"):
+            shapes = {}
+        check_shards([file for file in files if str(file).endswith(".safetensors")], loaded_keys, shapes)
         loaded = super()._load_pretrained_model(model, state_dict, files, name_or_path, loaded_keys, **kwargs)
         check_values(model, name_or_path)
         return loaded
@@ -306,7 +309,7 @@ class Residual(nn.Module):
 
     def __init__(self, dim: int, init: float | None):
         super().__init__()
-        self.gamma = None if init is None else nn.Parameter(torch.full((dim,), init))
+        self.gamma = None if init is None else nn.Parameter(torch.full((dim,), float(init)))
 
     def forward(self, hidden_states: torch.Tensor, branch: torch.Tensor) -> torch.Tensor:
         return hidden_states + branch if self.gamma is None else torch.addcmul(hidden_states, branch, self.gamma)

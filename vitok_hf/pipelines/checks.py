@@ -5,6 +5,7 @@ import inspect
 import math
 import os
 from collections.abc import Callable
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ import torch
 from diffusers import DDPMParallelScheduler, DDPMScheduler, SchedulerMixin
 from diffusers.utils import logging
 
-from ..checkpoints.strict import check_types, has_type, read_object
+from ..checkpoints.strict import check_private_entries, check_types, has_type, read_object
+from .labels import check_labels
 
 
 logger = logging.get_logger(__name__)
@@ -126,27 +128,36 @@ def check_folder(folder: str | os.PathLike, constructor: Callable) -> None:
     path = Path(folder, "model_index.json")
     if not os.path.lexists(path):
         return  # diffusers says so
-    config, parameters = read_object(path), inspect.signature(constructor).parameters
+    config, parameters = read_object(path), {*inspect.signature(constructor).parameters} - {"self"}
+    check_private_entries({"_class_name": None} | config, path)
     if unknown := [name for name in config if not name.startswith("_") and name not in parameters]:
         raise ValueError(f'"{path}" has entries that do not exist, {unknown}: it is damaged, or of another pipeline.')
-    for name, value in config.items():
-        if name in parameters and name != "id2label" and (not has_type(value, list[str | None]) or len(value) != 2):
-            raise ValueError(f'"{path}" must name library and class of "{name}", but has {value!r}.')
-    _, scheduler_name = config.get("scheduler", (None, None))
-    path = Path(folder, "scheduler", "scheduler_config.json")
-    if scheduler_name is not None and os.path.lexists(path):
-        scheduler_class = getattr(diffusers, scheduler_name, None)
-        try:
-            check_scheduler_config(read_object(path), scheduler_class and scheduler_class.__init__)
-        except ValueError as error:
-            raise ValueError(f'The config of "{path}" does not fit: {error}') from error
+    for name in sorted(parameters - {"id2label"}):
+        if not has_type(value := config.get(name), list[str | None]) or len(value) != 2:
+            raise ValueError(f'"{path}" must have library and class of "{name}", but has {value!r}.')
+    with named(path):
+        check_labels(config.get("id2label") or {})
+    path, scheduler_class = Path(folder, "scheduler", "scheduler_config.json"), config["scheduler"][1]
+    scheduler_class = getattr(diffusers, scheduler_class or "", None)
+    if scheduler_class is not None and os.path.lexists(path):
+        with named(path):
+            check_scheduler_config(config := read_object(path), scheduler_class.__init__)
+            check_scheduler_works(scheduler_class.from_config(config))
 
 
-def check_scheduler_config(config: dict[str, Any], constructor: Callable | None) -> None:
+@contextmanager
+def named(path: Path):
+    """What is raised in this block is a `ValueError` with the name of the file."""
+    try:
+        yield
+    except Exception as error:  # of diffusers or numpy, of any type
+        raise ValueError(f'"{path}" is damaged, or does not fit: {error}') from error
+
+
+def check_scheduler_config(config: dict[str, Any], constructor: Callable) -> None:
     """Raises `ValueError` for values of other types than those of the constructor, or with which nothing ends."""
-    if constructor is not None:
-        parameters = inspect.signature(constructor).parameters
-        check_types({name: value for name, value in config.items() if name in parameters}, constructor, simple=True)
+    check_private_entries(config, "the config")
+    check_types(config, constructor, simple=True)
     steps = config.get("num_train_timesteps", 1)
     if not has_type(steps, int) or not 1 <= steps <= MAX_TIMESTEPS:
         raise ValueError(f"`num_train_timesteps` must be from 1 to {MAX_TIMESTEPS}, but is {steps!r}.")
@@ -165,7 +176,7 @@ def check_scheduler_works(scheduler: SchedulerMixin) -> None:
     try:
         trial.set_timesteps(TRIAL_STEPS, **options)
         trial.step(prediction, trial.timesteps[0], latents)
-    except (NotImplementedError, ValueError, TypeError) as error:
+    except Exception as error:  # of diffusers or numpy, of any type
         raise ValueError(
             f"{type(scheduler).__name__} does not work with its config ({error}): correct its scheduler_config.json, "
             "or make it with other arguments."

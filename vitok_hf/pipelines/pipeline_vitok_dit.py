@@ -126,7 +126,7 @@ class ViTokDiTPipeline(DiffusionPipeline):
             dtype = kwargs[name]
             parts = {part: to_dtype(value) for part, value in dtype.items()} if isinstance(dtype, dict) else {}
             kwargs[name] = parts or to_dtype(dtype)
-        with finite_checked(kwargs.pop("check_finite", True)):
+        with finite_checked(kwargs.pop("check_finite", None)):
             return super().from_pretrained(resolve_bundled(pretrained_model_name_or_path), **kwargs)
 
     @classmethod

@@ -1,0 +1,288 @@
+import json
+import os
+import re
+import struct
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from safetensors.torch import load_file, save_file
+
+from conversion.convert_vitok_v2 import main as convert
+from tests.conftest import GOLDEN, make_input, make_vae
+from tests.dit import make_pipeline
+from vitok_hf import AutoencoderViTok, ViTokDiTModel, ViTokDiTPipeline
+from vitok_hf.checkpoints.strict import read_header, to_dtype
+from vitok_hf.checkpoints.vitok_v2 import guess_variant
+
+
+FILE = "diffusion_pytorch_model.safetensors"
+
+
+def change_json(path, **values):
+    config = json.loads(path.read_text()) | values
+    path.write_text(json.dumps({name: value for name, value in config.items() if value != "left out"}))
+
+
+def change_header(path, change):
+    content = path.read_bytes()
+    (size,) = struct.unpack("<Q", content[:8])
+    header = json.loads(content[8 : 8 + size])
+    change(header)
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + content[8 + size :])
+
+
+@pytest.fixture
+def folder(tmp_path):
+    make_vae("v1").save_pretrained(tmp_path / "vae")
+    return tmp_path / "vae"
+
+
+class TestShards:
+    @pytest.fixture
+    def shards(self, tmp_path):
+        make_vae("v1").save_pretrained(tmp_path / "vae", max_shard_size="40KB")
+        return sorted((tmp_path / "vae").glob("*.safetensors"))
+
+    def check(self, shards, message):
+        with pytest.raises(ValueError, match=message):
+            AutoencoderViTok.from_pretrained(shards[0].parent)
+
+    def test_a_renamed_tensor(self, shards):
+        name = next(iter(read_header(shards[1])))
+        change_header(shards[1], lambda header: header.update({name[:-1] + "s": header.pop(name)}))
+        self.check(shards, f'The index in "{shards[0].parent}" lists {name}, which no file has: .* Fetch it again')
+
+    def test_a_shard_over_another(self, shards):
+        shards[1].write_bytes(shards[0].read_bytes())
+        self.check(shards, f'"{shards[1]}" holds "[a-z0-9_.]+", which is in "{shards[0]}" too')
+
+    def test_a_tensor_of_two_shards(self, shards):
+        name = next(iter(read_header(shards[0])))
+        save_file(load_file(shards[1]) | {name: load_file(shards[0])[name] + 1}, shards[1])
+        self.check(shards, f'"{shards[1]}" holds "{name}", which is in "{shards[0]}" too')
+
+    @pytest.mark.parametrize("target", ["/dev/zero", "loop", None])
+    def test_what_is_no_file(self, shards, target):
+        shards[0].unlink()
+        os.mkfifo(shards[0]) if target is None else shards[0].symlink_to(shards[0] if target == "loop" else target)
+        self.check(shards, f'"{shards[0]}" is no regular file: put the file of the checkpoint in its place')
+
+    @pytest.mark.parametrize("weight_map", [{}, [], {"a": 1}, None, {"a": ["b"]}])
+    def test_index(self, shards, weight_map):
+        path = shards[0].with_name(FILE + ".index.json")
+        change_json(path, weight_map=weight_map)
+        self.check(shards, f'"{path}" must have "metadata" and "weight_map"')
+
+    def test_out_of_the_folder(self, shards, tmp_path):
+        """Neither loaded nor converted."""
+        path = shards[0].with_name(FILE + ".index.json")
+        shards[0].rename(tmp_path / "x")
+        weight_map = json.loads(path.read_text())["weight_map"]
+        change_json(
+            path, weight_map={name: "../x" if file == shards[0].name else file for name, file in weight_map.items()}
+        )
+        self.check(shards, f'"{path}" has "[a-z_.]+" in "../x", which leaves the folder')
+        make_vae("v2").save_pretrained(tmp_path / "v2", max_shard_size="40KB")
+        path = tmp_path / "v2" / path.name
+        change_json(path, weight_map={"encoder.proj_in.weight": "../x"})
+        with pytest.raises(ValueError, match=f'"{path}" has "encoder.proj_in.weight" in "../x"'):
+            convert(["--to_vitok_v2", str(tmp_path / "v2"), str(tmp_path / "back")])
+
+
+class TestTensors:
+    @pytest.mark.parametrize("dtype", ["U32", "I32"])
+    def test_dtype(self, folder, dtype):
+        change_header(folder / FILE, lambda header: header["decoder.proj_in.weight"].update(dtype=dtype))
+        with pytest.raises(ValueError, match=f'"{folder / FILE}" holds "decoder.proj_in.weight" as {dtype}'):
+            AutoencoderViTok.from_pretrained(folder)
+
+    def test_one_letter_of_the_dtype(self, folder):
+        weights = {name: weight.half() for name, weight in load_file(folder / FILE).items()}
+        save_file(weights, folder / FILE)
+        change_header(folder / FILE, lambda header: header["decoder.proj_in.weight"].update(dtype="BF16"))
+        with pytest.raises(ValueError, match="holds tensors as F16 and as BF16, and one must be wrong"):
+            AutoencoderViTok.from_pretrained(folder)
+
+    @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+    @pytest.mark.parametrize("layout", ["file", "shards", "author"])
+    def test_not_finite(self, folder, tmp_path, value, layout):
+        options, key, name = {}, "decoder.proj_out.weight", "decoder.proj_out.weight"
+        if layout == "shards":
+            make_vae("v1").save_pretrained(folder := tmp_path / "shards", max_shard_size="40KB")
+        elif layout == "author":
+            (folder := tmp_path / "author").mkdir()
+            for path in GOLDEN.glob("*coder.safetensors"):
+                (folder / path.name).write_bytes(path.read_bytes())
+            options, key = json.loads((GOLDEN / "variant.json").read_text()), "to_pixels.weight"
+        path = next(path for path in sorted(folder.glob("*.safetensors")) if key in read_header(path))
+        weights = load_file(path)
+        weights[key][-1, -1] = value
+        save_file(weights, path)
+        with pytest.raises(ValueError, match=f'weights of "{folder}" are not finite in "{name}" as float32: '):
+            AutoencoderViTok.from_pretrained(folder, **options)
+        loaded = AutoencoderViTok.from_pretrained(folder, check_finite=False, **options)
+        torch.testing.assert_close(loaded.decoder.proj_out.weight[-1, -1].item(), value, equal_nan=True)
+
+    def test_too_large_for_the_dtype(self, folder):
+        weights = load_file(folder / FILE)
+        weights["encoder.proj_out.bias"][0] = 7e4
+        save_file(weights, folder / FILE)
+        AutoencoderViTok.from_pretrained(folder, dtype="bfloat16")
+        with pytest.raises(ValueError, match='not finite in "encoder.proj_out.bias" as float16: load them in another'):
+            AutoencoderViTok.from_pretrained(folder, dtype="float16")
+
+    def test_of_a_pipeline(self, tmp_path):
+        pipe = make_pipeline()
+        torch.nn.init.constant_(pipe.transformer.proj_out.bias, torch.nan)
+        pipe.save_pretrained(tmp_path)
+        with pytest.raises(ValueError, match='transformer" are not finite in "proj_out.bias"'):
+            ViTokDiTPipeline.from_pretrained(tmp_path)
+        assert ViTokDiTPipeline.from_pretrained(tmp_path, check_finite=False).transformer.proj_out.bias.isnan().all()
+
+    def test_shape(self, folder):
+        change_json(folder / "config.json", patch_size=16)
+        with pytest.raises(
+            ValueError, match=rf'"{folder / FILE}" does not fit .*proj_in.weight" is \(32, 192\), not \(32, 768\)'
+        ):
+            AutoencoderViTok.from_pretrained(folder)
+
+
+class TestDtype:
+    @pytest.mark.parametrize("dtype", ["float16", "torch.bfloat16", torch.float16])
+    @pytest.mark.parametrize("argument", ["dtype", "torch_dtype"])
+    def test_by_name(self, folder, tmp_path, dtype, argument):
+        expected = getattr(torch, str(dtype).removeprefix("torch."))
+        assert AutoencoderViTok.from_pretrained(folder, **{argument: dtype}).dtype == expected
+        author = AutoencoderViTok.from_pretrained(GOLDEN, variant="w64_d2_h4-w96_d3_h4/1x8x16", **{argument: dtype})
+        assert author.dtype == expected
+        make_pipeline().save_pretrained(tmp_path / "pipeline")
+        pipe = ViTokDiTPipeline.from_pretrained(tmp_path / "pipeline", **{argument: {"vae": dtype}})
+        assert (pipe.vae.dtype, pipe.transformer.dtype) == (expected, torch.float32)
+        assert (
+            ViTokDiTPipeline.from_pretrained(tmp_path / "pipeline", **{argument: dtype}).transformer.dtype == expected
+        )
+
+    @pytest.mark.parametrize("dtype", ["half", "int8", torch.int8, 16, ""])
+    def test_others(self, folder, dtype):
+        with pytest.raises(
+            ValueError, match=f"`dtype` must be a dtype, as torch.bfloat16, .*{re.escape(repr(dtype))}"
+        ):
+            AutoencoderViTok.from_pretrained(folder, dtype=dtype)
+        with pytest.raises(ValueError, match="`dtype` must be a dtype"):
+            to_dtype(dtype)
+
+
+class TestConfigs:
+    @pytest.mark.parametrize(
+        "values, message",
+        [
+            ({"scaling_factor": 0}, "`scaling_factor` and `latents_std` must be positive, but are 0 and"),
+            ({"scaling_factor": float("nan")}, "`scaling_factor` must be float .* is nan"),
+            ({"latents_std": [1.0, 0.0, 1.0, 1.0]}, r"must be positive, but are 1.0 and \[1.0, 0.0"),
+            ({"latents_std": [1.0, -1.0, 1.0, 1.0]}, "must be positive"),
+            ({"latents_std": [1.0, 1.0, 1.0, float("nan")]}, "`latents_std` must be"),
+            ({"latents_mean": "0123"}, "`latents_mean` must be .* is '0123'"),
+            ({"sample_frames": 1.5}, "`sample_frames` must be int .* is 1.5"),
+            ({"patch_size": True}, "`patch_size` must be int .* is True"),
+            ({"use_bias": 1}, "`use_bias` must be bool"),
+            ({"decoder_num_layers": 10**9}, "`decoder_num_layers` must be at most 1024, but is 1000000000"),
+            ({"mlp_ratio": float("inf")}, "`mlp_ratio` must be float"),
+            ({"variational": None}, "`variational` must be bool"),
+            ({"latents_stb": [1.0] * 4}, "entries that do not exist, .'latents_stb'.: it is damaged"),
+            ({"_class_name": 7}, "`_class_name` in"),
+        ],
+    )
+    def test_of_an_autoencoder(self, folder, values, message):
+        change_json(folder / "config.json", **values)
+        with pytest.raises(ValueError, match=f'"{folder}.*{message}'):
+            AutoencoderViTok.from_pretrained(folder)
+
+    @pytest.mark.parametrize("text", ["", "[]", "7", '{"patch_size": 8', "[" * 100_000])
+    def test_json(self, folder, text):
+        (folder / "config.json").write_text(text)
+        with pytest.raises(ValueError, match=f'"{folder / "config.json"}"'):
+            AutoencoderViTok.from_pretrained(folder)
+
+    @pytest.mark.parametrize(
+        "values, message",
+        [
+            ({"num_layers": 0}, "`num_layers` must be positive"),
+            ({"hidden_size": "32"}, "`hidden_size` must be int"),
+            ({"num_classes": 10**12}, "`num_classes` must be at most"),
+        ],
+    )
+    def test_of_a_transformer(self, tmp_path, values, message):
+        make_pipeline().transformer.save_pretrained(tmp_path)
+        change_json(tmp_path / "config.json", **values)
+        with pytest.raises(ValueError, match=f'"{tmp_path}" does not fit: {message}'):
+            ViTokDiTModel.from_pretrained(tmp_path)
+
+    @pytest.mark.parametrize(
+        "values",
+        [
+            {"beta_end": -7},
+            {"beta_start": "x"},
+            {"num_train_timesteps": 10**9},
+            {"num_train_timesteps": 0.5},
+            {"prediction_type": "epsilom"},
+            {"timestep_spacing": "leeding"},
+            {"beta_schedule": ""},
+            {"clip_sample": 3},
+            {"steps_offset": None, "_class_name": []},
+        ],
+    )
+    def test_of_a_scheduler(self, tmp_path, values):
+        make_pipeline().save_pretrained(tmp_path)
+        path = tmp_path / "scheduler" / "scheduler_config.json"
+        change_json(path, **values)
+        with pytest.raises(ValueError, match=f'"{path}" is damaged, or does not fit: '):
+            ViTokDiTPipeline.from_pretrained(tmp_path)
+
+    def test_of_a_scheduler_made_in_python(self):
+        scheduler = DDIMScheduler(clip_sample=False, prediction_type="epsilom")
+        with pytest.raises(ValueError, match="DDIMScheduler does not work with its config .*epsilom"):
+            make_pipeline(scheduler=scheduler)
+        make_pipeline(scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True))
+
+    @pytest.mark.parametrize(
+        "values",
+        [
+            {"vae": "left out"},
+            {"vae": ["vitok_hf"]},
+            {"vea": [None, None]},
+            {"id2label": {"a": "cat"}},
+            {"id2label": {"0": 7}},
+            {"id2label": ["cat"]},
+            {"_class_name": "left out"},
+        ],
+    )
+    def test_of_a_pipeline(self, tmp_path, values):
+        make_pipeline().save_pretrained(tmp_path)
+        change_json(tmp_path / "model_index.json", **values)
+        with pytest.raises(ValueError, match=f'"{tmp_path / "model_index.json"}"'):
+            ViTokDiTPipeline.from_pretrained(tmp_path)
+
+    def test_whole_numbers_are_numbers(self):
+        vae = make_vae("everything", layer_scale_init=1, scaling_factor=2, mlp_ratio=2)
+        assert (
+            vae(make_input(vae)).sample.isfinite().all()
+            and vae.encoder.transformer_blocks[0].residual1.gamma.sum() == 32
+        )
+
+
+@pytest.mark.parametrize("name", [None, 7, "", b"vitok-tiny-f8x8"])
+def test_what_is_no_name(name):
+    for model in (AutoencoderViTok, ViTokDiTModel, ViTokDiTPipeline):
+        with pytest.raises(ValueError, match="A checkpoint is a folder, a Hub id or one of "):
+            model.from_pretrained(name)
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (5,), (2, 0)])
+@pytest.mark.parametrize("key", ["patch_embed.weight", "encoder_blocks.0.attn.norm_q.weight", "to_code.weight"])
+def test_variant_of_misshapen_weights(shape, key):
+    header = read_header(GOLDEN / "encoder.safetensors")
+    assert guess_variant({"encoder": header}) is not None
+    guess_variant({"encoder": header | {key: shape}})
+    assert guess_variant({"encoder": {"patch_embed.weight": shape}}) is None
