@@ -17,6 +17,7 @@ from vitok_hf.checkpoints.vitok_v2 import guess_variant
 
 
 FILE = "diffusion_pytorch_model.safetensors"
+VARIANT = json.loads((GOLDEN / "variant.json").read_text())["variant"]
 
 
 def change_json(path, **values):
@@ -115,7 +116,7 @@ class TestTensors:
             (folder := tmp_path / "author").mkdir()
             for path in GOLDEN.glob("*coder.safetensors"):
                 (folder / path.name).write_bytes(path.read_bytes())
-            options, key = json.loads((GOLDEN / "variant.json").read_text()), "to_pixels.weight"
+            options, key = {"variant": VARIANT}, "to_pixels.weight"
         path = next(path for path in sorted(folder.glob("*.safetensors")) if key in read_header(path))
         weights = load_file(path)
         weights[key][-1, -1] = value
@@ -143,9 +144,7 @@ class TestTensors:
 
     def test_shape(self, folder):
         change_json(folder / "config.json", patch_size=16)
-        with pytest.raises(
-            ValueError, match=rf'"{folder / FILE}" does not fit .*proj_in.weight" is \(32, 192\), not \(32, 768\)'
-        ):
+        with pytest.raises(ValueError, match=rf'"{folder / FILE}" does not fit .*" is \(.*192.*\), not \(.*768.*\)'):
             AutoencoderViTok.from_pretrained(folder)
 
 
@@ -155,7 +154,7 @@ class TestDtype:
     def test_by_name(self, folder, tmp_path, dtype, argument):
         expected = getattr(torch, str(dtype).removeprefix("torch."))
         assert AutoencoderViTok.from_pretrained(folder, **{argument: dtype}).dtype == expected
-        author = AutoencoderViTok.from_pretrained(GOLDEN, variant="w64_d2_h4-w96_d3_h4/1x8x16", **{argument: dtype})
+        author = AutoencoderViTok.from_pretrained(GOLDEN, variant=VARIANT, **{argument: dtype})
         assert author.dtype == expected
         make_pipeline().save_pretrained(tmp_path / "pipeline")
         pipe = ViTokDiTPipeline.from_pretrained(tmp_path / "pipeline", **{argument: {"vae": dtype}})
@@ -191,7 +190,7 @@ class TestConfigs:
             ({"mlp_ratio": float("inf")}, "`mlp_ratio` must be float"),
             ({"variational": None}, "`variational` must be bool"),
             ({"latents_stb": [1.0] * 4}, "entries that do not exist, .'latents_stb'.: it is damaged"),
-            ({"_class_name": 7}, "`_class_name` in"),
+            ({"_class_name": 7}, "has `_class_name` 7"),
         ],
     )
     def test_of_an_autoencoder(self, folder, values, message):

@@ -19,7 +19,7 @@ from vitok_hf.checkpoints import resolve_bundled
 from . import Case, judge, limited
 
 
-GOLDEN_VARIANT = "w64_d2_h4-w96_d3_h4/1x8x16"
+GOLDEN_VARIANT = json.loads((GOLDEN / "variant.json").read_text())["variant"]
 BAD_VALUES = (0, -1, 0.5, -7, 1e30, 10**9, float("nan"), float("inf"), "", "yes", True, None, [], [0.0], {}, [[1]])
 # file, shards, pipeline, author's, bundled: how often each is drawn
 SOURCES = {"single": 4, "shards": 6, "transformer": 3, "pipeline": 6, "author": 4, "bundled": 1}
