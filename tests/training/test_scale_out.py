@@ -158,8 +158,8 @@ def test_killed_while_saving(settings, tmp_path):
     AutoencoderTrainer(whole).train()
     killed = settings("killed", **overrides)
     assert start(killed, sys.executable, kill_saving=10).returncode == -9
-    found = sorted(path.name for path in (tmp_path / "killed").glob("checkpoint-*"))
-    assert found == ["checkpoint-10.incomplete", "checkpoint-5"]
+    found = [path.name for path in (tmp_path / "killed").glob("*checkpoint-*")]
+    assert len(found) == 2 and "checkpoint-5" in found and any(name.endswith(".incomplete") for name in found)
     resumed = AutoencoderTrainer(settings("killed", **overrides, resume_from_checkpoint="latest"))
     assert resumed.step == 5
     resumed.train()
@@ -167,7 +167,7 @@ def test_killed_while_saving(settings, tmp_path):
     assert sorted(losses) == list(range(1, 21))
     assert losses == pytest.approx(read_log(tmp_path / "whole"), rel=1e-6)
     assert (tmp_path / "killed" / "checkpoint-20").is_dir()
-    assert not (tmp_path / "killed" / "checkpoint-10.incomplete").exists()
+    assert not list((tmp_path / "killed").glob(".checkpoint-*"))
 
 
 @pytest.mark.parametrize("engine, remedy", [("FSDP", "set `fsdp_version: 2`"), ("DEEPSPEED", "FSDP2 shards the same")])
