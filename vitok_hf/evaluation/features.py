@@ -4,7 +4,6 @@ They take the place of Inception's where its weights cannot be had or its domain
 for one and the same classifier only.
 """
 
-import os
 from pathlib import Path
 
 import torch
@@ -12,6 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_model, save_model
 from torch import nn
 
+from ..training.disk import atomic_file
 from .distributions import SetMetrics
 from .pixels import to_float
 
@@ -45,9 +45,8 @@ class Classifier(nn.Module):
         return self.network.fc(self.features(images))
 
     def save(self, path: str | Path) -> None:
-        temporary = f"{path}.incomplete"
-        save_model(self, temporary, metadata={"class_names": "\n".join(self.class_names)})
-        os.replace(temporary, path)
+        with atomic_file(path) as temporary:
+            save_model(self, temporary, metadata={"class_names": "\n".join(self.class_names)})
 
     @classmethod
     def load(cls, path: str | Path) -> "Classifier":

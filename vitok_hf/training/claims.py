@@ -13,26 +13,16 @@ from collections.abc import Collection, Sequence
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
-from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 from tqdm.auto import tqdm
 
 from .checkpointing import read_json, write_json
+from .disk import checksum, decide
 
 
 RECORD = "made_from.json"
 UNREADABLE = "unreadable:"  # in place of a file's content
 MAX_SHOWN = 200  # characters of a value in a message
 MAX_NAMED = 100_000  # files that a training run notes one by one
-
-
-def checksum(path: str | os.PathLike) -> str:
-    """SHA-256 of a file's content."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _name_files(paths: Sequence[str | os.PathLike]) -> dict[str, str]:
@@ -124,12 +114,8 @@ def claim_folder(
     Raises:
         ValueError: If it holds results of other settings or files, naming them, or files of unknown origin.
     """
-    problem = [None]
-    if PartialState().is_main_process:
-        problem = [_claim(folder, settings, files, may_change)]
-    broadcast_object_list(problem)
-    if problem[0] is not None:
-        raise ValueError(f'"{folder}" has {problem[0]}: name another folder, or delete this one.')
+    if problem := decide(lambda: _claim(folder, settings, files, may_change)):
+        raise ValueError(f'"{folder}" has {problem}: name another folder, or delete this one.')
 
 
 def _claim(folder: Path, settings: dict, files: Sequence, may_change: Collection) -> str | None:

@@ -153,7 +153,7 @@ def _is_full(error: BaseException | None, folder: Path) -> bool:
 
 
 def lock_folder(folder: str | Path) -> None:
-    """Makes the main process the only one that writes to a folder, until `unlock_folder` or its end, by any signal.
+    """Makes the main process the only one that writes to a folder, until `unlock_folder` or its end.
 
     Raises:
         ValueError: On all processes, if another run has it.
@@ -185,15 +185,6 @@ def _lock(folder: Path) -> None:
 
 
 def unlock_folder(folder: str | Path) -> None:
+    """For when the main process goes on to other things; its end, by any signal, unlocks all."""
     if file := _locks.pop(str(Path(folder).resolve()), None):
         file.close()
-
-
-@contextmanager
-def locked(folder: str | Path) -> Iterator[None]:
-    """All processes must call it; see `lock_folder`."""
-    lock_folder(folder)
-    try:
-        yield
-    finally:
-        unlock_folder(folder)
