@@ -371,6 +371,10 @@ class TestInputs:
         expected = LatentCache(tmp_path / "cache").moments(5)
         indices[0]["shards"]["1"] = indices[1]["shards"]["1"]
         (tmp_path / "cache" / "index.json").write_text(json.dumps(indices[0]))
+        with pytest.raises(ValueError, match='index.json" has changed since it was written: restore it, or delete'):
+            write(files, tmp_path / "cache")
+        indices[0]["sha256"] = latent_cache.seal(indices[0])
+        (tmp_path / "cache" / "index.json").write_text(json.dumps(indices[0]))
         (tmp_path / "foreign" / "latents-00001.safetensors").replace(tmp_path / "cache" / "latents-00001.safetensors")
         assert not torch.equal(LatentCache(tmp_path / "cache").moments(5), expected)
         write(files, tmp_path / "cache")

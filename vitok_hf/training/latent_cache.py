@@ -45,7 +45,7 @@ def fingerprint(vae: AutoencoderViTok) -> str:
     return weights_checksum(vae.encoder, config)
 
 
-def _seal(index: dict) -> str:
+def seal(index: dict) -> str:
     """The checksum of an index, without the one that it has."""
     content = {name: value for name, value in index.items() if name != "sha256"}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
@@ -60,7 +60,7 @@ def read_index(folder: Path) -> dict:
             f'"{folder}" is a cache of another version, of format {found}, not {FORMAT}: write it anew, to another '
             "folder."
         )
-    if index.get("sha256") != _seal(index):
+    if index.get("sha256") != seal(index):
         raise ValueError(
             f'"{folder / INDEX}" has changed since it was written: restore it, or delete it and call `write_latents` '
             "again, which then writes all shards anew."
@@ -174,7 +174,7 @@ def write_latents(
             logger.warning("Skipped what cannot be read: %s", reason)
         written = _write_shard(folder / f"latents-{number:05d}.safetensors", tensors)
         index["shards"][str(number)] = written | {"skipped": [*skipped], "files_sha256": digest}
-        index["sha256"] = _seal(index)
+        index["sha256"] = seal(index)
         write_json(path, index)
     unlock_folder(folder)
     return index
