@@ -129,8 +129,8 @@ def naming_full_disks(path: str | Path) -> Iterator[None]:
         if _is_full(error, Path(path).parent):
             raise OSError(
                 errno.ENOSPC,
-                "No space left on the disk: make room, or lower `checkpoints_total_limit`, and go on from what is "
-                "there, which is whole; what could not be written is",
+                "No space left on the disk for a file of this size: make room, or lower `checkpoints_total_limit`, "
+                "and go on from what is there, which is whole; not written was",
                 str(path),
             ) from error
         raise

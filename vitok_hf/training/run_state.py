@@ -14,6 +14,7 @@ import torch
 from accelerate import Accelerator
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch.distributed.checkpoint import CheckpointException
 
 
 # What the index of a checkpoint that FSDP has sharded is made of: plain classes, and functions that look up names.
@@ -46,7 +47,12 @@ def find_program(checkpoint: Path, names: Iterable[str]) -> str | None:
             if path.name == ".metadata":
                 with open(path, "rb") as file:
                     _IndexUnpickler(file).load()
-            elif path.suffix not in (".json", ".safetensors", ".distcp"):
+            elif path.suffix == ".json":
+                json.loads(path.read_text())
+            elif path.suffix == ".safetensors":
+                with safe_open(path, framework="pt"):
+                    pass
+            elif path.suffix != ".distcp":  # which is read with its index
                 torch.load(path, map_location="meta", mmap=True, weights_only=True)
         except Exception as error:  # whatever the bytes of a stranger give
             return f"{name} holds other things than numbers, or is damaged ({str(error).splitlines()[0]})"
@@ -134,7 +140,7 @@ def naming_misfits(checkpoint: Path):
         yield
     except (ValueError, OSError):
         raise
-    except Exception as error:
+    except (Exception, CheckpointException) as error:  # the latter is no Exception
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:400]
         raise ValueError(
             f'"{checkpoint}" does not fit this run ({reason}): resume with the settings and the number of processes '
