@@ -7,7 +7,7 @@ for one and the same classifier only.
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_model, save_model
 from torch import nn
 
@@ -50,8 +50,11 @@ class Classifier(nn.Module):
 
     @classmethod
     def load(cls, path: str | Path) -> "Classifier":
-        with safe_open(str(path), framework="pt") as file:
-            metadata = file.metadata() or {}
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                metadata = file.metadata() or {}
+        except SafetensorError:
+            metadata = {}
         if "class_names" not in metadata:
             raise ValueError(f'"{path}" is no classifier: name a file that `Classifier.save` wrote.')
         classifier = cls(metadata["class_names"].split("\n"))
