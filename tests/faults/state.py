@@ -1,5 +1,6 @@
 """Damaged checkpoints, caches and settings, full disks, killed runs, and two runs in one folder."""
 
+import io
 import json
 import logging
 import os
@@ -10,7 +11,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from functools import partial
 from pathlib import Path
 from typing import get_type_hints
@@ -193,7 +194,7 @@ def disk_cases(runs: Runs, rng: random.Random) -> list[Case]:
         output_dir = runs.copy()
         trainer = AutoencoderTrainer(runs.arguments(output_dir=str(output_dir), resume_from_checkpoint="latest"))
         try:
-            with file_size_limit(size):
+            with redirect_stderr(io.StringIO()), file_size_limit(size):  # the log may be a file
                 trainer.train()
         except Exception as error:
             outcome = judge(error, f"No space left on the disk.*{output_dir}")

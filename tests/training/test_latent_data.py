@@ -16,6 +16,7 @@ from vitok_hf import compute_latent_statistics
 from vitok_hf.evaluation.pixels import to_float
 from vitok_hf.latents import summarize_latents
 from vitok_hf.training import latent_cache
+from vitok_hf.training.checkpointing import seal
 from vitok_hf.training.claims import RECORD
 from vitok_hf.training.data import BatchLoader
 from vitok_hf.training.latent_cache import LatentBatches, LatentCache, fingerprint, write_latents
@@ -373,8 +374,7 @@ class TestInputs:
         (tmp_path / "cache" / "index.json").write_text(json.dumps(indices[0]))
         with pytest.raises(ValueError, match='index.json" has changed since it was written: restore it, or delete'):
             write(files, tmp_path / "cache")
-        indices[0]["sha256"] = latent_cache.seal(indices[0])
-        (tmp_path / "cache" / "index.json").write_text(json.dumps(indices[0]))
+        (tmp_path / "cache" / "index.json").write_text(json.dumps(seal(indices[0])))
         (tmp_path / "foreign" / "latents-00001.safetensors").replace(tmp_path / "cache" / "latents-00001.safetensors")
         assert not torch.equal(LatentCache(tmp_path / "cache").moments(5), expected)
         write(files, tmp_path / "cache")

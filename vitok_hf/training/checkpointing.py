@@ -52,6 +52,20 @@ def read_json(path: str | Path) -> dict | list:
         raise ValueError(f'"{path}" is no JSON file, or damaged ({error}): correct it, or name another.') from error
 
 
+def _digest(content: dict) -> str:
+    content = {name: value for name, value in content.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def seal(content: dict) -> dict:
+    """With a checksum of the rest, for `is_sealed` to find what has changed."""
+    return content | {"sha256": _digest(content)}
+
+
+def is_sealed(content: dict) -> bool:
+    return content.get("sha256") == _digest(content)
+
+
 def weights_checksum(module: nn.Module, config: dict | None = None) -> str:
     """SHA-256 of a config, without what diffusers notes besides, and of weights in half precision."""
     config = {name: value for name, value in (config or {}).items() if not name.startswith("_")}
@@ -82,7 +96,7 @@ def write_manifest(checkpoint: Path) -> None:
     entries = {
         path.relative_to(checkpoint).as_posix(): [path.stat().st_size, digest] for path, digest in zip(files, digests)
     }
-    write_json(checkpoint / MANIFEST, entries)
+    write_json(checkpoint / MANIFEST, seal({"files": entries}))
 
 
 def find_damage(checkpoint: Path) -> str | None:
@@ -90,8 +104,11 @@ def find_damage(checkpoint: Path) -> str | None:
     if not (checkpoint / MANIFEST).is_file():
         return f"{MANIFEST} is missing, without which it is damaged or of an earlier version"
     try:
-        entries = {name: (int(size), str(digest)) for name, (size, digest) in read_json(checkpoint / MANIFEST).items()}
-    except (ValueError, AttributeError, TypeError):
+        manifest = read_json(checkpoint / MANIFEST)
+        entries = manifest["files"]
+    except (ValueError, KeyError, TypeError):
+        manifest = {}
+    if not is_sealed(manifest):
         return f"{MANIFEST} is damaged"
     state = {path.relative_to(checkpoint).as_posix() for path in (checkpoint / "state").rglob("*") if path.is_file()}
     if strangers := sorted(state - entries.keys() - {MANIFEST}):

@@ -7,7 +7,6 @@ goes on after the last one, if files and settings are the same (see `claims`). W
 """
 
 import hashlib
-import json
 import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -22,7 +21,7 @@ from tqdm.auto import tqdm
 from ..evaluation.pixels import to_float
 from ..latents import NO_STATISTICS
 from ..models import AutoencoderViTok
-from .checkpointing import read_json, weights_checksum, write_json
+from .checkpointing import is_sealed, read_json, seal, weights_checksum, write_json
 from .claims import claim_folder, claimed_contents
 from .cropping import Batch
 from .disk import atomic_file, checksum, inside, lock_folder, remove_leftovers, unlock_folder
@@ -45,12 +44,6 @@ def fingerprint(vae: AutoencoderViTok) -> str:
     return weights_checksum(vae.encoder, config)
 
 
-def seal(index: dict) -> str:
-    """The checksum of an index, without the one that it has."""
-    content = {name: value for name, value in index.items() if name != "sha256"}
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
 def read_index(folder: Path) -> dict:
     """Raises `ValueError` if it is not as it was written, or of another version."""
     index = read_json(folder / INDEX)
@@ -60,7 +53,7 @@ def read_index(folder: Path) -> dict:
             f'"{folder}" is a cache of another version, of format {found}, not {FORMAT}: write it anew, to another '
             "folder."
         )
-    if index.get("sha256") != seal(index):
+    if not is_sealed(index):
         raise ValueError(
             f'"{folder / INDEX}" has changed since it was written: restore it, or delete it and call `write_latents` '
             "again, which then writes all shards anew."
@@ -174,7 +167,7 @@ def write_latents(
             logger.warning("Skipped what cannot be read: %s", reason)
         written = _write_shard(folder / f"latents-{number:05d}.safetensors", tensors)
         index["shards"][str(number)] = written | {"skipped": [*skipped], "files_sha256": digest}
-        index["sha256"] = seal(index)
+        index = seal(index)
         write_json(path, index)
     unlock_folder(folder)
     return index
