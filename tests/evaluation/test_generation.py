@@ -4,6 +4,7 @@ import torch
 from PIL import Image
 
 from tests.dit import NULL, make_pipeline, record_batches
+from tests.faults.state import held_lock
 from vitok_hf.evaluation.generation import NearestNeighbours, generate_samples, resize_all, save_samples, thumbnails
 
 
@@ -53,6 +54,18 @@ class TestSaveSamples:
         save_samples(pipe, [0, 0, 1, 1], tmp_path, **options)
         assert {label for batch in batches for label in batch} == {0, NULL} and len(batches) == 2
         assert {file: file.read_bytes() for file in tmp_path.rglob("*.png")} == contents
+
+    def test_names_that_lead_out(self, tmp_path):
+        """They come with a model, which may be anybody's."""
+        for name in ("../../x", str(tmp_path / "x")):
+            pipe = make_pipeline(id2label={0: name})
+            with pytest.raises(ValueError, match=f'"{name}" is no name for files in .*, for it leads out of it'):
+                save_samples(pipe, [0], tmp_path / "samples", num_inference_steps=1)
+        assert not list(tmp_path.iterdir())
+
+    def test_one_at_a_time(self, tmp_path):
+        with held_lock(tmp_path) as child, pytest.raises(ValueError, match=f"is in use by process {child}"):
+            save_samples(make_pipeline(), [0], tmp_path, num_inference_steps=1)
 
 
 class TestNearestNeighbours:

@@ -207,8 +207,9 @@ def disk_cases(runs: Runs, rng: random.Random) -> list[Case]:
     return [(f"disk full after {size} bytes", partial(full, size)) for size in sizes]
 
 
-def hold_lock(folder: Path) -> int:
-    """A process that has locked a folder; returns its number."""
+@contextmanager
+def held_lock(folder: Path) -> Iterator[int]:
+    """Another process has locked a folder in this block; it is then killed. Yields its number."""
     end, begin = os.pipe()
     child = os.fork()
     if not child:  # without any computation, which might hang in a fork
@@ -217,24 +218,25 @@ def hold_lock(folder: Path) -> int:
         os.write(begin, b"x")
         signal.pause()
     os.read(end, 1)
-    return child
+    try:
+        yield child
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
 
 
 def lock_cases(runs: Runs, cache_folder: Path) -> list[Case]:
     def beside(kind: str) -> str:
         output_dir = cache_folder / "cache" if kind == "cache" else runs.copy()
         disk.unlock_folder(output_dir)
-        child = hold_lock(output_dir)
-        try:
-            if kind == "cache":
-                write_latents(make_vae("v1"), "tiny", LabelledFiles([cache_folder / "data"]), output_dir, 16)
-            else:
-                AutoencoderTrainer(runs.arguments(output_dir=str(output_dir), resume_from_checkpoint=kind))
-        except Exception as error:
-            return judge(error, f'"{output_dir}" is in use by process {child} on ')
-        finally:
-            os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
+        with held_lock(output_dir) as child:
+            try:
+                if kind == "cache":
+                    write_latents(make_vae("v1"), "tiny", LabelledFiles([cache_folder / "data"]), output_dir, 16)
+                else:
+                    AutoencoderTrainer(runs.arguments(output_dir=str(output_dir), resume_from_checkpoint=kind))
+            except Exception as error:
+                return judge(error, f'"{output_dir}" is in use by process {child} on ')
         return "silent"
 
     return [(f"two runs, {kind}", partial(beside, kind)) for kind in (None, "latest", "cache")]

@@ -3,7 +3,6 @@
 import errno
 import logging
 import os
-import signal
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -11,7 +10,7 @@ import pytest
 from accelerate import PartialState
 
 from tests.conftest import run_on_two_processes
-from tests.faults.state import file_size_limit, hold_lock
+from tests.faults.state import file_size_limit, held_lock
 from vitok_hf.training import disk
 from vitok_hf.training.disk import atomic_file, inside, lock_folder, naming_full_disks, remove_leftovers, unlock_folder
 
@@ -85,16 +84,15 @@ class TestFullDisks:
 
 class TestLock:
     def test_another_process(self, tmp_path):
-        child = hold_lock(tmp_path)
-        with pytest.raises(ValueError, match=f'"{tmp_path}" is in use by process {child} on .*: wait for its end'):
+        with (
+            held_lock(tmp_path) as child,
+            pytest.raises(ValueError, match=f'"{tmp_path}" is in use by process {child} on .*: wait for its end'),
+        ):
             lock_folder(tmp_path)
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
         lock_folder(tmp_path)
         unlock_folder(tmp_path)
-        child = hold_lock(tmp_path)
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
+        with held_lock(tmp_path):
+            pass
 
     def test_the_same_process_again(self, tmp_path):
         lock_folder(tmp_path)
@@ -116,10 +114,8 @@ class TestLock:
 
     def test_processes_of_one_run(self, tmp_path):
         """The main one asks for the lock; if it does not get it, all end."""
-        child = hold_lock(tmp_path)
-        run_on_two_processes(lock_on_two, str(tmp_path), child)
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
+        with held_lock(tmp_path) as child:
+            run_on_two_processes(lock_on_two, str(tmp_path), child)
 
 
 def lock_on_two(folder: str, holder: int) -> None:
