@@ -115,12 +115,13 @@ class Runs:
 def checkpoint_cases(runs: Runs, rng: random.Random) -> list[Case]:
     template = runs.folder / "template" / "checkpoint-4"
     files = sorted(path.relative_to(template) for path in template.rglob("*") if path.is_file())
+    files += [Path("..", name) for name in ("made_from.json", "metrics.jsonl", ".lock")]
 
     def damaged(file: Path, damage: Callable, name: str, both: bool) -> str:
         output_dir = runs.copy()
-        for step in (2, 4) if both else (4,):
+        for step in (2, 4) if both and file.parts[0] != ".." else (4,):
             damage(output_dir / f"checkpoint-{step}" / file, rng)
-        return runs.resume(output_dir, name, str(file))
+        return runs.resume(output_dir, name, str(file).removeprefix("../"))
 
     return [
         (f"{damage.__name__} {file}, {name}{' of both' * both}", partial(damaged, file, damage, name, both))

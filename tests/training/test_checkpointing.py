@@ -3,22 +3,21 @@
 import logging
 import shutil
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
 from torch.distributed import checkpoint as distributed
 
 from tests.faults.code import plain, saved
-from tests.training.conftest import run
+from tests.training.conftest import make_arguments, run
 from vitok_hf.training.autoencoder import AutoencoderTrainer
 from vitok_hf.training.checkpointing import MANIFEST, find_damage, write_manifest
-from vitok_hf.training.run_state import find_program
+from vitok_hf.training.run_state import find_program, random_state, set_random_state
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    from tests.training.conftest import make_arguments
-
     folder = tmp_path_factory.mktemp("whole")
     return Path(run(make_arguments(folder, use_ema=True, max_train_steps=3, checkpointing_steps=1)).args.output_dir)
 
@@ -103,6 +102,18 @@ class TestPrograms:
         (tmp_path / names[0]).write_bytes(plain(tmp_path / "marker"))
         assert "optimizer_0/.metadata holds other things than numbers" in find_program(tmp_path, names)
         assert not (tmp_path / "marker").exists()
+
+
+def test_the_state_of_a_device(monkeypatch):
+    """Of the one that the process has."""
+    backend, device = Mock(get_rng_state=Mock(return_value=torch.arange(3))), torch.device("cuda", 1)
+    monkeypatch.setattr(torch, "get_device_module", lambda device: backend)
+    state = random_state(device)
+    backend.get_rng_state.assert_called_once_with(device)
+    set_random_state(state, device)
+    backend.set_rng_state.assert_called_once_with(state["cuda"], device)
+    set_random_state(state, torch.device("cpu"))
+    assert backend.set_rng_state.call_count == 1
 
 
 def test_checkpoints_of_earlier_versions(resume, tmp_path):

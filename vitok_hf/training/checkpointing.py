@@ -138,7 +138,9 @@ def find_checkpoint(output_dir: Path, name: str | None) -> Path | None:
     Raises:
         ValueError: If `name` is no checkpoint or damaged, or all are.
     """
-    return decide(lambda: _find_latest(output_dir) if name == "latest" else name and _find_named(Path(name)))
+    if name is None:
+        return None
+    return decide(lambda: _find_latest(output_dir) if name == "latest" else _find_named(Path(name)))
 
 
 def _find_named(path: Path) -> Path:

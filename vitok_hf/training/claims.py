@@ -58,6 +58,15 @@ def _make_record(settings: dict, files: Sequence[str | os.PathLike], known: dict
     return {"settings": json.loads(json.dumps(settings, default=str)), "files": files}
 
 
+def _read_record(path: Path) -> dict:
+    record = read_json(path)
+    try:
+        _contents(record), record["settings"].keys()
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        raise ValueError(f'"{path}" is damaged ({error!r}): restore it, or name another folder.') from error
+    return record
+
+
 def _contents(record: dict) -> dict[str, str]:
     """Names of files -> what stands for their content."""
     return {name: text.split()[0] for name, text in record["files"].items()}
@@ -122,7 +131,7 @@ def _claim(folder: Path, settings: dict, files: Sequence, may_change: Collection
     """Writes the record, or says why not."""
     path, old = folder / RECORD, None
     if path.is_file():
-        old = read_json(path)
+        old = _read_record(path)
     elif folder.is_dir() and any(not child.name.startswith(".") for child in folder.iterdir()):
         return f"files, but no {RECORD} that says what they were made from (an earlier version wrote none)"
     record = _make_record(settings, files, old["files"] if old else {})
@@ -157,7 +166,7 @@ def note_inputs(folder: Path, settings: dict, files: Sequence[str | os.PathLike]
         reasons = [f"unknown inputs, for there is no {path}"]
         if path.is_file():
             try:
-                reasons = _differences(read_json(path), record)
+                reasons = _differences(_read_record(path), record)
             except ValueError as error:  # it only says what has changed
                 reasons = [f"unknown inputs: {error}"]
     folder.mkdir(parents=True, exist_ok=True)

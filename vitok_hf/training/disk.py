@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 HELD = (errno.EACCES, errno.EAGAIN)
 LOCK = ".lock"
-LEFTOVERS = r"(checkpoint-\d+|\..+\.[0-9a-f]{8})\.(incomplete|removed)"  # the former as earlier versions named them
+LEFTOVERS = r"(\..+\.[0-9a-f]{8}|checkpoint-\d+|vae|pipeline)\.(incomplete|removed)"  # the latter of earlier versions
 
 _locks: dict[str, Any] = {}  # open files of the locks that this process holds, by folder
 
@@ -129,8 +129,8 @@ def naming_full_disks(path: str | Path) -> Iterator[None]:
         if _is_full(error, Path(path).parent):
             raise OSError(
                 errno.ENOSPC,
-                "No space left on the disk for a file of this size: make room, or lower `checkpoints_total_limit`, "
-                "and go on from what is there, which is whole; not written was",
+                "No space left on the disk for a file of this size: make room, and go on from what is there, which is "
+                "whole; not written was",
                 str(path),
             ) from error
         raise

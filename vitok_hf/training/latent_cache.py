@@ -1,9 +1,10 @@
 """Latents on disk: means and standard deviations of the posteriors of pictures and their mirror images.
 
 `index.json` names the autoencoder, the classes and the shards with their checksums and those of the files that they
-hold. A shard is a safetensors file with `mean` and `std`, (N, 2, c, [t,] h, w), of the picture and its mirror image,
-and `labels`, (N,). It is written under a temporary name, and listed when it is complete, so that an interrupted run
-goes on after the last one, if files and settings are the same (see `claims`). What could not be read is tried again.
+hold, and has one itself. A shard is a safetensors file with `mean` and `std`, (N, 2, c, [t,] h, w), of the picture and
+its mirror image, and `labels`, (N,). It is written under a temporary name, and listed when it is complete, so that an
+interrupted run goes on after the last one, if files and settings are the same (see `claims`). What could not be read
+is tried again.
 """
 
 import hashlib

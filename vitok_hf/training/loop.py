@@ -125,7 +125,7 @@ class Trainer:
 
     Every process draws its own batches. Checkpoints, `checkpoint-<step>/`, hold models for `from_pretrained` and the
     state of the run; they are written under a temporary name and renamed when complete, on a file system that all
-    nodes share. A subclass has
+    nodes share. One run at a time has `output_dir`. A subclass has
 
     - `models`, the trained models by name, and `average`, their `WeightAverage` or `None`,
     - `training_step(batches)`, which takes the batches of one optimiser step and returns tensors to log for each,

@@ -55,7 +55,7 @@ def find_program(checkpoint: Path, names: Iterable[str]) -> str | None:
             elif path.suffix != ".distcp":  # which is read with its index
                 torch.load(path, map_location="meta", mmap=True, weights_only=True)
         except Exception as error:  # whatever the bytes of a stranger give
-            return f"{name} holds other things than numbers, or is damaged ({str(error).splitlines()[0]})"
+            return f"{name} holds other things than numbers, or is damaged ({type(error).__name__})"
     return None
 
 
@@ -118,7 +118,7 @@ def set_random_state(state: dict[str, Any], device: torch.device) -> None:
     kind, keys, *rest = state["numpy"]
     np.random.set_state((kind, keys.numpy(), *rest))  # noqa: NPY002
     torch.set_rng_state(state["torch"])
-    if device.type in state and device.type != "cpu":
+    if device.type in state:
         torch.get_device_module(device).set_rng_state(state[device.type], device)
 
 
