@@ -137,7 +137,10 @@ class TestFields:
             kind(**source)
         assert AutoencoderArguments(**SOURCES[AutoencoderArguments], max_grad_norm=math.inf).max_grad_norm == math.inf
 
-    @pytest.mark.parametrize("kind, setting", [(kind, setting) for kind in SOURCES for setting in fields(kind)])
+    @pytest.mark.parametrize(
+        "kind, setting",
+        [pytest.param(kind, x, id=f"{kind.__name__}-{x.name}") for kind in SOURCES for x in fields(kind)],
+    )
     def test_each_refuses_other_types_and_ranges(self, kind, setting):
         for value in bad_values(setting, get_type_hints(kind)[setting.name]):
             with pytest.raises(ValueError, match=f"`{setting.name}` must be .*, but is "):
