@@ -11,7 +11,6 @@ scaling_factor: the metadata of both files has these, as JSON. Files that do not
 import argparse
 import itertools
 import json
-import os
 import statistics
 import tempfile
 import time
@@ -22,6 +21,7 @@ import torch
 from vitok_hf import AutoencoderViTok
 from vitok_hf.commands import run_command
 from vitok_hf.training.cropping import parse_size
+from vitok_hf.training.disk import replace_durably
 
 
 TOLERANCE = 1e-3
@@ -125,7 +125,7 @@ def main():
                 check(half, path, torch.rand(batch_size, channels, *size) * 2 - 1, args.rounds)
         for path in sorted(Path(folder).iterdir(), reverse=True):  # weights above 1.5 GB (x.onnx.data) before x.onnx
             print(f"{path.name}: {path.stat().st_size / 1e6:.1f} MB")
-            os.replace(path, args.output_dir / path.name)
+            replace_durably(path, args.output_dir / path.name)
 
 
 if __name__ == "__main__":

@@ -38,6 +38,7 @@ from vitok_hf.training.checkpointing import list_checkpoints, write_json
 from vitok_hf.training.claims import claim_folder
 from vitok_hf.training.cropping import CropSettings
 from vitok_hf.training.data import iterate_pixels, make_dataset
+from vitok_hf.training.disk import replace_durably
 from vitok_hf.training.files import list_files
 from vitok_hf.training.items import load_evaluation_images
 from vitok_hf.training.sources import parse_source
@@ -115,7 +116,7 @@ def cut_crops(args: argparse.Namespace) -> Path:
     if folder.exists():  # the process of another seed was faster: its crops are the same
         shutil.rmtree(temporary)
     else:
-        temporary.rename(folder)
+        replace_durably(temporary, folder)
     return folder
 
 

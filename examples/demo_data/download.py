@@ -1,6 +1,5 @@
 """Fetching packages by name, and writing files that are complete once they have their final name."""
 
-import os
 import re
 import shutil
 import subprocess
@@ -10,6 +9,8 @@ from pathlib import Path
 
 from PIL import Image
 from tqdm import tqdm
+
+from vitok_hf.training.disk import atomic_file, replace_durably
 
 
 JPEG_OPTIONS = {"format": "JPEG", "quality": 95, "subsampling": "4:4:4"}
@@ -22,14 +23,13 @@ def cannot_build(set_name: str, reason: str) -> ValueError:
 def save_as(path: Path, content) -> None:
     """Write bytes, a picture, or what `content(path)` writes, and rename: a file with its final name is complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".part")
-    if isinstance(content, bytes):
-        temporary.write_bytes(content)
-    elif isinstance(content, Image.Image):
-        content.save(temporary, **(JPEG_OPTIONS if path.suffix == ".jpg" else {"format": "PNG"}))
-    else:
-        content(temporary)
-    os.replace(temporary, path)
+    with atomic_file(path) as temporary:
+        if isinstance(content, bytes):
+            temporary.write_bytes(content)
+        elif isinstance(content, Image.Image):
+            content.save(temporary, **(JPEG_OPTIONS if path.suffix == ".jpg" else {"format": "PNG"}))
+        else:
+            content(temporary)
 
 
 def run(set_name: str, command: list[str], folder: Path) -> None:
@@ -50,7 +50,7 @@ def fetch(set_name: str, cache: Path, pattern: str, command: list[str]) -> Path:
             files = list(Path(folder).glob(pattern))
             if len(files) != 1:
                 raise cannot_build(set_name, f"`{' '.join(command)}` gave {len(files)} files '{pattern}', not 1")
-            os.replace(files[0], cache / files[0].name)
+            replace_durably(files[0], cache / files[0].name)
     return max(cache.glob(pattern))
 
 
@@ -60,7 +60,7 @@ def debian_tree(set_name: str, cache: Path, package: str) -> Path:
         deb = fetch(set_name, cache, f"{package}_*.deb", ["apt-get", "download", package])
         with tempfile.TemporaryDirectory(dir=cache) as folder:
             run(set_name, ["dpkg-deb", "-x", str(deb), "tree"], Path(folder))
-            os.replace(Path(folder) / "tree", tree)
+            replace_durably(Path(folder) / "tree", tree)
     return tree
 
 

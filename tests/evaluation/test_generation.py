@@ -4,6 +4,7 @@ import torch
 from PIL import Image
 
 from tests.dit import NULL, make_pipeline, record_batches
+from tests.faults.state import held_lock
 from vitok_hf.evaluation.generation import NearestNeighbours, generate_samples, resize_all, save_samples, thumbnails
 
 
@@ -38,7 +39,7 @@ class TestSaveSamples:
         pipe = make_pipeline()
         save_samples(pipe, [0, 4, 4], tmp_path, batch_size=2, seed=5, num_inference_steps=3)
         files = [tmp_path / "cat" / "000000.png", tmp_path / "dog" / "000001.png", tmp_path / "dog" / "000002.png"]
-        assert sorted(tmp_path.rglob("*.*")) == files
+        assert sorted(tmp_path.rglob("*.*")) == [tmp_path / ".lock", *files]
         expected = generate_samples(pipe, [0, 4, 4], seed=5, num_inference_steps=3)
         for file, image in zip(files, expected):
             assert np.abs(np.asarray(Image.open(file)).astype(int) - image.permute(1, 2, 0).numpy()).max() <= 1
@@ -53,6 +54,18 @@ class TestSaveSamples:
         save_samples(pipe, [0, 0, 1, 1], tmp_path, **options)
         assert {label for batch in batches for label in batch} == {0, NULL} and len(batches) == 2
         assert {file: file.read_bytes() for file in tmp_path.rglob("*.png")} == contents
+
+    def test_names_that_lead_out(self, tmp_path):
+        """They come with a model, which may be anybody's."""
+        for name in ("../../x", str(tmp_path / "x")):
+            pipe = make_pipeline(id2label={0: name})
+            with pytest.raises(ValueError, match=f'"{name}" is no name for files in .*, for it leads out of it'):
+                save_samples(pipe, [0], tmp_path / "samples", num_inference_steps=1)
+        assert not list(tmp_path.iterdir())
+
+    def test_one_at_a_time(self, tmp_path):
+        with held_lock(tmp_path) as child, pytest.raises(ValueError, match=f"is in use by process {child}"):
+            save_samples(make_pipeline(), [0], tmp_path, num_inference_steps=1)
 
 
 class TestNearestNeighbours:

@@ -1,4 +1,7 @@
-from dataclasses import fields
+import math
+from dataclasses import Field, fields
+from types import NoneType
+from typing import get_args, get_type_hints
 
 import pytest
 
@@ -91,7 +94,7 @@ class TestConfig:
     @pytest.mark.parametrize(
         "overrides, message",
         [
-            ({"max_grad_norm": 0.0}, r"must be positive, but is 0.0; infinity \(inf\) clips nothing"),
+            ({"max_grad_norm": 0.0}, "`max_grad_norm` must be a number or inf, more than 0, but is 0.0"),
             ({"max_tokens": 64, "compile": True}, "`compile` does not go with `max_tokens` 64"),
             ({"max_tokens": 64, "crop_sizes": ["16"]}, "`crop_sizes` does not go with `max_tokens` 64"),
         ],
@@ -107,6 +110,53 @@ class TestConfig:
         (tmp_path / "y.yaml").write_text("- 1\n")
         with pytest.raises(ValueError, match="has settings that do not exist"):
             parse("--config", tmp_path / "y.yaml")
+
+
+SOURCES = {
+    AutoencoderArguments: {"variant": "S-B/16", "report_to": "none"},
+    DiTArguments: {"vae_name_or_path": "x", "variant": "S", "train_data_dir": ["x"], "report_to": "none"},
+}
+
+
+def bad_values(setting: Field, hint: object) -> list[object]:
+    """What a setting must refuse."""
+    limits, optional = setting.metadata.get("limits", {}), NoneType in get_args(hint)
+    values = [] if optional else [None]
+    if hint in (int, int | None, float, float | None):
+        values += [math.nan, -math.inf, "x", True, [1]] + [math.inf] * (limits.get("maximum") != math.inf)
+        values += [limits[name] - 1 for name in ("minimum", "above") if name in limits]
+        values += [limits[name] + 1 for name in ("maximum", "below") if name in limits and limits[name] < math.inf]
+        values += [limits[name] for name in ("above", "below") if name in limits]
+        return values + [1.5] * (hint in (int, int | None))
+    return values + {bool: [1, "yes"], str: [3, True, ["x"]], list[str]: ["x", [1]]}[next(iter(get_args(hint | None)))]
+
+
+class TestFields:
+    def test_defaults(self):
+        for kind, source in SOURCES.items():
+            kind(**source)
+        assert AutoencoderArguments(**SOURCES[AutoencoderArguments], max_grad_norm=math.inf).max_grad_norm == math.inf
+
+    @pytest.mark.parametrize(
+        "kind, setting",
+        [pytest.param(kind, x, id=f"{kind.__name__}-{x.name}") for kind in SOURCES for x in fields(kind)],
+    )
+    def test_each_refuses_other_types_and_ranges(self, kind, setting):
+        for value in bad_values(setting, get_type_hints(kind)[setting.name]):
+            with pytest.raises(ValueError, match=f"`{setting.name}` must be .*, but is "):
+                kind(**SOURCES[kind] | {setting.name: value})
+
+    def test_numbers_are_limited(self):
+        """A new setting needs limits, or a place in this list."""
+        for kind in SOURCES:
+            for setting in fields(kind):
+                if setting.type in (int, int | None, float, float | None) and setting.name != "logit_mean":
+                    assert setting.metadata["limits"], setting.name
+
+    def test_of_yaml(self, tmp_path):
+        (tmp_path / "x.yaml").write_text("max_train_steps: 1.5\nvariant: S-B/16\n")
+        with pytest.raises(ValueError, match="`max_train_steps` must be a whole number, at least 1, but is 1.5"):
+            parse("--config", tmp_path / "x.yaml")
 
 
 class TestDamagedFiles:

@@ -88,6 +88,15 @@ class TestClaim:
         with pytest.raises(ValueError, match=r"1 missing \(a/x'\)"):
             claim_folder(tmp_path / "out", {}, files(data))
 
+    @pytest.mark.parametrize("content", ["[]", "{}", '{"files": {"x": 3}, "settings": {}}', '{"files": {}}'])
+    def test_damaged_records(self, tmp_path, content):
+        claim_folder(tmp_path / "out", {})
+        (tmp_path / "out" / RECORD).write_text(content)
+        with pytest.raises(ValueError, match=f'{RECORD}" is damaged .*: restore it, or name another folder'):
+            claim_folder(tmp_path / "out", {})
+        (reason,) = note_inputs(tmp_path / "run", {}, [], tmp_path / "out")
+        assert "unknown inputs: " in reason
+
     def test_results_of_unknown_origin(self, tmp_path):
         (tmp_path / "out").mkdir()
         (tmp_path / "out" / ".hidden").touch()

@@ -8,16 +8,20 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 
 from tests.conftest import make_vae
+from tests.faults.state import held_lock
 from tests.training.conftest import write_noise, write_video
 from vitok_hf import compute_latent_statistics
 from vitok_hf.evaluation.pixels import to_float
 from vitok_hf.latents import summarize_latents
 from vitok_hf.training import latent_cache
+from vitok_hf.training.checkpointing import seal
 from vitok_hf.training.claims import RECORD
 from vitok_hf.training.data import BatchLoader
+from vitok_hf.training.disk import checksum
 from vitok_hf.training.latent_cache import LatentBatches, LatentCache, fingerprint, write_latents
 from vitok_hf.training.latent_data import ClassSampler, LabelledFiles, PictureBatches, read_classes
 
@@ -45,8 +49,8 @@ def write(files, folder, vae=None, **overrides):
 
 
 def state(folder):
-    """When each file was written."""
-    return {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+    """When each file was written, but that of the lock."""
+    return {path.name: path.stat().st_mtime_ns for path in folder.iterdir() if path.name != ".lock"}
 
 
 class TestFiles:
@@ -251,6 +255,46 @@ class TestCache:
         write(files, tmp_path / "cache")
         assert path.read_bytes() == good and len(LatentCache(tmp_path / "cache")) == 11
 
+    @pytest.mark.parametrize("damage", ["classes", "num_items", "vae", "cut"])
+    def test_a_damaged_index(self, files, tmp_path, damage):
+        index, path = write(files, tmp_path / "cache"), tmp_path / "cache" / "index.json"
+        changes = {"classes": index["classes"][::-1], "vae": "other"}
+        changes["shards"] = index["shards"] | {"1": index["shards"]["1"] | {"num_items": 3}}
+        text = json.dumps(index | {damage: changes.get(damage)})
+        path.write_text(text[:-9] if damage == "cut" else text)
+        for read in (LatentCache, partial(write, files)):
+            with pytest.raises(ValueError, match='index.json" (has changed since it was written|is no JSON file)'):
+                read(tmp_path / "cache")
+        path.unlink()
+        assert write(files, tmp_path / "cache") == index
+
+    @pytest.mark.parametrize(
+        "changes",
+        [{"labels": torch.tensor([0, 1, 2, 3])}, {"labels": torch.tensor([0])}, {"std": torch.zeros(4, 2, 4, 1, 1)}],
+    )
+    def test_shards_that_do_not_fit_the_index(self, files, tmp_path, changes):
+        index, path = write(files, tmp_path / "cache"), tmp_path / "cache" / "latents-00001.safetensors"
+        save_file(load_file(path) | changes, path)
+        index["shards"]["1"]["sha256"] = checksum(path)
+        (tmp_path / "cache" / "index.json").write_text(json.dumps(seal(index)))
+        with pytest.raises(ValueError, match='latents-00001.safetensors" does not hold 4 latents of 3 classes'):
+            LatentCache(tmp_path / "cache")
+
+    def test_shards_elsewhere(self, files, tmp_path):
+        index = write(files, tmp_path / "cache")
+        for name in ("../x.safetensors", str(tmp_path / "x.safetensors")):
+            index["shards"]["0"]["file"] = name
+            (tmp_path / "cache" / "index.json").write_text(json.dumps(seal(index)))
+            with pytest.raises(ValueError, match=f'"{name}" is no name for files in .*cache", for it leads out of it'):
+                LatentCache(tmp_path / "cache")
+
+    def test_two_writers(self, files, tmp_path):
+        with (
+            held_lock(tmp_path / "cache") as child,
+            pytest.raises(ValueError, match=f'cache" is in use by process {child}'),
+        ):
+            write(files, tmp_path / "cache")
+
     def test_other_settings(self, files, tmp_path):
         write(files, tmp_path / "cache")
         with pytest.raises(
@@ -371,6 +415,9 @@ class TestInputs:
         expected = LatentCache(tmp_path / "cache").moments(5)
         indices[0]["shards"]["1"] = indices[1]["shards"]["1"]
         (tmp_path / "cache" / "index.json").write_text(json.dumps(indices[0]))
+        with pytest.raises(ValueError, match='index.json" has changed since it was written: restore it, or delete'):
+            write(files, tmp_path / "cache")
+        (tmp_path / "cache" / "index.json").write_text(json.dumps(seal(indices[0])))
         (tmp_path / "foreign" / "latents-00001.safetensors").replace(tmp_path / "cache" / "latents-00001.safetensors")
         assert not torch.equal(LatentCache(tmp_path / "cache").moments(5), expected)
         write(files, tmp_path / "cache")
@@ -412,8 +459,10 @@ class TestInputs:
         index = json.loads((tmp_path / "cache" / "index.json").read_text())
         del index["format"]
         (tmp_path / "cache" / "index.json").write_text(json.dumps(index))
-        with pytest.raises(ValueError, match="of another version, of format None, not 2, .* write it anew"):
-            LatentCache(tmp_path / "cache")
+        for read in (LatentCache, partial(write, files)):
+            with pytest.raises(ValueError, match="of another version, of format None, not 3: write it anew"):
+                read(tmp_path / "cache")
+        (tmp_path / "cache" / "index.json").unlink()
         (tmp_path / "cache" / RECORD).unlink()
         with pytest.raises(
             ValueError, match=f"has files, but no {RECORD} that says .* name another folder, or delete"

@@ -2,8 +2,10 @@
 
 import json
 import math
+import shutil
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -130,6 +132,31 @@ class TestResumedLog:
         before = read_lines(args)
         run(arguments(validation_steps=3, resume_from_checkpoint="latest", **self.DATA))
         assert [line.keys() for line in read_lines(args)] == [line.keys() for line in before]
+
+    @pytest.mark.parametrize("killed", [True, False])
+    def test_an_evaluation_that_was_killed_is_made_up_for(self, arguments, killed):
+        """Of the step of the checkpoint: once, and before the training goes on."""
+        args = arguments(validation_steps=3, max_train_steps=4, **self.DATA)
+        trainer = AutoencoderTrainer(args)
+        if killed:
+            trainer.evaluate = Mock(side_effect=KeyboardInterrupt)
+            with pytest.raises(KeyboardInterrupt):
+                trainer.train()
+        else:
+            trainer.train()
+            shutil.rmtree(trainer.output_dir / "checkpoint-4")
+        whole = arguments(validation_steps=3, max_train_steps=4, output_dir=args.output_dir + "2", **self.DATA)
+        run(whole)
+        run(arguments(validation_steps=3, max_train_steps=4, resume_from_checkpoint="latest", **self.DATA))
+        rates = ("items_per_second", "megapixels_per_second")
+        lines = [[{k: v for k, v in line.items() if k not in rates} for line in read_lines(x)] for x in (args, whole)]
+        assert lines[0] == lines[1] and [line["step"] for line in lines[0]] == [1, 2, 3, 3, 4, 4]
+
+    def test_lines_of_other_kinds(self, tmp_path):
+        """As after a damage: they are dropped, and stop nothing."""
+        (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n\xff\n3\n{"stdp": 2}\n{"step": "2"}\n')
+        Log(Accelerator(cpu=True), tmp_path, "vitok", {}, step=2)
+        assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n'
 
     def test_a_run_that_broke_off_before_its_first_checkpoint(self, arguments):
         args = arguments(max_train_steps=2)

@@ -4,14 +4,14 @@ They take the place of Inception's where its weights cannot be had or its domain
 for one and the same classifier only.
 """
 
-import os
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_model, save_model
 from torch import nn
 
+from ..training.disk import atomic_file
 from .distributions import SetMetrics
 from .pixels import to_float
 
@@ -45,14 +45,16 @@ class Classifier(nn.Module):
         return self.network.fc(self.features(images))
 
     def save(self, path: str | Path) -> None:
-        temporary = f"{path}.incomplete"
-        save_model(self, temporary, metadata={"class_names": "\n".join(self.class_names)})
-        os.replace(temporary, path)
+        with atomic_file(path) as temporary:
+            save_model(self, temporary, metadata={"class_names": "\n".join(self.class_names)})
 
     @classmethod
     def load(cls, path: str | Path) -> "Classifier":
-        with safe_open(str(path), framework="pt") as file:
-            metadata = file.metadata() or {}
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                metadata = file.metadata() or {}
+        except SafetensorError:
+            metadata = {}
         if "class_names" not in metadata:
             raise ValueError(f'"{path}" is no classifier: name a file that `Classifier.save` wrote.')
         classifier = cls(metadata["class_names"].split("\n"))

@@ -1,6 +1,5 @@
 """Samples of a class-conditional pipeline beside real pictures: are they of their class, as varied, and new?"""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from torch.nn import functional as F
 
+from ..training.disk import atomic_file, inside, lock_folder, unlock_folder
 from ..training.media import resize
 from .processes import gather_rows, share_of
 
@@ -41,9 +41,12 @@ def save_samples(
 ) -> None:
     """Writes the samples of `generate_samples` to files, `folder`/class/number.png, as far as they are not there yet.
 
-    Every process of a run makes its share; all must call it.
+    Every process of a run makes its share; all must call it. Raises `ValueError` if another run writes to the folder,
+    or a class has a name that leads out of it.
     """
-    files = [folder / pipe.config.id2label[label] / f"{index:06}.png" for index, label in enumerate(class_ids)]
+    folders = {label: inside(folder, pipe.config.id2label[label]) for label in set(class_ids)}
+    files = [folders[label] / f"{index:06}.png" for index, label in enumerate(class_ids)]
+    lock_folder(folder)
     share = share_of(len(files))
     for start in range(share.start, share.stop, batch_size):
         batch = range(start, min(start + batch_size, share.stop))
@@ -52,10 +55,10 @@ def save_samples(
         images = generate_samples(pipe, [class_ids[index] for index in batch], batch_size, seed + start, **options)
         for index, image in zip(batch, images):
             files[index].parent.mkdir(parents=True, exist_ok=True)
-            temporary = files[index].with_suffix(".incomplete")
-            Image.fromarray(image.permute(1, 2, 0).numpy()).save(temporary, "PNG")
-            os.replace(temporary, files[index])
+            with atomic_file(files[index]) as temporary:
+                Image.fromarray(image.permute(1, 2, 0).numpy()).save(temporary, "PNG")
     PartialState().wait_for_everyone()
+    unlock_folder(folder)
 
 
 def resize_all(images: torch.Tensor, side: int) -> torch.Tensor:

@@ -1,6 +1,5 @@
 """Pictures and videos to look at: original, reconstruction, and where it is wrong."""
 
-import os
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -11,6 +10,7 @@ import torch
 from einops import rearrange
 from PIL import Image
 
+from ..training.disk import replace_durably, temporary_name
 from ..training.media import evenly_spaced
 from .data import Codec, EvaluationData
 from .pixels import fold_frames
@@ -77,7 +77,7 @@ class VideoWriter:
     """
 
     def __init__(self, path: str | Path, rate: Fraction):
-        self.path, self.temporary = Path(path), Path(f"{path}.incomplete")
+        self.path, self.temporary = Path(path), temporary_name(Path(path))
         self.rate, self.stamp, self.count = rate, -1, 0
         self.container = av.open(f"file:{self.temporary}", "w", format="mp4")  # else "a:b.mp4" names a protocol
         self.stream = self.container.add_stream("libx264", rate=rate, options={"crf": "14"})
@@ -110,6 +110,6 @@ class VideoWriter:
             self.container.mux(self.stream.encode())
         self.container.close()
         if error_type is None:
-            os.replace(self.temporary, self.path)
+            replace_durably(self.temporary, self.path)
         else:
             self.temporary.unlink(missing_ok=True)  # it is made with the first frame

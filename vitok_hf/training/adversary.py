@@ -41,8 +41,6 @@ class Adversary:
             replicated=True,
         )
         self.lecam = LeCam().to(accelerator.device) if args.lecam_weight > 0.0 else None
-        if self.lecam is not None:
-            accelerator.register_for_checkpointing(self.lecam)
 
     def discriminator_step(
         self, fakes: list[torch.Tensor], reals: list[torch.Tensor], step: int, share: torch.Tensor | float = 1.0

@@ -1,9 +1,14 @@
 """Settings of the training runs and their command line. Names are those of diffusers' training examples."""
 
+import math
+import operator
+import os
 import sys
 from dataclasses import MISSING, dataclass, field, fields
+from numbers import Integral, Real
 from pathlib import Path
-from typing import Any
+from types import NoneType
+from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
 from accelerate.tracking import get_available_trackers
@@ -13,17 +18,49 @@ from transformers import HfArgumentParser
 from ..precision import MIXED_PRECISIONS
 
 
-def argument(default: Any, help: str):
+def argument(default: Any, help: str, **limits: float):
+    """A setting; `limits` of a number are names of `LIMITS`. Infinity is allowed where it is the `maximum`."""
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata={"help": help, "nargs": "*"})
-    return field(default=default, metadata={"help": help})
+    return field(default=default, metadata={"help": help, "limits": limits})
 
 
-def check_positive(arguments: Any, *names: str) -> None:
-    for name in names:
-        value = getattr(arguments, name)
-        if value is not None and value < 1:
-            raise ValueError(f"`{name}` must be at least 1, but is {value}.")
+KINDS = {
+    bool: ("True or False", bool),
+    int: ("a whole number", Integral),
+    float: ("a finite number", Real),
+    str: ("text", (str, os.PathLike)),
+    list: ("a list of texts", (list, tuple)),
+}
+LIMITS = {
+    "minimum": ("at least", operator.ge),
+    "above": ("more than", operator.gt),
+    "maximum": ("at most", operator.le),
+    "below": ("less than", operator.lt),
+}
+
+
+def check_fields(arguments: Any) -> None:
+    """Raises `ValueError` for a setting that is not of the type of its annotation, or not within its limits."""
+    types = get_type_hints(type(arguments))
+    for setting in fields(arguments):
+        value, hint = getattr(arguments, setting.name), types[setting.name]
+        kind, *others = [get_origin(hint)] if get_origin(hint) is list else get_args(hint) or [hint]
+        if value is None and NoneType in others:
+            continue
+        (words, classes), limits = KINDS[kind], setting.metadata.get("limits", {})
+        fits = isinstance(value, classes) and (kind is bool or not isinstance(value, bool))
+        if kind is list:
+            fits = fits and all(isinstance(item, KINDS[str][1]) for item in value)
+        elif fits and kind in (int, float):
+            fits = kind is int or math.isfinite(value) or limits.get("maximum") == math.inf
+            fits = fits and all(LIMITS[name][1](value, limit) for name, limit in limits.items())
+        if not fits:
+            bounds = "".join(f", {LIMITS[name][0]} {limit}" for name, limit in limits.items())
+            if limits.get("maximum") == math.inf:
+                words, bounds = "a number or inf", bounds.removesuffix(", at most inf")
+            optional = ", or None" if NoneType in others else ""
+            raise ValueError(f"`{setting.name}` must be {words}{bounds}{optional}, but is {value!r}.")
 
 
 def check_choice(arguments: Any, name: str, *choices: str) -> None:
@@ -46,26 +83,30 @@ class DataArguments:
     data_column: str | None = argument(None, 'Column with the data; default: "image", or "video" for video models.')
     streaming: bool = argument(False, "Read the data set while it is downloaded.")
     train_shards: list[str] = argument([], "WebDataset shards, files or URLs, as shards/{000..127}.tar.")
-    shuffle_buffer: int = argument(1000, "Samples of a stream that are shuffled together.")
-    resolution: int | None = argument(None, "Side in pixels of the training crops; default: the model's sample_size.")
+    shuffle_buffer: int = argument(1000, "Samples of a stream that are shuffled together.", minimum=1)
+    resolution: int | None = argument(
+        None, "Side in pixels of the training crops; default: the model's sample_size.", minimum=1
+    )
     crop_sizes: list[str] = argument(
         [], "Crops of several sizes, SIDE or HEIGHTxWIDTH with an optional share, as 128 64x256:0.5."
     )
     max_tokens: int | None = argument(
-        None, "Native aspect ratios: pictures of at most resolution^2 pixels, so many tokens a batch."
+        None, "Native aspect ratios: pictures of at most resolution^2 pixels, so many tokens a batch.", minimum=1
     )
     train_batch_size: int = argument(
-        16, "Crops of `resolution` in a batch of one process; other sizes: as many pixels."
+        16, "Crops of `resolution` in a batch of one process; other sizes: as many pixels.", minimum=1
     )
-    fps: float | None = argument(None, "Frames a second of the training clips of a video model; default: all frames.")
+    fps: float | None = argument(
+        None, "Frames a second of the training clips of a video model; default: all frames.", above=0
+    )
     random_flip: bool = argument(True, "Flip half of the pictures left to right.")
-    cache_gib: float = argument(1.0, "Memory for decoded pictures in each worker, GiB.")
-    dataloader_num_workers: int = argument(1, "Processes that read data, for each training process.")
+    cache_gib: float = argument(1.0, "Memory for decoded pictures in each worker, GiB.", minimum=0)
+    dataloader_num_workers: int = argument(1, "Processes that read data, for each training process.", minimum=0)
     validation_data_dir: list[str] = argument([], "Folders of held-out pictures (video models: videos).")
     validation_resolution: int | None = argument(
-        None, "Side in pixels of the held-out pictures; default: sample_size."
+        None, "Side in pixels of the held-out pictures; default: sample_size.", minimum=1
     )
-    num_validation_images: int = argument(32, "Held-out pictures a folder.")
+    num_validation_images: int = argument(32, "Held-out pictures a folder.", minimum=1)
 
 
 @dataclass
@@ -73,53 +114,47 @@ class LoopArguments:
     """Optimiser, schedule, precision, checkpoints and logs: what every training run has."""
 
     output_dir: str = argument("output", "Folder of checkpoints, samples, logs and the final model.")
-    seed: int = argument(0, "Seed of weights, data and noise.")
-    max_train_steps: int = argument(100_000, "Optimiser steps.")
+    seed: int = argument(0, "Seed of weights, data and noise.", minimum=0, maximum=2**31)
+    max_train_steps: int = argument(100_000, "Optimiser steps.", minimum=1)
     max_minutes: float | None = argument(
-        None, "Save a checkpoint and stop after this time, at the next log, to be resumed."
+        None, "Save a checkpoint and stop after this time, at the next log, to be resumed.", minimum=0
     )
-    gradient_accumulation_steps: int = argument(1, "Batches an optimiser step.")
-    learning_rate: float = argument(1e-4, "Peak learning rate.")
+    gradient_accumulation_steps: int = argument(1, "Batches an optimiser step.", minimum=1)
+    learning_rate: float = argument(1e-4, "Peak learning rate.", minimum=0)
     lr_scheduler: str = argument("cosine", "Schedule of `diffusers.optimization.get_scheduler`.")
-    lr_warmup_steps: int = argument(1000, "Steps of linear warm-up, if the schedule has any.")
-    adam_beta1: float = argument(0.9, "AdamW beta 1.")
-    adam_beta2: float = argument(0.95, "AdamW beta 2.")
-    adam_epsilon: float = argument(1e-8, "AdamW epsilon.")
-    adam_weight_decay: float = argument(1e-4, "AdamW weight decay.")
-    max_grad_norm: float = argument(1.0, "Gradients are clipped to this norm.")
+    lr_warmup_steps: int = argument(1000, "Steps of linear warm-up, if the schedule has any.", minimum=0)
+    adam_beta1: float = argument(0.9, "AdamW beta 1.", minimum=0, below=1)
+    adam_beta2: float = argument(0.95, "AdamW beta 2.", minimum=0, below=1)
+    adam_epsilon: float = argument(1e-8, "AdamW epsilon.", minimum=0)
+    adam_weight_decay: float = argument(1e-4, "AdamW weight decay.", minimum=0)
+    max_grad_norm: float = argument(1.0, "Gradients are clipped to this norm.", above=0, maximum=math.inf)
     use_ema: bool = argument(False, "Keep an exponential moving average of the weights, evaluated and saved too.")
-    ema_decay: float = argument(0.9999, "Decay of the average after its warm-up, (1 + step) / (10 + step).")
+    ema_decay: float = argument(
+        0.9999, "Decay of the average after its warm-up, (1 + step) / (10 + step).", minimum=0, below=1
+    )
     mixed_precision: str = argument(
         "auto", "no, bf16, fp16, or auto: accelerate's configuration, else bf16 where the hardware has it."
     )
     allow_tf32: bool = argument(False, "TensorFloat-32 for float32 matrix products.")
     compile: bool = argument(False, "Compile the transformer blocks.")
     gradient_checkpointing: bool = argument(False, "Recompute activations in the backward pass, for less memory.")
-    logging_steps: int = argument(50, "Steps between lines of metrics.jsonl.")
-    validation_steps: int = argument(1000, "Steps between evaluations.")
+    logging_steps: int = argument(50, "Steps between lines of metrics.jsonl.", minimum=1)
+    validation_steps: int = argument(1000, "Steps between evaluations.", minimum=1)
     report_to: str = argument("tensorboard", "Tracker of accelerate: tensorboard, wandb, ..., all, or none.")
     logging_dir: str = argument("logs", "Folder of the trackers in output_dir.")
     tracker_project_name: str = argument("vitok", "Project name for the trackers.")
-    checkpointing_steps: int = argument(1000, "Steps between checkpoints.")
-    checkpoints_total_limit: int | None = argument(None, "Checkpoints to keep; the oldest ones are deleted.")
+    checkpointing_steps: int = argument(1000, "Steps between checkpoints.", minimum=1)
+    checkpoints_total_limit: int | None = argument(
+        None, "Checkpoints to keep; the oldest ones are deleted.", minimum=1
+    )
     resume_from_checkpoint: str | None = argument(None, 'Folder of a checkpoint, or "latest".')
     push_to_hub: bool = argument(False, "Upload the final model.")
     hub_model_id: str | None = argument(None, "Repository to push to; default: the name of output_dir.")
     hub_token: str | None = argument(None, "Token for the Hub; default: that of `hf auth login`.")
 
     def __post_init__(self):
-        check_positive(
-            self,
-            *("max_train_steps", "gradient_accumulation_steps", "logging_steps", "validation_steps"),
-            *("checkpointing_steps", "checkpoints_total_limit"),
-        )
+        check_fields(self)
         check_choice(self, "mixed_precision", *MIXED_PRECISIONS)
-        if not self.max_grad_norm > 0:
-            raise ValueError(
-                f"`max_grad_norm` must be positive, but is {self.max_grad_norm}; infinity (inf) clips nothing."
-            )
-        if not 0.0 <= self.ema_decay < 1.0:
-            raise ValueError(f"`ema_decay` must be at least 0 and less than 1, but is {self.ema_decay}.")
         schedules = [kind.value for kind in SchedulerType if kind != SchedulerType.PIECEWISE_CONSTANT]
         if self.lr_scheduler not in schedules:
             raise ValueError(f'`lr_scheduler` must be one of {", ".join(schedules)}, but is "{self.lr_scheduler}".')
@@ -135,53 +170,58 @@ class LoopArguments:
 class AutoencoderArguments(DataArguments, LoopArguments):
     """Settings of `AutoencoderTrainer`, which `parse_arguments` reads from a command line."""
 
-    stage: int = argument(1, "1: reconstruction losses; 2: reconstruction and GAN losses, by default decoder only.")
+    stage: int = argument(
+        1, "1: reconstruction losses; 2: reconstruction and GAN losses, by default decoder only.", minimum=1, maximum=2
+    )
     variant: str | None = argument(None, 'Architecture by name, as "S-B/16", with random weights.')
     model_config: str | None = argument(None, "Architecture by a diffusers config.json, with random weights.")
     pretrained_model_name_or_path: str | None = argument(
         None, "Start from this model: folder, Hub id or bundled name; also the author's ViTok-v2 weights."
     )
-    latent_channels: int | None = argument(None, "Latent channels, where the variant leaves them open.")
+    latent_channels: int | None = argument(None, "Latent channels, where the variant leaves them open.", minimum=1)
     freeze_encoder: bool | None = argument(None, "Train the decoder only; default: in stage 2.")
-    lora_rank: int | None = argument(None, "Train LoRA adapters of this rank, not the weights.")
-    lora_alpha: float | None = argument(None, "Scale of the adapters times their rank; default: lora_rank.")
-    mse_weight: float = argument(1.0, "Weight of the squared error.")
-    l1_weight: float = argument(0.0, "Weight of the absolute error.")
-    charbonnier_weight: float = argument(0.0, "Weight of the Charbonnier loss, sqrt(error^2 + 1e-6) (ViTok-v2: 1).")
-    ssim_weight: float = argument(0.0, "Weight of 1 - SSIM (ViTok-v2: 0.1).")
-    lpips_weight: float = argument(1.0, "Weight of LPIPS (needs the VGG weights; without them it is 0).")
-    dino_weight: float = argument(0.0, "Weight of the distance of DINO features (ViTok-v2: 500).")
-    dino_model_name_or_path: str = argument("facebook/dinov3-vitb16-pretrain-lvd1689m", "Network of these features.")
-    kl_weight: float = argument(1e-3, "Weight of the KL divergence, a mean over latent elements.")
-    patch_border_weight: float = argument(1.0, "Weight of squared errors at the border of a patch; inside it is 1.")
-    gan_loss: str = argument("hinge", "hinge or non_saturating.")
-    gan_weight: float = argument(0.05, "Weight of the decoder's GAN loss.")
-    gan_start_step: int = argument(0, "Step from which on the decoder has a GAN loss; the discriminator starts at 0.")
-    gan_ramp_steps: int = argument(0, "Steps in which the GAN loss grows linearly to its weight.")
-    adaptive_gan_weight: float | None = argument(
-        None, "Scale the GAN loss by the ratio of gradients, reconstruction over GAN, of at most this."
+    lora_rank: int | None = argument(None, "Train LoRA adapters of this rank, not the weights.", minimum=1)
+    lora_alpha: float | None = argument(None, "Scale of the adapters times their rank; default: lora_rank.", above=0)
+    mse_weight: float = argument(1.0, "Weight of the squared error.", minimum=0)
+    l1_weight: float = argument(0.0, "Weight of the absolute error.", minimum=0)
+    charbonnier_weight: float = argument(
+        0.0, "Weight of the Charbonnier loss, sqrt(error^2 + 1e-6) (ViTok-v2: 1).", minimum=0
     )
-    discriminator_channels: int = argument(64, "Channels of the first discriminator block; doubled down to 4 x 4.")
+    ssim_weight: float = argument(0.0, "Weight of 1 - SSIM (ViTok-v2: 0.1).", minimum=0)
+    lpips_weight: float = argument(1.0, "Weight of LPIPS (needs the VGG weights; without them it is 0).", minimum=0)
+    dino_weight: float = argument(0.0, "Weight of the distance of DINO features (ViTok-v2: 500).", minimum=0)
+    dino_model_name_or_path: str = argument("facebook/dinov3-vitb16-pretrain-lvd1689m", "Network of these features.")
+    kl_weight: float = argument(1e-3, "Weight of the KL divergence, a mean over latent elements.", minimum=0)
+    patch_border_weight: float = argument(
+        1.0, "Weight of squared errors at the border of a patch; inside it is 1.", minimum=0
+    )
+    gan_loss: str = argument("hinge", "hinge or non_saturating.")
+    gan_weight: float = argument(0.05, "Weight of the decoder's GAN loss.", minimum=0)
+    gan_start_step: int = argument(
+        0, "Step from which on the decoder has a GAN loss; the discriminator starts at 0.", minimum=0
+    )
+    gan_ramp_steps: int = argument(0, "Steps in which the GAN loss grows linearly to its weight.", minimum=0)
+    adaptive_gan_weight: float | None = argument(
+        None, "Scale the GAN loss by the ratio of gradients, reconstruction over GAN, of at most this.", minimum=0
+    )
+    discriminator_channels: int = argument(
+        64, "Channels of the first discriminator block; doubled down to 4 x 4.", minimum=1
+    )
     discriminator_minibatch_stddev: bool = argument(
         True, "Let the discriminator see the variation in groups of 4 frames."
     )
-    discriminator_learning_rate: float = argument(2e-5, "Peak learning rate of the discriminator.")
-    discriminator_warmup_steps: int = argument(25_000, "Steps of linear warm-up of the discriminator.")
-    r1_weight: float = argument(0.0, "Weight of the gradient penalty on real pictures.")
-    r1_every: int = argument(16, "Steps between gradient penalties, which then count as often.")
-    lecam_weight: float = argument(0.0, "Weight of the LeCam regularisation.")
+    discriminator_learning_rate: float = argument(2e-5, "Peak learning rate of the discriminator.", minimum=0)
+    discriminator_warmup_steps: int = argument(25_000, "Steps of linear warm-up of the discriminator.", minimum=0)
+    r1_weight: float = argument(0.0, "Weight of the gradient penalty on real pictures.", minimum=0)
+    r1_every: int = argument(16, "Steps between gradient penalties, which then count as often.", minimum=1)
+    lecam_weight: float = argument(0.0, "Weight of the LeCam regularisation.", minimum=0)
 
     def __post_init__(self):
         super().__post_init__()
-        check_positive(
-            self, "train_batch_size", "lora_rank", "discriminator_channels", "r1_every", "num_validation_images"
-        )
         for name in ("crop_sizes", "compile"):
             if self.max_tokens is not None and getattr(self, name):
                 reason = "pictures are not cropped" if name == "crop_sizes" else "every batch has other sizes"
                 raise ValueError(f"`{name}` does not go with `max_tokens` {self.max_tokens}: {reason}; leave one out.")
-        if self.stage not in (1, 2):
-            raise ValueError(f"`stage` must be 1 or 2, but is {self.stage}.")
         check_choice(self, "gan_loss", "hinge", "non_saturating")
         if self.freeze_encoder is None:
             self.freeze_encoder = self.stage == 2
@@ -205,9 +245,9 @@ class DiTArguments(LoopArguments):
     """Settings of `DiTTrainer`, which `parse_arguments` reads from a command line."""
 
     lr_scheduler: str = argument("constant", "Schedule of `diffusers.optimization.get_scheduler`.")
-    lr_warmup_steps: int = argument(0, "Steps of linear warm-up, if the schedule has any.")
-    adam_beta2: float = argument(0.999, "AdamW beta 2.")
-    adam_weight_decay: float = argument(0.0, "AdamW weight decay.")
+    lr_warmup_steps: int = argument(0, "Steps of linear warm-up, if the schedule has any.", minimum=0)
+    adam_beta2: float = argument(0.999, "AdamW beta 2.", minimum=0, below=1)
+    adam_weight_decay: float = argument(0.0, "AdamW weight decay.", minimum=0)
     use_ema: bool = argument(True, "Keep an exponential moving average of the weights, evaluated and saved too.")
     tracker_project_name: str = argument("vitok-dit", "Project name for the trackers.")
     vae_name_or_path: str | None = argument(None, "The autoencoder: folder, Hub id or bundled name.")
@@ -217,35 +257,38 @@ class DiTArguments(LoopArguments):
     train_data_dir: list[str] = argument([], "Folders of pictures (video models: videos); their folders are classes.")
     latents_dir: str | None = argument(None, "Instead of `train_data_dir`, the folder that `write_latents` wrote.")
     class_file: str | None = argument(None, "Classes in the order of their ids, one a line; default: sorted.")
-    resolution: int | None = argument(None, "Side of the central squares; default: the autoencoder's sample_size.")
-    fps: float | None = argument(None, "Frames a second of the clips of a video model; default: all frames.")
+    resolution: int | None = argument(
+        None, "Side of the central squares; default: the autoencoder's sample_size.", minimum=1
+    )
+    fps: float | None = argument(None, "Frames a second of the clips of a video model; default: all frames.", above=0)
     random_flip: bool = argument(True, "Flip half of the pictures left to right.")
     no_flip_classes: list[str] = argument([], "Classes that are never flipped.")
     class_balanced: bool = argument(False, "Draw every class as often, however many pictures it has.")
-    train_batch_size: int = argument(32, "Pictures in a batch of one process.")
-    dataloader_num_workers: int = argument(1, "Processes that read data, for each training process.")
-    num_statistics_images: int = argument(2048, "Pictures for latent statistics, if the autoencoder has none.")
+    train_batch_size: int = argument(32, "Pictures in a batch of one process.", minimum=1)
+    dataloader_num_workers: int = argument(1, "Processes that read data, for each training process.", minimum=0)
+    num_statistics_images: int = argument(
+        2048, "Pictures for latent statistics, if the autoencoder has none.", minimum=1
+    )
     prediction_type: str = argument("epsilon", "epsilon, v_prediction or flow_prediction (flow matching).")
-    snr_gamma: float | None = argument(None, "Min-SNR weighting with this gamma (the authors': 5), not for flows.")
+    snr_gamma: float | None = argument(
+        None, "Min-SNR weighting with this gamma (the authors': 5), not for flows.", above=0
+    )
     weighting_scheme: str = argument("logit_normal", "Timesteps of flow matching: logit_normal, or none: uniform.")
     logit_mean: float = argument(0.0, "Mean of the logit-normal distribution.")
-    logit_std: float = argument(1.0, "Standard deviation of the logit-normal distribution.")
-    class_dropout: float = argument(0.1, "Probability with which a class is replaced by none, for guidance.")
+    logit_std: float = argument(1.0, "Standard deviation of the logit-normal distribution.", above=0)
+    class_dropout: float = argument(
+        0.1, "Probability with which a class is replaced by none, for guidance.", minimum=0, maximum=1
+    )
     validation_data_dir: list[str] = argument([], "Folders of held-out pictures (or videos), with the same classes.")
-    num_validation_images: int = argument(64, "Held-out pictures a folder.")
-    num_timestep_buckets: int = argument(10, "Parts of the schedule whose held-out loss is logged apart.")
-    num_sample_classes: int = argument(8, "Classes to sample from while training, evenly spaced.")
-    num_samples_per_class: int = argument(4, "Samples of each.")
-    num_inference_steps: int = argument(25, "Steps of these samples.")
-    guidance_scale: float = argument(4.0, "Guidance of these samples.")
+    num_validation_images: int = argument(64, "Held-out pictures a folder.", minimum=1)
+    num_timestep_buckets: int = argument(10, "Parts of the schedule whose held-out loss is logged apart.", minimum=1)
+    num_sample_classes: int = argument(8, "Classes to sample from while training, evenly spaced.", minimum=1)
+    num_samples_per_class: int = argument(4, "Samples of each.", minimum=1)
+    num_inference_steps: int = argument(25, "Steps of these samples.", minimum=1)
+    guidance_scale: float = argument(4.0, "Guidance of these samples.", minimum=1)
 
     def __post_init__(self):
         super().__post_init__()
-        check_positive(
-            self,
-            *("train_batch_size", "resolution", "num_statistics_images", "num_validation_images"),
-            *("num_timestep_buckets", "num_sample_classes", "num_samples_per_class", "num_inference_steps"),
-        )
         if self.vae_name_or_path is None:
             raise ValueError("Name the autoencoder by `vae_name_or_path`: a folder, Hub id or bundled name.")
         for names in (("variant", "model_config"), ("train_data_dir", "latents_dir")):
@@ -254,17 +297,11 @@ class DiTArguments(LoopArguments):
                 raise ValueError(f"Set exactly one of {' and '.join(names)}, but they are {given}.")
         check_choice(self, "prediction_type", "epsilon", "v_prediction", "flow_prediction")
         check_choice(self, "weighting_scheme", "logit_normal", "none")
-        if self.snr_gamma is not None and (self.prediction_type == "flow_prediction" or self.snr_gamma <= 0):
+        if self.snr_gamma is not None and self.prediction_type == "flow_prediction":
             raise ValueError(
-                f'`snr_gamma` {self.snr_gamma} with `prediction_type` "{self.prediction_type}": it must be positive, '
-                "and flow matching has none: leave it out, and choose a `weighting_scheme`."
+                f"`snr_gamma` {self.snr_gamma}, but flow matching has none: leave it out, and choose a "
+                "`weighting_scheme`."
             )
-        if not 0.0 <= self.class_dropout <= 1.0:
-            raise ValueError(f"`class_dropout` must be from 0 to 1, but is {self.class_dropout}.")
-        if self.logit_std <= 0:
-            raise ValueError(f"`logit_std` must be positive, but is {self.logit_std}.")
-        if self.guidance_scale < 1:
-            raise ValueError(f"`guidance_scale` must be at least 1, which is none, but is {self.guidance_scale}.")
 
 
 def read_config(path: str, known: set[str]) -> dict[str, Any]:
@@ -292,13 +329,18 @@ def fit_types(settings: dict[str, Any], arguments_class: type) -> dict[str, Any]
     return fitted
 
 
+class _Parser(HfArgumentParser):
+    def add_argument(self, *names, limits: dict | None = None, **options):
+        return super().add_argument(*names, **options)
+
+
 def parse_arguments(arguments_class: type, description: str | None = None, argv: list[str] | None = None):
     """`arguments_class` from the command line and, where that is silent, from `--config settings.yaml`.
 
     Raises:
         ValueError: If the file has an unknown setting, or a setting has a value that is not allowed.
     """
-    parser = HfArgumentParser(arguments_class, description=description, allow_abbrev=False)
+    parser = _Parser(arguments_class, description=description, allow_abbrev=False)
     parser.add_argument("--config", help="YAML file with settings; the command line takes precedence.")
     argv = sys.argv[1:] if argv is None else argv
     known, _ = parser.parse_known_args(argv)

@@ -157,6 +157,10 @@ class AutoencoderTrainer(Trainer):
         settings = {name: getattr(args, name) for name in ("stage", "freeze_encoder", "lora_rank")}
         return super().fixed_settings() | settings | {"lecam_weight": "positive" if args.lecam_weight > 0.0 else 0.0}
 
+    def objects(self) -> dict[str, object]:
+        lecam = self.adversary and self.adversary.lecam
+        return super().objects() | ({"lecam": lecam} if lecam is not None else {})
+
     def _train_mode(self) -> None:
         self.models["vae"].model.train()
         if self.args.freeze_encoder:

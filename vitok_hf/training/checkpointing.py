@@ -1,48 +1,47 @@
 import hashlib
+import itertools
 import json
+import logging
 import os
 import re
-import shutil
 from contextlib import contextmanager
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 from accelerate import Accelerator, PartialState
 from torch import nn
 
 from ..models.layers import plain_name
+from .disk import atomic_file, checksum, decide, naming_full_disks, remove_folder, replace_durably, temporary_name
+from .run_state import find_program
+
+
+logger = logging.getLogger(__name__)
+
+MANIFEST = "state/manifest.json"  # of a checkpoint: name of each file -> size and SHA-256
 
 
 @contextmanager
 def atomic_folder(path: Path, accelerator: Accelerator | PartialState):
     """Yields a temporary folder beside `path`, which takes the name `path` when the block ends without an error."""
-    temporary = path.with_name(path.name + ".incomplete")
-    if accelerator.is_main_process:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    accelerator.wait_for_everyone()
-    yield temporary
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        remove_folder(path)
-        os.replace(temporary, path)
-    accelerator.wait_for_everyone()
-
-
-def remove_folder(path: Path) -> None:
-    """Removes a folder, if there is one; it loses its name first, for half a folder must not be taken for whole."""
-    removed = path.with_name(path.name + ".removed")
-    shutil.rmtree(removed, ignore_errors=True)
-    if path.exists():
-        os.replace(path, removed)
-        shutil.rmtree(removed)
+    temporary = decide(lambda: temporary_name(path))
+    with naming_full_disks(path):
+        if accelerator.is_main_process:
+            temporary.mkdir(parents=True)
+        accelerator.wait_for_everyone()
+        yield temporary
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            remove_folder(path)
+            replace_durably(temporary, path)
+        accelerator.wait_for_everyone()
 
 
 def write_json(path: Path, content: dict | list) -> None:
     """Writes a file that is never seen half written; raises `ValueError` for numbers that are not finite."""
     text = json.dumps(content, indent=1, allow_nan=False)  # other readers know no NaN or Infinity
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.incomplete")  # another process may write the same
-    temporary.write_text(text)
-    os.replace(temporary, path)
+    with atomic_file(path) as temporary:
+        temporary.write_text(text)
 
 
 def read_json(path: str | Path) -> dict | list:
@@ -51,6 +50,20 @@ def read_json(path: str | Path) -> dict | list:
         return json.loads(Path(path).read_text())
     except ValueError as error:
         raise ValueError(f'"{path}" is no JSON file, or damaged ({error}): correct it, or name another.') from error
+
+
+def _digest(content: dict) -> str:
+    content = {name: value for name, value in content.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def seal(content: dict) -> dict:
+    """With a checksum of the rest, for `is_sealed` to find what has changed."""
+    return content | {"sha256": _digest(content)}
+
+
+def is_sealed(content: dict) -> bool:
+    return content.get("sha256") == _digest(content)
 
 
 def weights_checksum(module: nn.Module, config: dict | None = None) -> str:
@@ -75,11 +88,85 @@ def checkpoint_step(path: Path) -> int | None:
     return int(match[1]) if match else None
 
 
+def write_manifest(checkpoint: Path) -> None:
+    """To be called when all files are written; `find_damage` compares them."""
+    files = sorted(path for path in checkpoint.rglob("*") if path.is_file())
+    with ThreadPool(8) as pool:
+        digests = pool.map(checksum, files)
+    entries = {
+        path.relative_to(checkpoint).as_posix(): [path.stat().st_size, digest] for path, digest in zip(files, digests)
+    }
+    write_json(checkpoint / MANIFEST, seal({"files": entries}))
+
+
+def find_damage(checkpoint: Path) -> str | None:
+    """Why a checkpoint cannot be resumed from, naming the file: what is not as written, or would run a program."""
+    if not (checkpoint / MANIFEST).is_file():
+        return f"{MANIFEST} is missing, without which it is damaged or of an earlier version"
+    try:
+        manifest = read_json(checkpoint / MANIFEST)
+        entries = manifest["files"]
+    except (ValueError, KeyError, TypeError):
+        manifest = {}
+    if not is_sealed(manifest):
+        return f"{MANIFEST} is damaged"
+    state = {path.relative_to(checkpoint).as_posix() for path in (checkpoint / "state").rglob("*") if path.is_file()}
+    if strangers := sorted(state - entries.keys() - {MANIFEST}):
+        return f"{strangers[0]} does not belong to it"
+
+    def compare(name: str) -> str | None:
+        path, (size, digest) = checkpoint / name, entries[name]
+        if not path.is_file():
+            return f"{name} is missing"
+        try:
+            if path.stat().st_size != size:
+                return f"{name} has {path.stat().st_size} bytes, not {size}"
+            return None if checksum(path) == digest else f"{name} is not as it was written"
+        except OSError as error:
+            return f"{name} cannot be read ({error})"
+
+    with ThreadPool(8) as pool:
+        reasons = [reason for reason in pool.map(compare, entries) if reason]
+    return reasons[0] if reasons else find_program(checkpoint, sorted(state - {MANIFEST}))
+
+
 def find_checkpoint(output_dir: Path, name: str | None) -> Path | None:
-    """The folder of checkpoint `name`, or the newest complete one of `output_dir`, if it has any, for "latest"."""
-    if name not in (None, "latest"):
-        if checkpoint_step(Path(name)) is None or not (Path(name) / "state").is_dir():
-            raise ValueError(f'`resume_from_checkpoint` "{name}" is no folder checkpoint-<step> with a state/ inside.')
-        return Path(name)
-    found = list_checkpoints(output_dir) if name == "latest" else []
+    """The folder of checkpoint `name`, or the newest sound one of `output_dir`, if it has any, for "latest".
+
+    Newer ones that are damaged are then renamed to <name>.damaged. The main process decides; all must call it.
+
+    Raises:
+        ValueError: If `name` is no checkpoint or damaged, or all are.
+    """
+    if name is None:
+        return None
+    return decide(lambda: _find_latest(output_dir) if name == "latest" else _find_named(Path(name)))
+
+
+def _find_named(path: Path) -> Path:
+    if checkpoint_step(path) is None or not (path / "state").is_dir():
+        raise ValueError(f'`resume_from_checkpoint` "{path}" is no folder checkpoint-<step> with a state/ inside.')
+    if reason := find_damage(path):
+        raise ValueError(
+            f'`resume_from_checkpoint` "{path}" is damaged: {reason}. Name an older one, or resume from "latest", '
+            "which takes the newest that is sound."
+        )
+    return path
+
+
+def _find_latest(output_dir: Path) -> Path | None:
+    damaged, found = {}, list_checkpoints(output_dir)
+    while found and (reason := find_damage(found[-1])):
+        damaged[found.pop()] = reason
+    if damaged and not found:
+        reasons = "; ".join(f"{path.name}: {reason}" for path, reason in damaged.items())
+        raise ValueError(
+            f'All checkpoints of "{output_dir}" are damaged ({reasons}): start from a model in one of them '
+            "(`pretrained_model_name_or_path`) in another output_dir, or anew."
+        )
+    for path, reason in damaged.items():
+        names = (path.with_name(f"{path.name}.damaged{number or ''}") for number in itertools.count())
+        aside = next(name for name in names if not name.exists())
+        os.replace(path, aside)
+        logger.warning('"%s" is damaged: %s. Going on from %s; it is now %s.', path, reason, found[-1], aside.name)
     return found[-1] if found else None

@@ -13,26 +13,16 @@ from collections.abc import Collection, Sequence
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
-from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 from tqdm.auto import tqdm
 
 from .checkpointing import read_json, write_json
+from .disk import checksum, decide
 
 
 RECORD = "made_from.json"
 UNREADABLE = "unreadable:"  # in place of a file's content
 MAX_SHOWN = 200  # characters of a value in a message
 MAX_NAMED = 100_000  # files that a training run notes one by one
-
-
-def checksum(path: str | os.PathLike) -> str:
-    """SHA-256 of a file's content."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _name_files(paths: Sequence[str | os.PathLike]) -> dict[str, str]:
@@ -66,6 +56,15 @@ def _make_record(settings: dict, files: Sequence[str | os.PathLike], known: dict
         described = pool.imap(lambda name: _describe(named[name], known.get(name, ""), read), named, 64)
         files = dict(zip(named, tqdm(described, "input files", len(named), delay=5)))
     return {"settings": json.loads(json.dumps(settings, default=str)), "files": files}
+
+
+def _read_record(path: Path) -> dict:
+    record = read_json(path)
+    try:
+        _contents(record), record["settings"].keys()
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        raise ValueError(f'"{path}" is damaged ({error!r}): restore it, or name another folder.') from error
+    return record
 
 
 def _contents(record: dict) -> dict[str, str]:
@@ -124,19 +123,15 @@ def claim_folder(
     Raises:
         ValueError: If it holds results of other settings or files, naming them, or files of unknown origin.
     """
-    problem = [None]
-    if PartialState().is_main_process:
-        problem = [_claim(folder, settings, files, may_change)]
-    broadcast_object_list(problem)
-    if problem[0] is not None:
-        raise ValueError(f'"{folder}" has {problem[0]}: name another folder, or delete this one.')
+    if problem := decide(lambda: _claim(folder, settings, files, may_change)):
+        raise ValueError(f'"{folder}" has {problem}: name another folder, or delete this one.')
 
 
 def _claim(folder: Path, settings: dict, files: Sequence, may_change: Collection) -> str | None:
     """Writes the record, or says why not."""
     path, old = folder / RECORD, None
     if path.is_file():
-        old = read_json(path)
+        old = _read_record(path)
     elif folder.is_dir() and any(not child.name.startswith(".") for child in folder.iterdir()):
         return f"files, but no {RECORD} that says what they were made from (an earlier version wrote none)"
     record = _make_record(settings, files, old["files"] if old else {})
@@ -171,7 +166,7 @@ def note_inputs(folder: Path, settings: dict, files: Sequence[str | os.PathLike]
         reasons = [f"unknown inputs, for there is no {path}"]
         if path.is_file():
             try:
-                reasons = _differences(read_json(path), record)
+                reasons = _differences(_read_record(path), record)
             except ValueError as error:  # it only says what has changed
                 reasons = [f"unknown inputs: {error}"]
     folder.mkdir(parents=True, exist_ok=True)

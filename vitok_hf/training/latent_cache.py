@@ -1,20 +1,20 @@
 """Latents on disk: means and standard deviations of the posteriors of pictures and their mirror images.
 
 `index.json` names the autoencoder, the classes and the shards with their checksums and those of the files that they
-hold. A shard is a safetensors file with `mean` and `std`, (N, 2, c, [t,] h, w), of the picture and its mirror image,
-and `labels`, (N,). It is written under a temporary name, and listed when it is complete, so that an interrupted run
-goes on after the last one, if files and settings are the same (see `claims`). What could not be read is tried again.
+hold, and has one itself. A shard is a safetensors file with `mean` and `std`, (N, 2, c, [t,] h, w), of the picture and
+its mirror image, and `labels`, (N,). It is written under a temporary name, and listed when it is complete, so that an
+interrupted run goes on after the last one, if files and settings are the same (see `claims`). What could not be read
+is tried again.
 """
 
 import hashlib
 import logging
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
@@ -22,16 +22,18 @@ from tqdm.auto import tqdm
 from ..evaluation.pixels import to_float
 from ..latents import NO_STATISTICS
 from ..models import AutoencoderViTok
-from .checkpointing import read_json, weights_checksum, write_json
-from .claims import checksum, claim_folder, claimed_contents
+from .checkpointing import is_sealed, read_json, seal, weights_checksum, write_json
+from .claims import claim_folder, claimed_contents
 from .cropping import Batch
+from .disk import atomic_file, checksum, inside, lock_folder, remove_leftovers, unlock_folder
 from .latent_data import ClassSampler, LabelledFiles, load_square, to_pixels
 from .media import evenly_spaced
 
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 2  # to be raised when the same files and settings give other latents
+FORMAT = 3  # to be raised when the index is another, or the same files and settings give other latents
+INDEX = "index.json"
 
 
 def fingerprint(vae: AutoencoderViTok) -> str:
@@ -43,9 +45,26 @@ def fingerprint(vae: AutoencoderViTok) -> str:
     return weights_checksum(vae.encoder, config)
 
 
+def read_index(folder: Path) -> dict:
+    """Raises `ValueError` if it is not as it was written, or of another version."""
+    index = read_json(folder / INDEX)
+    if not isinstance(index, dict) or index.get("format") != FORMAT:
+        found = index.get("format") if isinstance(index, dict) else None
+        raise ValueError(
+            f'"{folder}" is a cache of another version, of format {found}, not {FORMAT}: write it anew, to another '
+            "folder."
+        )
+    if not is_sealed(index):
+        raise ValueError(
+            f'"{folder / INDEX}" has changed since it was written: restore it, or delete it and call `write_latents` '
+            "again, which then writes all shards anew."
+        )
+    return index
+
+
 def check_shard(folder: Path, shard: dict) -> None:
     """Raises `ValueError` if a shard is not as it was written."""
-    path = folder / shard["file"]
+    path = inside(folder, shard["file"])
     if not path.is_file() or checksum(path) != shard["sha256"]:
         state = "has changed since it was written" if path.is_file() else "is missing"
         raise ValueError(f'"{path}" {state}: delete it and call `write_latents` again, which restores it.')
@@ -119,16 +138,19 @@ def write_latents(
         num_workers: Processes that read files.
 
     Raises:
-        ValueError: If the folder has a cache of other files or settings, or a finished shard has changed.
+        ValueError: If the folder has a cache of other files or settings, or a finished shard has changed, or another
+            process writes to it.
     """
     folder, num_frames = Path(folder), vae.config.sample_frames
+    lock_folder(folder)
+    remove_leftovers(folder)
     settings = {"format": FORMAT, "vae_sha256": fingerprint(vae), "classes": files.classes}
     settings |= {"resolution": resolution, "num_frames": num_frames, "fps": fps}
     settings |= {"dtype": str(dtype).removeprefix("torch."), "shard_size": shard_size}
     index = {"vae": name} | settings | {"num_shards": -(-len(files) // shard_size), "shards": {}}
-    path, paths = folder / "index.json", [item.source for item in files.items]
-    if path.is_file() and (stored := read_json(path)).get("format") == FORMAT:
-        index = stored
+    path, paths = folder / INDEX, [item.source for item in files.items]
+    if path.is_file():
+        index = read_index(folder)
     skipped = {number for shard in index["shards"].values() for number in shard["skipped"]}
     claim_folder(folder, settings, paths, [file for number, file in enumerate(paths) if number in skipped])
     contents = claimed_contents(folder)
@@ -146,17 +168,18 @@ def write_latents(
             logger.warning("Skipped what cannot be read: %s", reason)
         written = _write_shard(folder / f"latents-{number:05d}.safetensors", tensors)
         index["shards"][str(number)] = written | {"skipped": [*skipped], "files_sha256": digest}
+        index = seal(index)
         write_json(path, index)
+    unlock_folder(folder)
     return index
 
 
 def _write_shard(file: Path, tensors: dict[str, torch.Tensor] | None) -> dict:
     if tensors is None:
         return {"file": None, "num_items": 0, "sha256": None}
-    temporary = file.with_name(file.name + ".incomplete")
-    save_file(tensors, temporary)
-    digest = checksum(temporary)
-    os.replace(temporary, file)
+    with atomic_file(file) as temporary:
+        save_file(tensors, temporary)
+        digest = checksum(temporary)
     return {"file": file.name, "num_items": len(tensors["labels"]), "sha256": digest}
 
 
@@ -177,14 +200,9 @@ class LatentCache:
 
     def __init__(self, folder: str | Path, verify: bool = True):
         self.folder = Path(folder)
-        if not (self.folder / "index.json").is_file():
+        if not (self.folder / INDEX).is_file():
             raise ValueError(f'"{folder}" has no index.json: write the cache with `write_latents`.')
-        self.index = read_json(self.folder / "index.json")
-        if self.index.get("format") != FORMAT:
-            raise ValueError(
-                f'"{folder}" is a cache of another version, of format {self.index.get("format")}, not {FORMAT}, which '
-                "may hold latents of other files than it says: write it anew, to another folder."
-            )
+        self.index = read_index(self.folder)
         found, expected = len(self.index["shards"]), self.index["num_shards"]
         if found < expected:
             raise ValueError(
@@ -198,7 +216,23 @@ class LatentCache:
             check_shard(self.folder, shard)
         self.ends = np.cumsum([shard["num_items"] for shard in self.shards])
         self.handles = {}
-        self.labels = np.concatenate([self._open(number).get_tensor("labels") for number in range(len(self.shards))])
+        self.labels = np.concatenate([self._read_labels(number) for number in range(len(self.shards))])
+
+    def _read_labels(self, number: int) -> np.ndarray:
+        """Checks besides that the shard has what the index says."""
+        try:
+            file, count = self._open(number), self.shards[number]["num_items"]
+            labels = file.get_tensor("labels").numpy()
+            shapes = {tuple(file.get_slice(name).get_shape()) for name in ("mean", "std")}
+        except SafetensorError as error:
+            shapes, labels = {str(error)}, np.zeros(0)
+        fits = labels.shape == (count,) and set(labels.tolist()) <= set(range(len(self.classes)))
+        if not fits or len(shapes) > 1 or shapes.pop()[:2] != (count, 2):
+            raise ValueError(
+                f'"{self.folder / self.shards[number]["file"]}" does not hold {count} latents of {len(self.classes)} '
+                "classes, as the index says: delete both and call `write_latents` again."
+            )
+        return labels
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"handles": {}}  # workers open the files themselves
@@ -212,7 +246,7 @@ class LatentCache:
 
     def _open(self, number: int):
         if number not in self.handles:
-            self.handles[number] = safe_open(self.folder / self.shards[number]["file"], framework="pt")
+            self.handles[number] = safe_open(inside(self.folder, self.shards[number]["file"]), framework="pt")
         return self.handles[number]
 
     def moments(self, index: int, mirrored: bool = False) -> torch.Tensor:

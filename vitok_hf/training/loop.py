@@ -1,6 +1,5 @@
 """The training loop: optimisers, checkpoints, logs. What is trained is up to a subclass of `Trainer`."""
 
-import json
 import logging
 import math
 import time
@@ -26,13 +25,16 @@ from .checkpointing import (
     find_checkpoint,
     list_checkpoints,
     read_json,
-    remove_folder,
+    write_json,
+    write_manifest,
 )
 from .claims import note_inputs
 from .cropping import Batch
 from .data import BatchLoader
+from .disk import lock_folder, remove_folder, remove_leftovers, unlock_folder
 from .ema import WeightAverage, gather
 from .files import iterate_files
+from .run_state import load_state, naming_misfits, read_tree, save_state, set_random_state
 from .sources import parse_source
 from .tracking import Log, Window
 
@@ -78,7 +80,6 @@ class TrainedModel:
         self.replicated = replicated and accelerator.is_fsdp2
         if self.replicated:
             self.model, self.optimizer = DistributedDataParallel(model.to(accelerator.device)), optimizer
-            accelerator.register_for_checkpointing(model, optimizer)
         else:
             if accelerator.is_fsdp2:  # for other engines, accelerate does it
                 model.forward = accelerator.autocast()(model.forward)
@@ -124,7 +125,7 @@ class Trainer:
 
     Every process draws its own batches. Checkpoints, `checkpoint-<step>/`, hold models for `from_pretrained` and the
     state of the run; they are written under a temporary name and renamed when complete, on a file system that all
-    nodes share. A subclass has
+    nodes share. One run at a time has `output_dir`. A subclass has
 
     - `models`, the trained models by name, and `average`, their `WeightAverage` or `None`,
     - `training_step(batches)`, which takes the batches of one optimiser step and returns tensors to log for each,
@@ -149,6 +150,11 @@ class Trainer:
         self._check_engine()
         if args.allow_tf32:
             torch.set_float32_matmul_precision("high")
+        lock_folder(self.output_dir)
+        if self.accelerator.is_main_process:
+            for folder in (self.output_dir, self.output_dir / "samples"):
+                remove_leftovers(folder)
+        self.checkpoint = find_checkpoint(self.output_dir, args.resume_from_checkpoint)
         set_seed(args.seed)
 
     def _check_engine(self) -> None:
@@ -168,10 +174,9 @@ class Trainer:
     def start(self) -> None:
         """To be called when the models and the loader are there: seeds the processes and loads a checkpoint."""
         set_seed(self.args.seed, device_specific=True)  # the noise differs between processes
-        if self.average is not None:
-            self.accelerator.register_for_checkpointing(self.average)
-        if checkpoint := find_checkpoint(self.output_dir, self.args.resume_from_checkpoint):
-            self._resume(checkpoint)
+        if self.checkpoint is not None:
+            with naming_misfits(self.checkpoint):
+                self._resume(self.checkpoint)
         elif self.args.resume_from_checkpoint:  # a job that is queued again has the same command
             logger.warning('"%s" has no checkpoint to resume from: the run starts anew.', self.output_dir)
         elif found := list_checkpoints(self.output_dir):
@@ -194,10 +199,11 @@ class Trainer:
         return settings, files + [shard for shard in shards if Path(shard).is_file()]
 
     def _note_inputs(self) -> None:
-        checkpoint = find_checkpoint(self.output_dir, self.args.resume_from_checkpoint)
-        changes = note_inputs(self.output_dir, *self.inputs(), checkpoint and checkpoint.parent)
+        changes = note_inputs(self.output_dir, *self.inputs(), self.checkpoint and self.checkpoint.parent)
         if changes:
-            logger.warning('Going on from "%s", but its run was last started with %s.', checkpoint, "; ".join(changes))
+            logger.warning(
+                'Going on from "%s", but its run was last started with %s.', self.checkpoint, "; ".join(changes)
+            )
 
     def train(self) -> None:
         """Trains to `max_train_steps`, or for `max_minutes`; ends with a checkpoint and, after all steps, `finish`."""
@@ -211,6 +217,8 @@ class Trainer:
                 *(self.step, args.max_train_steps),
             )
             self._evaluate(log, replace=True)
+        elif self.checkpoint and self.step % args.validation_steps == 0 and log.lacks_evaluation(self.step):
+            self._evaluate(log)  # the run was killed before its end
         began, first, window, batches = time.monotonic(), self.step + 1, Window(), iter(self.loader)
         bar = tqdm(total=args.max_train_steps, initial=self.step, disable=not self.accelerator.is_local_main_process)
         while not stop:
@@ -244,6 +252,7 @@ class Trainer:
         if finished:
             self.finish()
         self.accelerator.end_training()
+        unlock_folder(self.output_dir)
 
     def _evaluate(self, log: Log, replace: bool = False) -> None:
         metrics, pictures = self.evaluate()
@@ -306,14 +315,17 @@ class Trainer:
     def save(self) -> None:
         """Writes `checkpoint-<step>/` and deletes the oldest ones over `checkpoints_total_limit`."""
         with atomic_folder(self.output_dir / f"checkpoint-{self.step}", self.accelerator) as folder:
-            self.accelerator.save_state(str(folder / "state"))
+            save_state(self.accelerator, folder / "state", self.objects())
             state = {
                 "loader": self.loader.state_dict(),
                 "num_skipped": self.num_skipped,
                 "settings": self.fixed_settings(),
             }
-            (folder / "state" / f"data_{self.accelerator.process_index}.json").write_text(json.dumps(state))
+            write_json(folder / "state" / f"data_{self.accelerator.process_index}.json", state)
             self.save_models(folder)
+            self.accelerator.wait_for_everyone()
+            if self.accelerator.is_main_process:
+                write_manifest(folder)
         if self.accelerator.is_main_process and self.args.checkpoints_total_limit is not None:
             for path in list_checkpoints(self.output_dir)[: -self.args.checkpoints_total_limit]:
                 remove_folder(path)
@@ -322,8 +334,15 @@ class Trainer:
         """Those that decide what a checkpoint holds, and cannot change when it is resumed."""
         return {"use_ema": self.args.use_ema}
 
+    def objects(self) -> dict[str, object]:
+        """What the state of the run holds beside models that accelerate prepared: by name, with a `state_dict`."""
+        objects = {} if self.average is None else {"average": self.average}
+        for name, trained in self.models.items():
+            if trained.replicated:
+                objects |= {f"{name}_model": trained.unwrapped, f"{name}_optimizer": trained.optimizer}
+        return objects
+
     def _check_settings(self, path: Path, saved: dict[str, object]) -> None:
-        saved = {"use_ema": any(path.glob("*_ema"))} | saved  # older checkpoints tell no more
         for name, value in self.fixed_settings().items():
             if saved.get(name, value) != value:
                 raise ValueError(
@@ -341,9 +360,12 @@ class Trainer:
             )
         mine, any_process = (path / "state" / f"data_{index}.json" for index in (self.accelerator.process_index, 0))
         state = read_json(mine if mine.exists() else any_process)
-        self._check_settings(path, state.get("settings", {}))
-        self.accelerator.load_state(str(path / "state"))
-        if not (path / "state" / f"random_states_{self.accelerator.process_index}.pkl").exists():
+        self._check_settings(path, state["settings"])
+        load_state(self.accelerator, path / "state", self.objects())
+        if mine.exists():
+            random = read_tree(path / "state" / f"random_{self.accelerator.process_index}.safetensors")
+            set_random_state(random, self.accelerator.device)
+        else:
             set_seed(args.seed + self.step, device_specific=True)  # there are more processes than before
         self.accelerator.step = 0  # batches of the current step, whose number may have changed
         for trained in self.models.values():

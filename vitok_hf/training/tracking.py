@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -12,6 +11,8 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from PIL import Image
+
+from .disk import atomic_file, decide, naming_full_disks
 
 
 def finished_time() -> float:
@@ -61,21 +62,26 @@ class Window:
         return means | rates
 
 
+def read_lines(path: Path) -> list[dict]:
+    """What the lines hold that are whole and have a step."""
+    lines = []
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
+        try:
+            content = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(content, dict) and isinstance(content.get("step"), int):
+            lines.append(content)
+    return lines
+
+
 def drop_lines(path: Path, is_stale: Callable[[dict], bool]) -> None:
     """Rewrites a file of a JSON object a line without the stale ones, and without a last line that was torn off."""
     if not path.exists():
         return
-    kept = []
-    for line in path.read_text().splitlines():
-        try:
-            stale = is_stale(json.loads(line))
-        except ValueError:
-            continue
-        if not stale:
-            kept.append(line + "\n")
-    temporary = path.with_name(path.name + ".incomplete")
-    temporary.write_text("".join(kept))
-    os.replace(temporary, path)
+    kept = [line for line in read_lines(path) if not is_stale(line)]
+    with atomic_file(path) as temporary:
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
 
 
 class Log:
@@ -102,9 +108,15 @@ class Log:
             if replace:
                 drop_lines(self.path, lambda line: line["step"] == step and not values.keys().isdisjoint(line))
             finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
-            with open(self.path, "a") as file:
+            with naming_full_disks(self.path), open(self.path, "a") as file:
                 file.write(json.dumps({"step": step} | finite, allow_nan=False) + "\n")
         self.accelerator.log(values, step=step)
+
+    def lacks_evaluation(self, step: int) -> bool:
+        """The same answer on every process; lines of training have a learning rate."""
+        return decide(
+            lambda: not any(line["step"] == step and "learning_rate" not in line for line in read_lines(self.path))
+        )
 
     def show(self, step: int, pictures: dict[str, np.ndarray]) -> None:
         """Saves pictures, (H, W, 3) uint8, as samples/<name>_<step>.png, and gives them to TensorBoard and W&B."""
@@ -113,7 +125,8 @@ class Log:
         for name, picture in pictures.items():
             path = self.path.with_name("samples") / f"{name}_{step:07d}.png"
             path.parent.mkdir(exist_ok=True)
-            Image.fromarray(picture).save(path)
+            with atomic_file(path) as temporary:
+                Image.fromarray(picture).save(temporary, "PNG")
         batches = {name: picture[None] for name, picture in pictures.items()}
         for tracker in self.accelerator.trackers:
             if tracker.name == "tensorboard":

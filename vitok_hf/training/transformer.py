@@ -1,6 +1,5 @@
 """Training of the diffusion transformer."""
 
-import json
 import logging
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from ..models import AutoencoderViTok, ViTokDiTModel
 from ..pipelines import ViTokDiTPipeline
 from ..pipelines.model_card import usage
 from .arguments import DiTArguments
-from .checkpointing import atomic_folder, find_checkpoint, read_json
+from .checkpointing import atomic_folder, read_json
 from .cropping import Batch
 from .data import BatchLoader
 from .diffusion import bucket_timesteps, diffusion_losses, drop_labels, make_scheduler, sample_timesteps
@@ -156,8 +155,8 @@ class DiTTrainer(Trainer):
     def _normalise(self, dataset: PictureBatches | LatentBatches) -> None:
         """Sees to it that the autoencoder's config has the statistics of the latents: when resumed, those it had."""
         args = self.args
-        if checkpoint := find_checkpoint(self.output_dir, args.resume_from_checkpoint):
-            config = json.loads((checkpoint / "pipeline" / "vae" / "config.json").read_text())
+        if self.checkpoint:
+            config = read_json(self.checkpoint / "pipeline" / "vae" / "config.json")
             self.vae.register_to_config(**{name: config[name] for name in NO_STATISTICS})
         elif not has_statistics(self.vae):
             if self.cache is None:
