@@ -1,8 +1,8 @@
 """Layers shared by the autoencoder and the diffusion transformer.
 
 Token sequences are (B, L, D), row-major over the grid (t, h, w); attention heads are (B, L, heads, head_dim).
-Sequences of different lengths are packed into one, (1, L, D). `packing` says which tokens belong together: the number
-of sequences and their grid, for each run of equal ones, `[(B, grid)]` for an ordinary batch.
+Sequences of different lengths are packed into one, (1, L, D). `packing` says which tokens belong together: a `Run` for
+each run of equal ones, `[Run(B, grid)]` for an ordinary batch.
 """
 
 import itertools
@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from diffusers.loaders import PeftAdapterMixin
@@ -80,7 +80,17 @@ def apply_rotary_embedding(hidden_states: torch.Tensor, rotary_emb: tuple[torch.
 
 
 Grid = tuple[int, ...]
-Packing = list[tuple[int, Grid]]
+
+
+class Run(NamedTuple):
+    """Equal sequences: their number, their grid, and how far attention sees (`None`: everything)."""
+
+    count: int
+    grid: Grid
+    window_radius: int | None = None
+
+
+Packing = list[Run]
 
 
 def pack(sequences: list[torch.Tensor]) -> torch.Tensor:
@@ -92,8 +102,8 @@ def unpack(tokens: torch.Tensor, packing: Packing) -> list[torch.Tensor]:
     """Inverse of `pack`."""
     if len(packing) == 1:
         return [tokens]
-    runs = tokens.squeeze(0).split([count * math.prod(grid) for count, grid in packing])
-    return [run.unflatten(0, (count, -1)) for run, (count, _) in zip(runs, packing)]
+    runs = tokens.squeeze(0).split([run.count * math.prod(run.grid) for run in packing])
+    return [tokens.unflatten(0, (run.count, -1)) for tokens, run in zip(runs, packing)]
 
 
 def windowed_attention(
@@ -171,14 +181,12 @@ class ViTokAttnProcessor:
         query, key, value = (x.unflatten(-1, (attn.heads, -1)) for x in (query, key, value))  # (B, L, heads, head_dim)
         query, key = attn.norm_q(query, rotary_emb), attn.norm_k(key, rotary_emb)
         attend = partial(dispatch_attention_fn, backend=self._attention_backend, parallel_config=self._parallel_config)
-        sequences = zip(*(unpack(x, packing) for x in (query, key, value)))
-        if attn.window_radius is None:
-            outputs = [attend(*sequence) for sequence in sequences]
-        else:
-            outputs = [
-                windowed_attention(*sequence, grid, attn.window_radius, attend)
-                for sequence, (_, grid) in zip(sequences, packing)
-            ]
+        outputs = []
+        for run, *sequences in zip(packing, *(unpack(x, packing) for x in (query, key, value))):
+            if run.window_radius is None:
+                outputs.append(attend(*sequences))
+            else:
+                outputs.append(windowed_attention(*sequences, run.grid, run.window_radius, attend))
         return attn.to_out[0](pack(outputs).flatten(2))  # (B, L, D)
 
 
@@ -196,7 +204,6 @@ class ViTokAttention(nn.Module, AttentionModuleMixin):
         self.norm_q = RotaryRMSNorm(hidden_size // num_heads) if qk_norm else Rotary()
         self.norm_k = RotaryRMSNorm(hidden_size // num_heads) if qk_norm else Rotary()
         self.to_out = nn.ModuleList([nn.Linear(hidden_size, hidden_size, bias=bias)])
-        self.window_radius = None
         self.set_processor(ViTokAttnProcessor())
 
     def fuse_projections(self):
@@ -350,15 +357,17 @@ class ViTokTower(nn.Module):
     def rotary_embedding(self, hidden_states: torch.Tensor, packing: Packing) -> tuple[torch.Tensor, torch.Tensor]:
         """Tables (L, 1, head_dim), for all sequences of a batch or for those that are packed into one."""
         device, dtype = hidden_states.device, hidden_states.dtype
-        tables = [rotary_embedding(grid, self.head_dim, device, dtype) for _, grid in packing]
+        tables = [rotary_embedding(grid, self.head_dim, device, dtype) for _, grid, _ in packing]
         if len(packing) == 1:
             return tables[0]
-        counts = [count for count, _ in packing]
+        counts = [run.count for run in packing]
         return tuple(torch.cat([x.repeat(n, 1, 1) for n, x in zip(counts, part)]) for part in zip(*tables))
 
-    def forward(self, sequences: list[torch.Tensor], grids: list[Grid]) -> list[torch.Tensor]:
+    def forward(
+        self, sequences: list[torch.Tensor], grids: list[Grid], window_radius: int | None = None
+    ) -> list[torch.Tensor]:
         """Runs of equal sequences, (n, L, in_features), and the grid of each run -> (n, L, out_features)."""
-        packing = [(run.shape[0], grid) for run, grid in zip(sequences, grids)]
+        packing = [Run(run.shape[0], grid, window_radius) for run, grid in zip(sequences, grids)]
         # A copy, because dynamo would compile the first block apart for a view: the others do not get one.
         hidden_states = self.proj_in(pack(sequences)).clone()  # (B, L, D), or (1, sum of n * L, D)
         rotary_emb = self.rotary_embedding(hidden_states, packing)

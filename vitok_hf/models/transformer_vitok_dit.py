@@ -18,6 +18,7 @@ from ..presets import dit_variant_to_config
 from .layers import (
     Packing,
     RMSNorm,
+    Run,
     SavingMixin,
     ViTokAttention,
     feed_forward,
@@ -279,7 +280,7 @@ class ViTokDiTModel(SavingMixin, ModelMixin, AttentionMixin, CacheMixin, ConfigM
         rotary_emb = rotary_embedding(
             axes, self.config.hidden_size // self.config.num_attention_heads, tokens.device, tokens.dtype
         )
-        packing = [(tokens.shape[0], axes)]
+        packing = [Run(tokens.shape[0], axes)]
         for block in self.transformer_blocks:
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 tokens = self._gradient_checkpointing_func(block, tokens, temb, rotary_emb, packing)
