@@ -3,7 +3,7 @@ from tests.faults.arguments import cases
 
 
 def test_some_of_the_bad_arguments(tmp_path):
-    """`python -m tests.faults arguments` tries all 1549."""
+    """`python -m tests.faults arguments` tries the whole table."""
     counts, lines = run_cases(cases(400, seed=0, folder=tmp_path))
     check_counts(counts, lines)
     assert counts["clear"] > 350 and counts["unclear"] <= 2, lines

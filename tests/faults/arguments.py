@@ -439,10 +439,10 @@ def other_entries() -> Iterator[Entry]:
     yield Entry("forward to the mode", "generator", lambda g: vae()(x, generator=g), GENERATORS)
     yield Entry("decode", "generator", lambda g: vae().decode(z, generator=g), GENERATORS)
     for function in (variant_to_config, AutoencoderViTok.from_variant):
-        yield Entry(function.__name__, "variant", function, VARIANTS, names=("Variant",))
+        yield Entry(function.__name__, "variant", function, VARIANTS, names=("Variant", "variant "))
     for function in (dit_variant_to_config, ViTokDiTModel.from_variant):
         few = {name: value for name, value in VARIANTS.items() if not isinstance(value, str)} | {"XXL": "XXL", "": ""}
-        yield Entry(f"dit {function.__name__}", "variant", function, few)
+        yield Entry(f"dit {function.__name__}", "variant", function, few, names=("variant ",))
     yield Entry("decode", "sizes", lambda sizes: vae().decode(list(z), sizes=sizes).sample, SIZES)
     yield Entry("pipe", "guidance_interval", lambda value: draw(guidance_interval=value), INTERVALS)
     yield Entry("pipe", "callback_on_step_end", lambda value: draw(callback_on_step_end=value), CALLBACKS)
