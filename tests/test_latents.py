@@ -54,6 +54,7 @@ class TestStatistics:
     def test_variance_of_the_posteriors_counts(self):
         """Exactly: std^2 = var(mean) + mean(var), of each channel and of all."""
         means, stds = torch.randn(5, 2, 3, 3, 4, dtype=torch.float64).unbind(1)
+        stds = stds.abs()
         statistics = summarize_latents(zip(means.split([1, 3, 1]), stds.split([1, 3, 1])))
         expected = means.var(dim=(0, 2, 3), correction=0) + stds.square().mean(dim=(0, 2, 3))
         assert statistics.channel_std == pytest.approx(expected.sqrt().tolist(), rel=1e-12)
@@ -85,7 +86,7 @@ class TestStatistics:
             with pytest.raises(ValueError, match="latents of picture 3 are not finite in channel 1: leave"):
                 summarize_latents(certain(*latents.split([1, 1, 3])))
             with pytest.raises(ValueError, match="latents of picture 3 are not finite in channel 1: leave"):
-                summarize_latents([(torch.randn(5, 4, 2, 2), latents)])
+                summarize_latents([(torch.randn(5, 4, 2, 2), latents.abs())])
 
     def test_shapes(self):
         with pytest.raises(
@@ -126,7 +127,7 @@ class TestStatistics:
             assert statistics.num_items == 6 and len(statistics.channel_std) == 2 and statistics.std > 0
 
     def test_pictures_that_are_floats(self):
-        with pytest.raises(ValueError, match="must be uint8, from 0 to 255, but are torch.float32"):
+        with pytest.raises(ValueError, match="`batches` must be uint8, from 0 to 255, but are torch.float32"):
             compute_latent_statistics(make_vae("v1"), [torch.zeros(1, 3, 16, 16)])
 
     def test_nothing(self):

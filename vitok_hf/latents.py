@@ -8,6 +8,7 @@ import torch
 from diffusers import ModelMixin
 from diffusers.utils import BaseOutput
 
+from .checks import check_bool, check_finite, check_tensor, refuse, show
 from .evaluation.pixels import to_float
 
 
@@ -17,7 +18,10 @@ NO_STATISTICS = {"latents_mean": None, "latents_std": None, "scaling_factor": 1.
 
 def _statistics(vae: ModelMixin, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, float]:
     """Mean and standard deviation that broadcast over (B, c, ...), and the factor."""
-    config = vae.config
+    check_tensor("latents", latents)
+    check_finite("latents", latents)
+    if (config := getattr(vae, "config", None)) is None:
+        refuse("vae", "an autoencoder with a `config`", vae)
     mean, std = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
     counts = {len(values) for values in (mean, std) if values is not None} - {1}
     if counts and (latents.ndim not in (4, 5) or latents.shape[1] not in counts):
@@ -48,7 +52,8 @@ def normalize_latents(latents: torch.Tensor, vae: ModelMixin) -> torch.Tensor:
         vae: Any diffusers autoencoder.
 
     Raises:
-        ValueError: If the latents have another number of dimensions, or of channels than there are statistics.
+        ValueError: If the latents have another number of dimensions, or of channels than there are statistics, are no
+            floats, or, on a CPU, are not finite.
     """
     mean, std, factor = _statistics(vae, latents)
     return ((latents.float() - mean) / std * factor).to(latents.dtype)
@@ -79,6 +84,7 @@ class LatentStatistics:
                 read; or, if not, `scaling_factor` and `shift_factor`, for those of Stable Diffusion, SD3, FLUX, DiT
                 and PixArt. Never both: SDXL, LTX and Mochi would apply them one after the other.
         """
+        check_bool(per_channel=per_channel)
         if per_channel:
             statistics = {"latents_mean": self.channel_mean, "latents_std": self.channel_std}
             return statistics | {"scaling_factor": 1.0, "shift_factor": 0.0}
@@ -96,6 +102,23 @@ def _check_finite(latents: torch.Tensor, num_before: int) -> None:
             )
 
 
+def _check_moments(batches: Iterable[Any]) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
+    """The batches, each of which must be a mean and a standard deviation or `None`."""
+    if isinstance(batches, torch.Tensor) or not hasattr(batches, "__iter__"):
+        refuse("batches", "an iterable of pairs of mean and standard deviation", batches)
+    for index, batch in enumerate(batches):
+        name = f"batches[{index}]"
+        if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+            refuse(name, "a pair of mean and standard deviation", batch)
+        for tensor in batch[: 1 if batch[1] is None else 2]:
+            check_tensor(name, tensor)
+        if batch[1] is not None and batch[1].shape != batch[0].shape:
+            refuse(name, f"a mean and a standard deviation of one shape, {tuple(batch[0].shape)}", batch[1])
+        if batch[1] is not None and (batch[1] < 0).any():
+            raise ValueError(f"`{name}` has negative standard deviations: pass `posterior.std`, not its logarithm.")
+        yield batch
+
+
 def summarize_latents(batches: Iterable[tuple[torch.Tensor, torch.Tensor | None]]) -> LatentStatistics:
     """Statistics of samples of posteriors, in float64, merged batch by batch (Chan et al., 1983).
 
@@ -107,7 +130,7 @@ def summarize_latents(batches: Iterable[tuple[torch.Tensor, torch.Tensor | None]
         ValueError: If there is no picture, a shape does not fit, a latent is not finite, or a channel is constant.
     """
     num_items, count, mean, squares = 0, 0, 0.0, 0.0  # squares: sum of squared distances from the mean
-    for latents, std in batches:
+    for latents, std in _check_moments(batches):
         if not latents.numel():
             continue
         if latents.ndim not in (4, 5) or (count and latents.shape[1] != len(mean)):
@@ -144,7 +167,13 @@ def summarize_latents(batches: Iterable[tuple[torch.Tensor, torch.Tensor | None]
 
 def encode_mode(vae: ModelMixin, pixels: torch.Tensor) -> torch.Tensor:
     """The latents of any diffusers autoencoder: the mode of its `latent_dist`, or its `latent` or `latents`."""
+    _check_autoencoder(vae)
     return _mode(vae.encode(pixels))
+
+
+def _check_autoencoder(vae: Any) -> None:
+    if not isinstance(vae, torch.nn.Module) or not hasattr(vae, "encode"):  # strings have one, too
+        refuse("vae", "an autoencoder with an `encode`", vae)
 
 
 def _mode(output: BaseOutput) -> torch.Tensor:
@@ -173,17 +202,23 @@ def compute_latent_statistics(
     """
 
     def prepare(pixels: torch.Tensor) -> torch.Tensor:
-        if pixels.dtype != torch.uint8:
-            raise ValueError(f"Pictures must be uint8, from 0 to 255, but are {pixels.dtype}.")
+        if not isinstance(pixels, torch.Tensor) or pixels.dtype != torch.uint8:
+            kind = pixels.dtype if isinstance(pixels, torch.Tensor) else show(pixels)
+            raise ValueError(f"Pictures of `batches` must be uint8, from 0 to 255, but are {kind}.")
         return to_float(pixels.to(vae.device)).to(vae.dtype)
 
     def moments() -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
-        for batch in filter(len, batches):
-            if isinstance(batch, list):
+        for batch in batches:
+            if isinstance(batch, (list, tuple)):
+                if not batch:
+                    continue
                 for posterior in vae.encode(list(map(prepare, batch))).latent_dist:
                     yield posterior.mode(), posterior.std
-            else:
+            elif not isinstance(batch, torch.Tensor) or batch.numel():
                 output = vae.encode(prepare(batch))
                 yield _mode(output), getattr(getattr(output, "latent_dist", None), "std", None)
 
+    _check_autoencoder(vae)
+    if isinstance(batches, (torch.Tensor, str)) or not hasattr(batches, "__iter__"):
+        refuse("batches", "an iterable of uint8 batches, such as [pictures]", batches)
     return summarize_latents(moments())

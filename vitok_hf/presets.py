@@ -1,7 +1,10 @@
 """Names of published models -> constructor arguments of `AutoencoderViTok` and `ViTokDiTModel`."""
 
+import math
 import re
 from typing import Any
+
+from .checks import refuse
 
 
 # hidden size, number of layers, number of attention heads
@@ -45,6 +48,28 @@ HELP = (
 )
 
 
+# More than anyone has trained, and few enough that a typing error is refused and not built.
+LARGEST = {"w": 2**17, "d": 2**10, "h": 2**10, "m": 2**6, "patch size": 2**10, "channels": 2**14}
+
+
+def _read(text: str, kind: str, variant: str) -> int | float:
+    """A number of a name; MLP ratios (m) are fractions."""
+    try:
+        number = (float if kind == "m" else int)(text) if len(text) < 20 else math.inf
+    except ValueError as error:
+        raise ValueError(f'Variant "{variant}" has a number that cannot be read, {kind} "{text}".') from error
+    if not 0 < number <= LARGEST[kind]:
+        raise ValueError(
+            f'Variant "{variant[:80]}" has {kind} {text[:20]}, which must be from 1 to {LARGEST[kind]}: {HELP}'
+        )
+    return number
+
+
+def _check_type(variant: Any, example: str) -> None:
+    if not isinstance(variant, str):
+        refuse("variant", f'a name, such as "{example}"', variant)
+
+
 def _parse_v2_size(size: str, variant: str) -> tuple[int, int, int, float]:
     match = V2_SIZE_PATTERN.fullmatch(size)
     pairs = re.findall(r"([wdhm])([0-9.]+)", size)
@@ -56,16 +81,8 @@ def _parse_v2_size(size: str, variant: str) -> tuple[int, int, int, float]:
         or (not match[1] and not {"w", "d", "h"} <= set(fields))
     ):
         raise ValueError(f'Unknown size "{size}" in variant "{variant}": {HELP}')
-    width, depth, heads = V2_SIZES.get(match[1], (None, None, None))
-    try:
-        return (
-            int(fields.get("w", width)),
-            int(fields.get("d", depth)),
-            int(fields.get("h", heads)),
-            float(fields.get("m", V2_MLP_RATIO)),
-        )
-    except ValueError as error:
-        raise ValueError(f'Size "{size}" in variant "{variant}" has a number that cannot be read: {error}.') from error
+    default = dict(zip("wdhm", (*V2_SIZES.get(match[1], ()), V2_MLP_RATIO))) if match[1] else {"m": V2_MLP_RATIO}
+    return tuple(_read(fields[kind], kind, variant) if kind in fields else default[kind] for kind in "wdhm")
 
 
 def _tower(prefix: str, size: tuple[int, int, int]) -> dict[str, int]:
@@ -75,9 +92,11 @@ def _tower(prefix: str, size: tuple[int, int, int]) -> dict[str, int]:
 
 def dit_variant_to_config(variant: str) -> dict[str, Any]:
     """Constructor arguments of a `ViTokDiTModel` by its size in the DiT paper. Raises `ValueError` if unknown."""
+    _check_type(variant, "XL")
     if variant not in DIT_SIZES:
         raise ValueError(
-            f'Unknown variant "{variant}": the sizes are {", ".join(DIT_SIZES)}; pass `patch_size` and all else apart.'
+            f'Unknown variant "{variant[:80]}": the sizes are {", ".join(DIT_SIZES)}; pass `patch_size` and all '
+            "else apart."
         )
     return _tower("", DIT_SIZES[variant])
 
@@ -86,19 +105,23 @@ def variant_to_config(variant: str) -> dict[str, Any]:
     """Constructor arguments of a variant: the paper's "S-B/16", "S-B/4x8" or v2's "Ld4-Ld24/1x16x64", "B/1x16x64".
 
     Names of the paper leave `latent_channels` open and have two sizes; of v2, one size is that of both towers. Raises
-    `ValueError` for an unknown name.
+    `ValueError` for an unknown name, or numbers that no model has.
     """
+    _check_type(variant, "S-B/16")
     if match := V1_PATTERN.fullmatch(variant):
         encoder, decoder, temporal_patch_size, patch_size = match.groups()
         if encoder not in V1_SIZES or decoder not in V1_SIZES:
             raise ValueError(f'Unknown variant "{variant}": {HELP}')
         config = _tower("encoder_", V1_SIZES[encoder]) | _tower("decoder_", V1_SIZES[decoder])
-        config["patch_size"] = int(patch_size)
+        config["patch_size"] = _read(patch_size, "patch size", variant)
         if temporal_patch_size is not None:  # the paper's videos are 16 x 128 x 128
-            config |= {"temporal_patch_size": int(temporal_patch_size), "sample_size": 128, "sample_frames": 16}
+            q = _read(temporal_patch_size, "patch size", variant)
+            config |= {"temporal_patch_size": q, "sample_size": 128, "sample_frames": 16}
         return config
     if match := V2_PATTERN.fullmatch(variant):
-        encoder, decoder, temporal_patch_size, patch_size, latent_channels = match.groups()
+        encoder, decoder, *numbers = match.groups()
+        kinds = ("patch size", "patch size", "channels")
+        q, p, latent_channels = (_read(number, kind, variant) for number, kind in zip(numbers, kinds))
         *encoder_size, encoder_mlp_ratio = _parse_v2_size(encoder, variant)
         *decoder_size, decoder_mlp_ratio = _parse_v2_size(decoder or encoder, variant)
         if encoder_mlp_ratio != decoder_mlp_ratio:
@@ -107,6 +130,6 @@ def variant_to_config(variant: str) -> dict[str, Any]:
                 "encoder and decoder share one `mlp_ratio`."
             )
         config = _tower("encoder_", encoder_size) | _tower("decoder_", decoder_size) | V2_ARCHITECTURE
-        config |= {"mlp_ratio": encoder_mlp_ratio, "temporal_patch_size": int(temporal_patch_size)}
-        return config | {"patch_size": int(patch_size), "latent_channels": int(latent_channels)}
-    raise ValueError(f'Unknown variant "{variant}": {HELP}')
+        config |= {"mlp_ratio": encoder_mlp_ratio, "temporal_patch_size": q}
+        return config | {"patch_size": p, "latent_channels": latent_channels}
+    raise ValueError(f'Unknown variant "{variant[:80]}": {HELP}')

@@ -3,12 +3,11 @@
 import pytest
 import torch
 from diffusers.models.attention_dispatch import attention_backend
-from torch import nn
 from torch.nn import functional as F
 
 from tests.conftest import TINY, assert_close, make_input, make_vae
 from vitok_hf import AutoencoderViTok
-from vitok_hf.models.layers import ViTokAttention, windowed_attention
+from vitok_hf.models.layers import windowed_attention
 
 
 SIZES = [(20, 31), (8, 8), (64, 16), (20, 31), (1, 50)]
@@ -175,10 +174,11 @@ class TestSlidingWindow:
             torch.testing.assert_close(sample, vae([item]).sample[0], rtol=0, atol=1e-5)
 
     def test_radius(self):
-        with pytest.raises(ValueError, match="at least 1 token, but is 0"):
-            make_vae("v1").enable_sliding_window(0)
-        attention = ViTokAttention(8, 2, qk_norm=False, bias=False)
-        assert attention.window_radius is None and isinstance(attention.to_q, nn.Linear)
+        vae = make_vae("v1")
+        for radius in (0, 1.5, True, None):
+            with pytest.raises(ValueError, match=f"`radius` must be an integer from 1 to .*, but is {radius}"):
+                vae.enable_sliding_window(radius)
+        assert vae.window_radius is None
 
 
 class TestComponent:

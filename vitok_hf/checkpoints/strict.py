@@ -22,6 +22,8 @@ from diffusers.utils.hub_utils import _add_variant
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from ..checks import show
+
 
 Header = dict[str, tuple[int, ...]]
 
@@ -67,13 +69,8 @@ def read_object(path: str | os.PathLike) -> dict[str, Any]:
     """As `read_json`, of a file that holds an object."""
     content = read_json(path)
     if not isinstance(content, dict):
-        raise ValueError(f'"{path}" must hold a JSON object, but holds {_shorten(content)}: correct it.')
+        raise ValueError(f'"{path}" must hold a JSON object, but holds {show(content)}: correct it.')
     return content
-
-
-def _shorten(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 100 else text[:100] + "..."
 
 
 def has_type(value: Any, annotation: Any) -> bool:
@@ -103,7 +100,7 @@ def check_types(config: dict[str, Any], constructor: Callable, simple: bool = Fa
             continue
         if not has_type(config[name], parameter.annotation):
             kind = getattr(parameter.annotation, "__name__", str(parameter.annotation))
-            raise ValueError(f"`{name}` must be {kind} (numbers finite), but is {_shorten(config[name])}.")
+            raise ValueError(f"`{name}` must be {kind} (numbers finite), but is {show(config[name])}.")
 
 
 def to_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
@@ -213,13 +210,13 @@ def check_private_entries(config: dict[str, Any], path: str | os.PathLike) -> No
     """Raises `ValueError` for what diffusers notes in a config and cannot read again."""
     for name, kind in {"_class_name": str | list[str | None], "_use_default_values": list[str]}.items():
         if name in config and (not has_type(config[name], kind) or not config[name]):
-            raise ValueError(f'"{path}" has `{name}` {_shorten(config[name])}, but it must be {kind}.')
+            raise ValueError(f'"{path}" has `{name}` {show(config[name])}, but it must be {kind}.')
 
 
 def check_config_file(model_class: type, config: Any, path: str | os.PathLike) -> None:
     """Raises `ValueError`, with the name of the file, for a config that the constructor would not take."""
     if not isinstance(config, dict):
-        raise ValueError(f'The config of "{path}" must be a JSON object, but is {_shorten(config)}.')
+        raise ValueError(f'The config of "{path}" must be a JSON object, but is {show(config)}.')
     parameters = inspect.signature(model_class.__init__).parameters
     defaults = {name: parameter.default for name, parameter in parameters.items() if name != "self"}
     check_private_entries(config, path)

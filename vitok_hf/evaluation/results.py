@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..training.checkpointing import read_json, write_json
+from ..checkpoints.strict import read_json
+from ..training.checkpointing import write_json
 from .protocol import Protocol
 
 

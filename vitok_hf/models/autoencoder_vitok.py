@@ -15,11 +15,13 @@ from torch.nn import functional as F
 
 from ..checkpoints import check_place, load_strictly, resolve_bundled
 from ..checkpoints.vitok_v2 import HUB_ARGUMENTS, is_vitok_v2, load_vitok_v2
+from ..checks import check_bool, check_generator, show
 from ..presets import V2_PATTERN, variant_to_config
-from .configuration import ViTokConfig, check_config, check_input, is_derived
-from .layers import SavingMixin, ViTokTower, patchify, unpatchify
-from .memory import MemoryMixin, apply_tiled, make_tiling
+from .configuration import ViTokConfig, check_config, check_input, check_sizes, is_derived, warn_of_range
+from .layers import ViTokTower, patchify, unpatchify
+from .memory import MemoryMixin, MemorySettings, make_tiling
 from .posterior import PosteriorList, ViTokOutput, ViTokPosterior
+from .saving import SavingMixin
 
 
 class AutoencoderViTok(SavingMixin, ModelMixin, MemoryMixin, AutoencoderMixin, AttentionMixin, ConfigMixin):
@@ -33,6 +35,10 @@ class AutoencoderViTok(SavingMixin, ModelMixin, MemoryMixin, AutoencoderMixin, A
 
     A model with `temporal_patch_size=1` and `sample_frames=1` is an image model: it takes videos too, and treats each
     frame alone. Every other model attends over all frames of a clip; with q > 1 it takes no pictures.
+
+    Several threads may call one model, and switch slicing, tiling and the sliding window meanwhile: a call, and a
+    stream, keeps the settings with which it started. What changes modules or weights is not to be used while another
+    thread is in a call: moving, casting, offloading, fusing, adapters, attention processors, `train`.
 
     Args:
         in_channels (`int`, defaults to 3): Colour channels.
@@ -131,8 +137,8 @@ class AutoencoderViTok(SavingMixin, ModelMixin, MemoryMixin, AutoencoderMixin, A
                 final_norm,
                 **block_kwargs,
             )
-        self.use_slicing = self.use_tiling = False
-        self.tiling = make_tiling(self.config)
+        self.use_slicing = self.use_tiling = self._has_seen_pixels = False
+        self.tiling, self.window_radius = make_tiling(self.config), None
         self._init_weights()
 
     @classmethod
@@ -250,7 +256,9 @@ class AutoencoderViTok(SavingMixin, ModelMixin, MemoryMixin, AutoencoderMixin, A
                 f'component="{needed}", to use the {needed}.'
             )
 
-    def _run_tower(self, tower: ViTokTower, videos: list[torch.Tensor], steps_in, steps_out) -> list[torch.Tensor]:
+    def _run_tower(
+        self, tower: ViTokTower, videos: list[torch.Tensor], radius: int | None, steps_in, steps_out
+    ) -> list[torch.Tensor]:
         """(B, C, T, H, W) each, cut into patches of `steps_in` and put together from patches of `steps_out`."""
         (q, p, _), (q_out, p_out, _) = steps_in, steps_out
         sequences, grids = [], []
@@ -259,30 +267,14 @@ class AutoencoderViTok(SavingMixin, ModelMixin, MemoryMixin, AutoencoderMixin, A
             frames = 1 if self.is_image_model else video.shape[2]
             sequences.append(patchify(video, q, p, frames))  # (B * items, L, C * q * p * p)
             grids.append((frames // q, video.shape[3] // p, video.shape[4] // p))
-        outputs = tower(sequences, [grid[1:] if self.is_image_model else grid for grid in grids])
+        outputs = tower(sequences, [grid[1:] if self.is_image_model else grid for grid in grids], radius)
         return [
             unpatchify(tokens, grid, q_out, p_out, num_items=tokens.shape[0] // video.shape[0])
             for tokens, grid, video in zip(outputs, grids, videos)
         ]
 
-    def _run_batches(self, tower: ViTokTower, videos: list[torch.Tensor], steps_in, steps_out) -> list[torch.Tensor]:
-        """As `_run_tower`, in slices and tiles if these are on."""
-        if self.use_slicing and sum(video.shape[0] for video in videos) > 1:
-            return [
-                torch.cat([self._run_batches(tower, [item], steps_in, steps_out)[0] for item in video.split(1)])
-                for video in videos
-            ]
-        if not self.use_tiling:
-            return self._run_tower(tower, videos, steps_in, steps_out)
-
-        def run_tile(tile: torch.Tensor) -> torch.Tensor:
-            return self._run_tower(tower, [tile], steps_in, steps_out)[0]
-
-        parts = (apply_tiled(run_tile, [video], self.tiling, steps_in, steps_out) for video in videos)
-        return [torch.cat(list(part), dim=2) for part in parts]
-
     def _run(
-        self, tower: ViTokTower, x: torch.Tensor | list[torch.Tensor], steps_in, steps_out
+        self, tower: ViTokTower, x: torch.Tensor | list[torch.Tensor], settings: MemorySettings, steps_in, steps_out
     ) -> torch.Tensor | list[torch.Tensor]:
         """Sends a batch, or a list of items of any sizes, through a tower; `steps` are what a token measures."""
         groups: dict[torch.Size, list[int]] = {}  # equal sizes make a batch
@@ -293,7 +285,7 @@ class AutoencoderViTok(SavingMixin, ModelMixin, MemoryMixin, AutoencoderMixin, A
                 groups.setdefault(item.shape, []).append(index)
             batches = [torch.stack([x[index] for index in indices]) for indices in groups.values()]
         videos = [batch.unsqueeze(2) if batch.ndim == 4 else batch for batch in batches]
-        outputs = self._run_batches(tower, videos, steps_in, steps_out)
+        outputs = self._run_batches(tower, videos, settings, steps_in, steps_out)
         outputs = [out.squeeze(2) if batch.ndim == 4 else out for out, batch in zip(outputs, batches)]
         if isinstance(x, torch.Tensor):
             return outputs[0]
@@ -319,33 +311,32 @@ class AutoencoderViTok(SavingMixin, ModelMixin, MemoryMixin, AutoencoderMixin, A
         Raises:
             ValueError: If the number of channels, the height, the width or the number of frames does not fit.
         """
-        parameters = self._encode(x)
-        if isinstance(x, torch.Tensor):
-            posterior = self._posterior(parameters)
-        else:
-            posterior = PosteriorList([self._posterior(item.unsqueeze(0)) for item in parameters])
+        check_bool(return_dict=return_dict)
+        posterior = self._posterior(self._encode("x", x, self._memory_settings()))
         return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
 
     @apply_forward_hook
-    def _encode(self, x: torch.Tensor | list[torch.Tensor]) -> torch.Tensor | list[torch.Tensor]:
+    def _encode(self, name: str, x: Any, settings: MemorySettings) -> torch.Tensor | list[torch.Tensor]:
         """The parameters of the posteriors."""
         self._check_component("encoder")
-        config, p = self.config, self.config.patch_size
-        if not isinstance(x, torch.Tensor):
+        (q, p, _), is_list = self._pixel_steps, isinstance(x, (list, tuple))
+        steps = (q, 1 if is_list else p)
+        modules = (self, self.encoder, self.encoder.proj_in)
+        extremes = check_input(name, x, self.config.in_channels, steps, q > 1, *modules)
+        warn_of_range(self, x[0] if is_list else x, *extremes)
+        if is_list:
             x = [F.pad(item, (0, -item.shape[-1] % p, 0, -item.shape[-2] % p)) for item in x]
-        check_input(
-            "x", x, config.in_channels, (config.temporal_patch_size, p), needs_frames=config.temporal_patch_size > 1
-        )
-        return self._run(self.encoder, x, self._pixel_steps, (1, 1, 1))
+        return self._run(self.encoder, x, settings, self._pixel_steps, (1, 1, 1))
 
-    def _posterior(self, parameters: torch.Tensor) -> ViTokPosterior:
-        """Of (B, 2 c, ...), or (B, c, ...) if it is deterministic."""
+    def _posterior(self, parameters: torch.Tensor | list[torch.Tensor]) -> ViTokPosterior | PosteriorList:
+        """Of (B, 2 c, ...), or (B, c, ...) if it is deterministic; or of a list of them without a batch dimension."""
+        if isinstance(parameters, list):
+            return PosteriorList([self._posterior(item.unsqueeze(0)) for item in parameters])
         if self.config.latent_norm:  # here and not in the tower: blends of normalised codes are not normalised
             normalized = F.layer_norm(parameters.movedim(1, -1).float(), (self.config.latent_channels,), eps=1e-6)
             parameters = normalized.movedim(-1, 1).to(parameters.dtype)
         return ViTokPosterior(parameters, deterministic=not self.config.variational)
 
-    @apply_forward_hook
     def decode(
         self,
         z: torch.Tensor | list[torch.Tensor],
@@ -372,23 +363,30 @@ class AutoencoderViTok(SavingMixin, ModelMixin, MemoryMixin, AutoencoderMixin, A
             ValueError: If the number of dimensions or of channels does not fit the model, `sizes` do not fit `z`, or
                 there is a `timestep`.
         """
-        self._check_component("decoder")
         if isinstance(timestep, bool):
             timestep, return_dict = None, timestep
         if timestep is not None:
-            raise ValueError(f"`timestep` must be None, but is {timestep}: the decoder is not conditioned on it.")
-        config, p = self.config, self.config.patch_size
-        check_input("z", z, config.latent_channels, (1, 1), needs_frames=config.temporal_patch_size > 1)
+            raise ValueError(
+                f"`timestep` must be None, but is {show(timestep)}: the decoder is not conditioned on it."
+            )
+        check_bool(return_dict=return_dict)
+        check_generator(generator)
+        sample = self._decode("z", z, self._memory_settings(), sizes)
+        return DecoderOutput(sample=sample) if return_dict else (sample,)
+
+    @apply_forward_hook
+    def _decode(
+        self, name: str, z: Any, settings: MemorySettings, sizes: list[tuple[int, int]] | None = None
+    ) -> torch.Tensor | list[torch.Tensor]:
+        self._check_component("decoder")
+        config, modules = self.config, (self, self.decoder, self.decoder.proj_in)
+        check_input(name, z, config.latent_channels, (1, 1), config.temporal_patch_size > 1, *modules)
         if sizes is not None:
-            grids = [] if isinstance(z, torch.Tensor) else [tuple(item.shape[-2:]) for item in z]
-            if [(-(-height // p), -(-width // p)) for height, width in sizes] != grids:
-                raise ValueError(
-                    f"`sizes` {sizes} do not fit a list of latents of {grids} patches of {p} x {p} pixels."
-                )
-        sample = self._run(self.decoder, z, (1, 1, 1), self._pixel_steps)
+            check_sizes(sizes, z, config.patch_size)
+        sample = self._run(self.decoder, z, settings, (1, 1, 1), self._pixel_steps)
         if sizes is not None:
             sample = [item[..., :height, :width] for item, (height, width) in zip(sample, sizes)]
-        return DecoderOutput(sample=sample) if return_dict else (sample,)
+        return sample
 
     def forward(
         self,
@@ -402,8 +400,11 @@ class AutoencoderViTok(SavingMixin, ModelMixin, MemoryMixin, AutoencoderMixin, A
         Args:
             sample_posterior: Decode a sample of the posterior, drawn with `generator`, not its mode.
         """
-        posterior = self.encode(sample).latent_dist
+        check_bool(sample_posterior=sample_posterior, return_dict=return_dict)
+        settings = self._memory_settings()
+        posterior = self._posterior(self._encode("sample", sample, settings))
+        check_generator(generator, len(sample))
         latents = posterior.sample(generator) if sample_posterior else posterior.mode()
         sizes = None if isinstance(sample, torch.Tensor) else [tuple(item.shape[-2:]) for item in sample]
-        decoded = self.decode(latents, sizes=sizes).sample
+        decoded = self._decode("latents", latents, settings, sizes)
         return ViTokOutput(sample=decoded, kl=posterior.kl()) if return_dict else (decoded,)

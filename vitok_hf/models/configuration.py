@@ -1,10 +1,13 @@
 from collections.abc import Callable
 from operator import itemgetter
+from typing import Any
 
 import torch
 from diffusers.configuration_utils import FrozenDict
+from torch import nn
 
 from ..checkpoints.strict import check_types
+from ..checks import check_finite, check_int, check_tensor, refuse, warn_once
 from .layers import split_rotary_pairs
 
 
@@ -110,17 +113,57 @@ def check_config(config: ViTokConfig, constructor: Callable) -> None:
         raise ValueError(f'`component` must be "encoder", "decoder" or None (both), but is {config.component!r}.')
 
 
-def check_input(
-    name: str, x: torch.Tensor | list[torch.Tensor], channels: int, steps: tuple[int, int], needs_frames: bool
-) -> None:
-    """Raises `ValueError` unless `x` is a batch, or a list of items, whose sizes are multiples of `steps` (q, p)."""
-    if isinstance(x, torch.Tensor):
-        check_shape(name, x.shape, 1, channels, steps, needs_frames)
+def has_hooks(module: nn.Module) -> bool:
+    """Of diffusers, accelerate or others, which may cast or move what the module is called with."""
+    hooks = getattr(getattr(module, "_diffusers_hook", None), "hooks", None)
+    return bool(hooks) or hasattr(module, "_hf_hook") or len(module._forward_pre_hooks) > 0
+
+
+def check_fits(name: str, tensor: torch.Tensor, *modules: nn.Module) -> None:
+    """Its dtype and device against those of the last of `modules`, the layer that it goes to, in the first, the model.
+
+    Only where nothing would cast or move it: no autocast, no hooks, no quantised and no sharded weights.
+    """
+    weight = getattr(modules[-1], "weight", None)
+    if type(weight) is not nn.Parameter or any(map(has_hooks, modules[1:])):
         return
-    if len(x) == 0:
+    if tensor.dtype != weight.dtype:
+        kind = weight.device.type
+        autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        if not (autocast and tensor.dtype in (torch.float32, torch.bfloat16, torch.float16)):
+            raise ValueError(
+                f"`{name}` must be {weight.dtype}, as the weights are, but is {tensor.dtype}: pass "
+                f"`{name}.to({weight.dtype})`, or use torch.autocast."
+            )
+    if tensor.device != weight.device and not has_hooks(modules[0]):
+        raise ValueError(
+            f"`{name}` must be on {weight.device}, as the weights are, but is on {tensor.device}: pass "
+            f'`{name}.to("{weight.device}")`.'
+        )
+
+
+def check_input(
+    name: str, x: Any, channels: int, steps: tuple[int, int], needs_frames: bool, *modules: nn.Module
+) -> tuple[float, float]:
+    """Raises `ValueError` unless `x` is a batch, or a list of items, whose sizes are multiples of `steps` (q, p).
+
+    Returns the lowest and the highest value, where these can be looked at. `modules` are those of `check_fits`.
+    """
+    is_list = isinstance(x, (list, tuple))
+    if is_list and len(x) == 0:
         raise ValueError(f"`{name}` is an empty list.")
-    for index, item in enumerate(x):
-        check_shape(f"{name}[{index}]", item.shape, 0, channels, steps, needs_frames)
+    ranges = []
+    for index, item in enumerate(x if is_list else [x]):
+        label = f"{name}[{index}]" if is_list else name
+        check_tensor(label, item)
+        check_shape(label, item.shape, 0 if is_list else 1, channels, steps, needs_frames)
+        if is_list and (item.dtype, item.device) != (x[0].dtype, x[0].device):
+            kind = f"{x[0].dtype} on {x[0].device}"
+            raise ValueError(f"`{label}` must be {kind}, as `{name}[0]` is, but is {item.dtype} on {item.device}.")
+        check_fits(label, item, *modules)
+        ranges.append(check_finite(label, item))
+    lows, highs = zip(*ranges)
+    return min(lows), max(highs)
 
 
 def check_shape(
@@ -151,3 +194,30 @@ def check_shape(
         )
     if 0 in shape:
         raise ValueError(f"`{name}` is empty: it has shape {tuple(shape)}.")
+
+
+def check_sizes(sizes: Any, z: torch.Tensor | list[torch.Tensor], patch_size: int) -> None:
+    """Raises `ValueError` unless they are the heights and widths of pictures with the latents `z`, a list."""
+    is_list = isinstance(sizes, (list, tuple))
+    if not is_list or any(not isinstance(size, (list, tuple)) or len(size) != 2 for size in sizes):
+        refuse("sizes", "a list of (height, width)", sizes)
+    if not torch.compiler.is_compiling():
+        for index, size in enumerate(sizes):
+            for side in size:
+                check_int(f"sizes[{index}]", side)
+    grids = [] if isinstance(z, torch.Tensor) else [tuple(item.shape[-2:]) for item in z]
+    if [(-(-height // patch_size), -(-width // patch_size)) for height, width in sizes] != grids:
+        raise ValueError(
+            f"`sizes` {sizes} do not fit a list of latents of {grids} patches of {patch_size} x {patch_size} pixels."
+        )
+
+
+def warn_of_range(model: nn.Module, x: torch.Tensor, low: float, high: float) -> None:
+    """Of pixels from 0 to 255. Off the CPU only the first call of a model looks, because the host has to wait."""
+    if torch.compiler.is_compiling():
+        return
+    if x.device.type not in ("cpu", "meta") and not model._has_seen_pixels:
+        model._has_seen_pixels = True
+        low, high = (extreme.item() for extreme in x.detach().aminmax())
+    if low >= 0 and high > 2:
+        warn_once("Pixels seem to be from 0 to 255, but the autoencoder takes -1 to 1: pass `x / 127.5 - 1`.")

@@ -1,27 +1,21 @@
 """Layers shared by the autoencoder and the diffusion transformer.
 
 Token sequences are (B, L, D), row-major over the grid (t, h, w); attention heads are (B, L, heads, head_dim).
-Sequences of different lengths are packed into one, (1, L, D). `packing` says which tokens belong together: the number
-of sequences and their grid, for each run of equal ones, `[(B, grid)]` for an ordinary batch.
+Sequences of different lengths are packed into one, (1, L, D). `packing` says which tokens belong together: a `Run` for
+each run of equal ones, `[Run(B, grid)]` for an ordinary batch.
 """
 
-import inspect
 import itertools
 import math
 from collections.abc import Callable
-from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.attention import AttentionModuleMixin, FeedForward
 from diffusers.models.attention_dispatch import dispatch_attention_fn
-from diffusers.utils.torch_utils import is_compiled_module
 from einops import rearrange
 from torch import nn
-
-from ..checkpoints.strict import check_config_file, check_shards, check_values
 
 
 def patchify(video: torch.Tensor, temporal_patch_size: int, patch_size: int, frames_per_item: int) -> torch.Tensor:
@@ -83,7 +77,17 @@ def apply_rotary_embedding(hidden_states: torch.Tensor, rotary_emb: tuple[torch.
 
 
 Grid = tuple[int, ...]
-Packing = list[tuple[int, Grid]]
+
+
+class Run(NamedTuple):
+    """Equal sequences: their number, their grid, and how far attention sees (`None`: everything)."""
+
+    count: int
+    grid: Grid
+    window_radius: int | None = None
+
+
+Packing = list[Run]
 
 
 def pack(sequences: list[torch.Tensor]) -> torch.Tensor:
@@ -95,8 +99,8 @@ def unpack(tokens: torch.Tensor, packing: Packing) -> list[torch.Tensor]:
     """Inverse of `pack`."""
     if len(packing) == 1:
         return [tokens]
-    runs = tokens.squeeze(0).split([count * math.prod(grid) for count, grid in packing])
-    return [run.unflatten(0, (count, -1)) for run, (count, _) in zip(runs, packing)]
+    runs = tokens.squeeze(0).split([run.count * math.prod(run.grid) for run in packing])
+    return [tokens.unflatten(0, (run.count, -1)) for tokens, run in zip(runs, packing)]
 
 
 def windowed_attention(
@@ -174,14 +178,12 @@ class ViTokAttnProcessor:
         query, key, value = (x.unflatten(-1, (attn.heads, -1)) for x in (query, key, value))  # (B, L, heads, head_dim)
         query, key = attn.norm_q(query, rotary_emb), attn.norm_k(key, rotary_emb)
         attend = partial(dispatch_attention_fn, backend=self._attention_backend, parallel_config=self._parallel_config)
-        sequences = zip(*(unpack(x, packing) for x in (query, key, value)))
-        if attn.window_radius is None:
-            outputs = [attend(*sequence) for sequence in sequences]
-        else:
-            outputs = [
-                windowed_attention(*sequence, grid, attn.window_radius, attend)
-                for sequence, (_, grid) in zip(sequences, packing)
-            ]
+        outputs = []
+        for run, *sequences in zip(packing, *(unpack(x, packing) for x in (query, key, value))):
+            if run.window_radius is None:
+                outputs.append(attend(*sequences))
+            else:
+                outputs.append(windowed_attention(*sequences, run.grid, run.window_radius, attend))
         return attn.to_out[0](pack(outputs).flatten(2))  # (B, L, D)
 
 
@@ -199,7 +201,6 @@ class ViTokAttention(nn.Module, AttentionModuleMixin):
         self.norm_q = RotaryRMSNorm(hidden_size // num_heads) if qk_norm else Rotary()
         self.norm_k = RotaryRMSNorm(hidden_size // num_heads) if qk_norm else Rotary()
         self.to_out = nn.ModuleList([nn.Linear(hidden_size, hidden_size, bias=bias)])
-        self.window_radius = None
         self.set_processor(ViTokAttnProcessor())
 
     def fuse_projections(self):
@@ -224,78 +225,6 @@ class ViTokAttention(nn.Module, AttentionModuleMixin):
             if any(projection.weight.requires_grad for projection in (self.to_q, self.to_k, self.to_v)):
                 self.unfuse_projections()
         return self.processor(self, hidden_states, rotary_emb, packing)
-
-
-def plain_name(name: str) -> str:
-    """The name of a weight without what `torch.compile` puts into those of the modules that it wraps."""
-    return name.replace("_orig_mod.", "")
-
-
-@contextmanager
-def uncompiled(model: nn.Module):
-    """Inside this context, the submodules that `torch.compile` has wrapped are in their places without the wrapper."""
-    children = [(parent, *child) for parent in model.modules() for child in parent.named_children()]
-    wrapped = [(parent, name, child) for parent, name, child in children if is_compiled_module(child)]
-    for parent, name, child in wrapped:
-        setattr(parent, name, child._orig_mod)
-    try:
-        yield
-    finally:
-        for parent, name, child in wrapped:
-            setattr(parent, name, child)
-
-
-class SavingMixin(PeftAdapterMixin):
-    """Saves and loads under the names of a model of which nothing is compiled, as PEFT needs it to find the layers.
-
-    Adding an adapter and loading weights unfuse the projections, whose weights are copies. Whoever changes weights in
-    place fuses them again.
-    """
-
-    @classmethod
-    def load_config(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
-        loaded = super().load_config(pretrained_model_name_or_path, **kwargs)
-        check_config_file(cls, loaded[0] if isinstance(loaded, tuple) else loaded, pretrained_model_name_or_path)
-        return loaded
-
-    @classmethod
-    def has_entry(cls, name: str) -> bool:
-        """Whether a config may have this entry."""
-        return name in inspect.signature(cls.__init__).parameters
-
-    @classmethod
-    def _load_pretrained_model(cls, model, state_dict, files, name_or_path, loaded_keys, **kwargs: Any) -> Any:
-        if kwargs.get("hf_quantizer") is not None:  # others than floats, under other names
-            return super()._load_pretrained_model(model, state_dict, files, name_or_path, loaded_keys, **kwargs)
-        shapes = {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
-        if kwargs.get("ignore_mismatched_sizes"):
-            shapes = {}
-        check_shards([file for file in files if str(file).endswith(".safetensors")], loaded_keys, shapes)
-        loaded = super()._load_pretrained_model(model, state_dict, files, name_or_path, loaded_keys, **kwargs)
-        check_values(model, name_or_path)
-        return loaded
-
-    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        with uncompiled(self):
-            super().save_pretrained(*args, **kwargs)
-
-    def save_lora_adapter(self, *args: Any, **kwargs: Any) -> None:
-        with uncompiled(self):
-            super().save_lora_adapter(*args, **kwargs)
-
-    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        self.unfuse_qkv_projections()  # whose weights are copies
-        return super().load_state_dict(*args, **kwargs)
-
-    def add_adapter(self, *args: Any, **kwargs: Any) -> None:
-        self.unfuse_qkv_projections()
-        with uncompiled(self):
-            super().add_adapter(*args, **kwargs)
-
-    def load_lora_adapter(self, *args: Any, **kwargs: Any) -> None:
-        self.unfuse_qkv_projections()
-        with uncompiled(self):
-            super().load_lora_adapter(*args, **kwargs)
 
 
 def feed_forward(hidden_size: int, mlp_ratio: float, bias: bool) -> FeedForward:
@@ -376,15 +305,17 @@ class ViTokTower(nn.Module):
     def rotary_embedding(self, hidden_states: torch.Tensor, packing: Packing) -> tuple[torch.Tensor, torch.Tensor]:
         """Tables (L, 1, head_dim), for all sequences of a batch or for those that are packed into one."""
         device, dtype = hidden_states.device, hidden_states.dtype
-        tables = [rotary_embedding(grid, self.head_dim, device, dtype) for _, grid in packing]
+        tables = [rotary_embedding(grid, self.head_dim, device, dtype) for _, grid, _ in packing]
         if len(packing) == 1:
             return tables[0]
-        counts = [count for count, _ in packing]
+        counts = [run.count for run in packing]
         return tuple(torch.cat([x.repeat(n, 1, 1) for n, x in zip(counts, part)]) for part in zip(*tables))
 
-    def forward(self, sequences: list[torch.Tensor], grids: list[Grid]) -> list[torch.Tensor]:
+    def forward(
+        self, sequences: list[torch.Tensor], grids: list[Grid], window_radius: int | None = None
+    ) -> list[torch.Tensor]:
         """Runs of equal sequences, (n, L, in_features), and the grid of each run -> (n, L, out_features)."""
-        packing = [(run.shape[0], grid) for run, grid in zip(sequences, grids)]
+        packing = [Run(run.shape[0], grid, window_radius) for run, grid in zip(sequences, grids)]
         # A copy, because dynamo would compile the first block apart for a view: the others do not get one.
         hidden_states = self.proj_in(pack(sequences)).clone()  # (B, L, D), or (1, sum of n * L, D)
         rotary_emb = self.rotary_embedding(hidden_states, packing)

@@ -2,11 +2,13 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
+from ..checks import check_int, check_number, check_tensor, refuse
 from .configuration import ViTokConfig
-from .layers import ViTokAttention
+from .layers import ViTokTower
 
 
 @dataclass
@@ -15,6 +17,14 @@ class Tiling:
 
     sizes: tuple[int | None, int | None, int | None]
     overlaps: tuple[int, int, int]
+
+
+class MemorySettings(NamedTuple):
+    """Those with which a call starts: it keeps them, whatever other threads set."""
+
+    use_slicing: bool
+    tiling: Tiling | None
+    window_radius: int | None
 
 
 def windows(
@@ -97,6 +107,25 @@ def apply_tiled(
     return overlap_add(tiles(), dim)
 
 
+def check_pieces(pieces: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """The pieces of a stream, of which all must be clips that can be joined in time."""
+    if isinstance(pieces, (torch.Tensor, str, bytes)) or not hasattr(pieces, "__iter__"):
+        refuse("pieces", "an iterable of clips, such as [clip]", pieces)
+
+    def check() -> Iterator[torch.Tensor]:
+        first = None
+        for index, piece in enumerate(pieces):
+            check_tensor(f"pieces[{index}]", piece, (5,))
+            kind = (piece.dtype, piece.device, *piece.shape[:2], *piece.shape[3:])
+            if kind != (first := first or kind):
+                raise ValueError(
+                    f"`pieces[{index}]` must be {first} but for its frames, as `pieces[0]`, but is {kind}."
+                )
+            yield piece
+
+    return check()
+
+
 def make_tiling(
     config: ViTokConfig, size: int | None = None, frames: int | None = None, overlap_factor: float = 0.25
 ) -> Tiling:
@@ -104,13 +133,13 @@ def make_tiling(
     if frames is None:
         frames = 16 if config.is_image_model else max(config.sample_frames, 2 * config.temporal_patch_size)
     size = max(2 * config.sample_size, config.patch_size) if size is None else size
+    size, frames = check_int("tile_sample_min_size", size), check_int("tile_sample_min_frames", frames)
+    overlap_factor = check_number("tile_overlap_factor", overlap_factor, 0.0, 0.5)
     if size < config.patch_size or frames < config.temporal_patch_size:
         raise ValueError(
             f"A tile of {frames} frames of {size} x {size} pixels is smaller than a patch: pass at least "
             f"tile_sample_min_size={config.patch_size}, tile_sample_min_frames={config.temporal_patch_size}."
         )
-    if not 0.0 <= overlap_factor <= 0.5:
-        raise ValueError(f"`tile_overlap_factor` must be from 0 to 0.5, but is {overlap_factor}.")
     sizes = (frames // config.temporal_patch_size, size // config.patch_size, size // config.patch_size)
     overlaps = [max(int(overlap_factor * tokens), min(tokens // 2, 1)) if overlap_factor else 0 for tokens in sizes]
     return Tiling(sizes, (0 if config.is_image_model else overlaps[0], *overlaps[1:]))
@@ -143,6 +172,27 @@ class MemoryMixin:
         self.tiling = make_tiling(self.config, tile_sample_min_size, tile_sample_min_frames, tile_overlap_factor)
         self.use_tiling = True
 
+    def _run_batches(
+        self, tower: ViTokTower, videos: list[torch.Tensor], settings: MemorySettings, steps_in, steps_out
+    ) -> list[torch.Tensor]:
+        """As `_run_tower`, in slices and tiles if these are on."""
+        tiling, radius = settings.tiling, settings.window_radius
+        if settings.use_slicing and sum(video.shape[0] for video in videos) > 1:
+            return [
+                torch.cat(
+                    [self._run_batches(tower, [item], settings, steps_in, steps_out)[0] for item in video.split(1)]
+                )
+                for video in videos
+            ]
+        if tiling is None:
+            return self._run_tower(tower, videos, radius, steps_in, steps_out)
+
+        def run_tile(tile: torch.Tensor) -> torch.Tensor:
+            return self._run_tower(tower, [tile], radius, steps_in, steps_out)[0]
+
+        parts = (apply_tiled(run_tile, [video], tiling, steps_in, steps_out) for video in videos)
+        return [torch.cat(list(part), dim=2) for part in parts]
+
     def encode_stream(self, pieces: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
         """Encodes a video of any length in memory that does not grow with it.
 
@@ -156,9 +206,9 @@ class MemoryMixin:
         Yields:
             Modes of the posterior, (B, c, t, H/p, W/p), that follow one another in time.
         """
-        steps = (self.config.temporal_patch_size, 1, 1), (1, 1, 1)
-        for parameters in self._stream(self._encode, pieces, *steps):
-            yield self._posterior(parameters).mode()
+        steps, settings = ((self.config.temporal_patch_size, 1, 1), (1, 1, 1)), self._memory_settings()
+        parts = self._stream(lambda window: self._encode("pieces", window, settings), pieces, *steps)
+        return (self._posterior(parameters).mode() for parameters in parts)
 
     def decode_stream(self, pieces: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
         """Decodes latents of any length in memory that does not grow with it; see `encode_stream`.
@@ -169,12 +219,16 @@ class MemoryMixin:
         Yields:
             Frames, (B, C, T, h * p, w * p), that follow one another in time.
         """
-        steps = (1, 1, 1), (self.config.temporal_patch_size, 1, 1)
-        yield from self._stream(lambda window: self.decode(window).sample, pieces, *steps)
+        steps, settings = ((1, 1, 1), (self.config.temporal_patch_size, 1, 1)), self._memory_settings()
+        return self._stream(lambda window: self._decode("pieces", window, settings), pieces, *steps)
 
     def _stream(self, function, pieces, steps_in, steps_out):
         tiling = Tiling((self.tiling.sizes[0], None, None), (self.tiling.overlaps[0], 0, 0))
-        return apply_tiled(function, pieces, tiling, steps_in, steps_out)
+        return apply_tiled(function, check_pieces(pieces), tiling, steps_in, steps_out)
+
+    def _memory_settings(self) -> MemorySettings:
+        tiling = self.tiling if self.use_tiling else None
+        return MemorySettings(self.use_slicing, tiling, self.window_radius)
 
     def enable_sliding_window(self, radius: int = 16) -> None:
         """Makes attention local, so that its time grows with the area of the picture and not with the square of it.
@@ -186,15 +240,8 @@ class MemoryMixin:
         Args:
             radius: In tokens; times `patch_size`, in pixels.
         """
-        if radius < 1:
-            raise ValueError(f"`radius` must be at least 1 token, but is {radius}.")
-        self._set_window_radius(radius)
+        self.window_radius = check_int("radius", radius)
 
     def disable_sliding_window(self) -> None:
         """Back to full attention."""
-        self._set_window_radius(None)
-
-    def _set_window_radius(self, radius: int | None):
-        for module in self.modules():
-            if isinstance(module, ViTokAttention):
-                module.window_radius = radius
+        self.window_radius = None

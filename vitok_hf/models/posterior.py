@@ -5,6 +5,8 @@ import torch
 from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
 from diffusers.utils.torch_utils import randn_tensor
 
+from ..checks import check_finite, check_generator, check_tensor, refuse
+
 
 class ViTokPosterior(DiagonalGaussianDistribution):
     """Diagonal Gaussian over latents of any rank, (B, c, ...), computed in float32 and returned in the model's dtype.
@@ -26,6 +28,7 @@ class ViTokPosterior(DiagonalGaussianDistribution):
 
     def sample(self, generator: torch.Generator | list[torch.Generator] | None = None) -> torch.Tensor:
         """A sample (B, c, ...); a list holds one generator for each item of the batch."""
+        check_generator(generator, len(self.mean))
         if self.deterministic:
             return self.mode()
         options = {"device": self.mean.device, "dtype": self.mean.dtype}
@@ -40,6 +43,10 @@ class ViTokPosterior(DiagonalGaussianDistribution):
 
     def kl(self, other: DiagonalGaussianDistribution | None = None) -> torch.Tensor:
         """Divergence from `other`, by default the standard normal, summed over all but the batch: (B,), float32."""
+        if other is not None and getattr(getattr(other, "mean", None), "shape", None) != self.mean.shape:
+            refuse("other", f"None or a posterior of shape {tuple(self.mean.shape)}", getattr(other, "mean", other))
+        if other is not None and other.deterministic and not self.deterministic:
+            raise ValueError("`other` is deterministic, and the divergence from it infinite: pass a variational one.")
         if self.deterministic:
             return self.mean.new_zeros(self.mean.shape[0])
         if other is None:
@@ -50,6 +57,10 @@ class ViTokPosterior(DiagonalGaussianDistribution):
 
     def nll(self, sample: torch.Tensor) -> torch.Tensor:
         """Negative log-likelihood of `sample`, summed over all but the batch: (B,), float32."""
+        check_tensor("sample", sample)
+        if sample.shape != self.mean.shape:
+            refuse("sample", f"a tensor of shape {tuple(self.mean.shape)}", sample)
+        check_finite("sample", sample)
         if self.deterministic:
             return self.mean.new_zeros(self.mean.shape[0])
         terms = math.log(2.0 * math.pi) + self.logvar + (sample - self.mean).square() / self.var
@@ -70,9 +81,8 @@ class PosteriorList:
 
     def sample(self, generator: torch.Generator | list[torch.Generator] | None = None) -> list[torch.Tensor]:
         """Samples (c, ...); a list holds one generator for each item."""
+        check_generator(generator, len(self))
         generators = generator if isinstance(generator, list) else [generator] * len(self)
-        if len(generators) != len(self):
-            raise ValueError(f"`generator` has {len(generators)} entries for {len(self)} items: pass one for each.")
         return [posterior.sample(g).squeeze(0) for posterior, g in zip(self.posteriors, generators)]
 
     def mode(self) -> list[torch.Tensor]:

@@ -15,12 +15,13 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..checkpoints import load_strictly
+from ..checks import check_bool, check_finite, check_number, check_tensor, is_readable, refuse, show
 from ..presets import dit_variant_to_config
-from .configuration import check_numbers
+from .configuration import check_fits, check_numbers
 from .layers import (
     Packing,
     RMSNorm,
-    SavingMixin,
+    Run,
     ViTokAttention,
     feed_forward,
     patchify,
@@ -28,9 +29,11 @@ from .layers import (
     split_rotary_pairs,
     unpatchify,
 )
+from .saving import SavingMixin
 
 
 TIMESTEP_CHANNELS = 256  # sines and cosines of the timestep, as in DiT
+MAX_TIMESTEP = 1e6  # some schedulers count noise in logarithms, below zero
 
 
 def check_dit_config(config: FrozenDict, constructor: Callable) -> None:
@@ -44,8 +47,9 @@ def check_dit_config(config: FrozenDict, constructor: Callable) -> None:
         raise ValueError(f"`sample_size` {config.sample_size} must be a multiple of `patch_size` {config.patch_size}.")
 
 
-def check_latents(hidden_states: torch.Tensor, channels: int, patch_size: int) -> None:
+def check_latents(hidden_states: Any, channels: int, patch_size: int) -> None:
     """Raises `ValueError` unless `hidden_states` are latents that can be cut into patches."""
+    check_tensor("hidden_states", hidden_states)
     shape = tuple(hidden_states.shape)
     if len(shape) not in (4, 5):
         raise ValueError(f"`hidden_states` must be (B, c, h, w) or (B, c, t, h, w), but has shape {shape}.")
@@ -60,6 +64,7 @@ def check_latents(hidden_states: torch.Tensor, channels: int, patch_size: int) -
         )
     if 0 in shape:
         raise ValueError(f"`hidden_states` is empty: it has shape {shape}.")
+    check_finite("hidden_states", hidden_states)
 
 
 def modulate(hidden_states: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -110,6 +115,9 @@ class ViTokDiTModel(SavingMixin, ModelMixin, AttentionMixin, CacheMixin, ConfigM
 
     The timestep and the class have a vector each, which are summed; class `num_classes` stands for "no class", which
     classifier-free guidance needs. Training teaches it by replacing labels; the model itself never drops any.
+
+    Several threads may call one model. Caches (`enable_cache`) keep what one call leaves for the next, and are for one
+    thread alone; moving, casting, offloading, fusing, adapters and `train` are for when no other thread is in a call.
 
     Args:
         sample_size (`int`, defaults to 16): Side of the latents of training, in latents.
@@ -220,12 +228,21 @@ class ViTokDiTModel(SavingMixin, ModelMixin, AttentionMixin, CacheMixin, ConfigM
 
     def _embed_timestep(self, timestep: torch.Tensor | float, hidden_states: torch.Tensor) -> torch.Tensor:
         """A number, (1,) or (B,) -> (B, D)."""
-        timestep = torch.as_tensor(timestep, device=hidden_states.device)
         batch_size = hidden_states.shape[0]
+        if not isinstance(timestep, torch.Tensor):
+            check_number("timestep", timestep, -MAX_TIMESTEP, MAX_TIMESTEP)
+        timestep = torch.as_tensor(timestep, device=hidden_states.device)
+        if timestep.dtype == torch.bool or timestep.is_complex():
+            refuse("timestep", "a number, or a tensor of integers or floats", timestep)
         if timestep.ndim > 1 or timestep.numel() not in (1, batch_size):
             raise ValueError(
                 f"`timestep` must be a number or ({batch_size},), one for each item of the batch, but has shape "
                 f"{tuple(timestep.shape)}."
+            )
+        if is_readable(timestep) and not (timestep.abs() <= MAX_TIMESTEP).all():
+            raise ValueError(
+                f"`timestep` must be finite, at most {MAX_TIMESTEP:g}, but is {timestep.tolist()}: diffusers' "
+                "schedulers count from 0 to 1000."
             )
         features = self.time_proj(timestep.expand(batch_size))  # (B, 256), float32
         return self.timestep_embedder(features.to(hidden_states.dtype))
@@ -235,13 +252,18 @@ class ViTokDiTModel(SavingMixin, ModelMixin, AttentionMixin, CacheMixin, ConfigM
         batch_size, null_class = hidden_states.shape[0], self.config.num_classes
         if class_labels is None:
             class_labels = torch.full((batch_size,), null_class, device=hidden_states.device)
-        if class_labels.shape != (batch_size,) or class_labels.dtype not in (torch.int64, torch.int32):
+        is_tensor = isinstance(class_labels, torch.Tensor)
+        if (
+            not is_tensor
+            or class_labels.shape != (batch_size,)
+            or class_labels.dtype not in (torch.int64, torch.int32)
+        ):
             raise ValueError(
                 f"`class_labels` must be ({batch_size},), one for each item of the batch, and int64, but is "
-                f"{tuple(class_labels.shape)}, {class_labels.dtype}."
+                f"{show(class_labels)}."
             )
         # Elsewhere the check would make the host wait for the device, which reports such labels itself.
-        if class_labels.device.type == "cpu" and not torch.compiler.is_compiling():
+        if is_readable(class_labels):
             if class_labels.min() < 0 or class_labels.max() > null_class:
                 raise ValueError(
                     f"`class_labels` must be from 0 to {null_class - 1}, or {null_class} for no class, but are "
@@ -272,6 +294,8 @@ class ViTokDiTModel(SavingMixin, ModelMixin, AttentionMixin, CacheMixin, ConfigM
         """
         p = self.config.patch_size
         check_latents(hidden_states, self.config.in_channels, p)
+        check_fits("hidden_states", hidden_states, self, self.patch_embed)
+        check_bool(return_dict=return_dict)
         video = hidden_states.unsqueeze(2) if hidden_states.ndim == 4 else hidden_states  # (B, c, t, h, w)
         frames = 1 if self.is_image_model else video.shape[2]
         items = video.shape[2] // frames
@@ -284,7 +308,7 @@ class ViTokDiTModel(SavingMixin, ModelMixin, AttentionMixin, CacheMixin, ConfigM
         rotary_emb = rotary_embedding(
             axes, self.config.hidden_size // self.config.num_attention_heads, tokens.device, tokens.dtype
         )
-        packing = [(tokens.shape[0], axes)]
+        packing = [Run(tokens.shape[0], axes)]
         for block in self.transformer_blocks:
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 tokens = self._gradient_checkpointing_func(block, tokens, temb, rotary_emb, packing)

@@ -1,28 +1,20 @@
 """What `ViTokDiTPipeline` does not take: each check raises a `ValueError` that says what to do."""
 
-import copy
 import inspect
-import math
-import os
-from collections.abc import Callable
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
-import diffusers
-import torch
-from diffusers import DDPMParallelScheduler, DDPMScheduler, SchedulerMixin
+from diffusers import DDPMParallelScheduler, DDPMScheduler, FasterCacheConfig, SchedulerMixin
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.configuration_utils import FrozenDict
 from diffusers.utils import logging
 
-from ..checkpoints.strict import check_private_entries, check_types, has_type, read_object
-from .labels import check_labels
+from ..checks import LARGEST, check_int, check_number, refuse
+from ..models import AutoencoderViTok
 
 
 logger = logging.get_logger(__name__)
 
-MAX_TIMESTEPS = 100_000
-TRIAL_STEPS = 10
-
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 DISCRETE = "its samples are discrete tokens"
 # Those whose `step` can be called as that of others, but does something else.
 UNSUPPORTED_SCHEDULERS = dict.fromkeys(
@@ -38,24 +30,110 @@ UNSUPPORTED_SCHEDULERS = dict.fromkeys(
 }
 
 
-def check_counts(**counts: int) -> None:
-    for name, count in counts.items():
-        if not hasattr(count, "__index__"):
-            raise ValueError(f"`{name}` must be an integer, but is {count!r}.")
-        if count < 1:
-            raise ValueError(f"`{name}` must be positive, but is {count}.")
+# Of all samples of a call; 16 pictures of 8192 x 8192 pixels in patches of 16. More is a typing error.
+MAX_TOKENS = 2**22
+MAX_STEPS = 10_000
+MAX_GUIDANCE_SCALE = 1e6
 
 
-def check_guidance(scale: float, interval: tuple[float, float], rescale: float) -> None:
-    if not 0 <= scale < math.inf:  # nor NaN
-        raise ValueError(f"`guidance_scale` must not be negative or infinite, but is {scale}; up to 1 is no guidance.")
-    if not 0 <= rescale <= 1:
-        raise ValueError(f"`guidance_rescale` must be from 0 to 1, but is {rescale}.")
-    start, stop = interval
-    if not 0 <= start <= stop <= 1:
+def check_guidance(scale: Any, interval: Any, rescale: Any) -> None:
+    check_number("guidance_scale", scale, 0.0, MAX_GUIDANCE_SCALE)  # up to 1 is no guidance
+    check_number("guidance_rescale", rescale, 0.0, 1.0)
+    wanted = "two fractions of the schedule, 0 <= start <= stop <= 1"
+    if not isinstance(interval, (tuple, list)) or len(interval) != 2:
+        refuse("guidance_interval", wanted, interval)
+    start, stop = (check_number("guidance_interval", bound, 0.0, 1.0, wanted) for bound in interval)
+    if start > stop:
+        refuse("guidance_interval", wanted, interval)
+
+
+def max_steps(scheduler: SchedulerMixin) -> int:
+    return max(MAX_STEPS, scheduler.config.get("num_train_timesteps") or 0)
+
+
+def check_size(num_tokens: int, **sizes: int | None) -> None:
+    if num_tokens > MAX_TOKENS:
+        given = ", ".join(f"`{name}` {size}" for name, size in sizes.items() if size is not None)
         raise ValueError(
-            f"`guidance_interval` must be two fractions of the schedule, 0 <= start <= stop <= 1, but is {interval}."
+            f"{given} make {num_tokens} tokens, more than {MAX_TOKENS} in a call: ask for less at a time."
         )
+
+
+def check_components(transformer: Any, vae: Any, scheduler: Any) -> None:
+    """Each may be missing (`None`), but must else be of its kind."""
+    for name, model, entry in (("transformer", transformer, "num_classes"), ("vae", vae, "latent_channels")):
+        if model is not None and not hasattr(getattr(model, "config", None), entry):
+            refuse(name, f"a model with `{entry}` in its config", model)
+    if scheduler is not None and not isinstance(getattr(scheduler, "config", None), dict):
+        refuse("scheduler", "a scheduler of diffusers", scheduler)
+
+
+def check_models(config: FrozenDict, vae: AutoencoderViTok | None, id2label: dict[int, str]) -> None:
+    channels = config.in_channels if vae is None else vae.config.latent_channels
+    out_channels = config.in_channels if config.out_channels is None else config.out_channels
+    if config.in_channels != channels or out_channels not in (channels, 2 * channels):
+        raise ValueError(
+            f"The autoencoder has latent_channels={channels}, but the transformer in_channels="
+            f"{config.in_channels} and out_channels={out_channels}: these must be {channels}, and {channels} or "
+            f"{2 * channels}."
+        )
+    if unknown := [index for index in id2label if not 0 <= index < config.num_classes]:
+        raise ValueError(f"`id2label` has ids {unknown}, but the transformer num_classes={config.num_classes}.")
+
+
+def check_cache(cache: Any, guided: bool, is_image: bool) -> None:
+    """FasterCache guesses one half of every batch from the other."""
+    if not isinstance(cache, FasterCacheConfig):
+        return
+    if is_image != (cache.tensor_format == "BCHW"):
+        raise ValueError(
+            f'FasterCache has tensor_format="{cache.tensor_format}", but these latents are '
+            f'{"pictures" if is_image else "clips"}: make it with "{"BCHW" if is_image else "BCFHW"}".'
+        )
+    if not cache.is_guidance_distilled and not guided:
+        raise ValueError(
+            "FasterCache needs guidance in every step: set guidance_scale > 1, class_labels and no "
+            "guidance_interval, or make it with is_guidance_distilled=True."
+        )
+
+
+def check_id2label(id2label: Any) -> dict[int, str]:
+    """With integers for keys, of which JSON makes strings."""
+    wanted = "a dict of class ids and names"
+    if not isinstance(id2label, (dict, type(None))):
+        refuse("id2label", wanted, id2label)
+    table = {}
+    for index, text in (id2label or {}).items():
+        if not isinstance(text, str):
+            refuse("id2label", wanted, id2label)
+        is_text = isinstance(index, str) and index.isdecimal() and len(index) < 10
+        number = check_int("id2label", int(index) if is_text else index, -LARGEST, LARGEST, wanted)
+        if number in table:
+            raise ValueError(
+                f"`id2label` has the id {number} twice, for {table[number]!r} and {text!r}: leave one out."
+            )
+        table[number] = text
+    return table
+
+
+def check_callback(callback: Any, tensor_inputs: Any, known: list[str]) -> list[str]:
+    """The names of the tensors that it gets."""
+    if callback is not None and not callable(callback):
+        refuse("callback_on_step_end", "a function or None", callback)
+    if isinstance(callback, (PipelineCallback, MultiPipelineCallbacks)):
+        tensor_inputs = callback.tensor_inputs
+    if not isinstance(tensor_inputs, (list, tuple, type(None))):
+        refuse("callback_on_step_end_tensor_inputs", f"a list of {known}", tensor_inputs)
+    if unknown := [name for name in tensor_inputs or [] if name not in known]:
+        raise ValueError(f"`callback_on_step_end_tensor_inputs` has {unknown}, not of {known}.")
+    return list(tensor_inputs or [])
+
+
+def check_output_type(output_type: Any, has_decoder: bool) -> None:
+    if not isinstance(output_type, str) or output_type not in OUTPUT_TYPES:
+        refuse("output_type", f"one of {', '.join(OUTPUT_TYPES)}", output_type)
+    if output_type != "latent" and not has_decoder:
+        raise ValueError(f'`output_type` is {output_type!r}, but the autoencoder has no decoder: take "latent".')
 
 
 def own_config(scheduler: SchedulerMixin) -> dict[str, Any]:
@@ -111,73 +189,13 @@ def check_scheduler(scheduler: SchedulerMixin, eta: float | None, predicts_varia
     name = type(scheduler).__name__
     if reason := why_unsupported(scheduler):
         raise ValueError(f"{name} is not supported: {reason}. Take another, DDIM for instance.")
+    if eta is not None:
+        check_number("eta", eta, 0.0, 1.0)
     if eta and "eta" not in inspect.signature(scheduler.step).parameters:
         raise ValueError(f"`eta` is {eta}, but {name} takes none: it is DDIM's.")
-    if eta is not None and not 0 <= eta <= 1:
-        raise ValueError(f"`eta` must be from 0 to 1, but is {eta}.")
     if has_learned_variance(scheduler) and not (predicts_variance and takes_variance(scheduler)):
         reason = "it takes pictures of three channels only" if predicts_variance else "the model predicts none"
         raise ValueError(
             f'{name} has variance_type="{scheduler.config.variance_type}", but {reason}: make it with another, '
             '"fixed_small" for DDPM, None for others.'
         )
-
-
-def check_folder(folder: str | os.PathLike, constructor: Callable) -> None:
-    """Raises `ValueError`, with the name of the file, for what is damaged in the configs of a saved pipeline."""
-    path = Path(folder, "model_index.json")
-    if not os.path.lexists(path):
-        return  # diffusers says so
-    config, parameters = read_object(path), {*inspect.signature(constructor).parameters} - {"self"}
-    check_private_entries({"_class_name": None} | config, path)
-    if unknown := [name for name in config if not name.startswith("_") and name not in parameters]:
-        raise ValueError(f'"{path}" has entries that do not exist, {unknown}: it is damaged, or of another pipeline.')
-    for name in sorted(parameters - {"id2label"}):
-        if not has_type(value := config.get(name), list[str | None]) or len(value) != 2:
-            raise ValueError(f'"{path}" must have library and class of "{name}", but has {value!r}.')
-    with named(path):
-        check_labels(config.get("id2label") or {})
-    path, scheduler_class = Path(folder, "scheduler", "scheduler_config.json"), config["scheduler"][1]
-    scheduler_class = getattr(diffusers, scheduler_class or "", None)
-    if scheduler_class is not None and os.path.lexists(path):
-        with named(path):
-            check_scheduler_config(config := read_object(path), scheduler_class.__init__)
-            check_scheduler_works(scheduler_class.from_config(config))
-
-
-@contextmanager
-def named(path: Path):
-    """What is raised in this block is a `ValueError` with the name of the file."""
-    try:
-        yield
-    except Exception as error:  # of diffusers or numpy, of any type
-        raise ValueError(f'"{path}" is damaged, or does not fit: {error}') from error
-
-
-def check_scheduler_config(config: dict[str, Any], constructor: Callable) -> None:
-    """Raises `ValueError` for values of other types than those of the constructor, or with which nothing ends."""
-    check_private_entries(config, "the config")
-    check_types(config, constructor, simple=True)
-    steps = config.get("num_train_timesteps", 1)
-    if not has_type(steps, int) or not 1 <= steps <= MAX_TIMESTEPS:
-        raise ValueError(f"`num_train_timesteps` must be from 1 to {MAX_TIMESTEPS}, but is {steps!r}.")
-    for name in ("beta_start", "beta_end"):
-        if name in config and not (has_type(config[name], float) and 0 <= config[name] < 1):
-            raise ValueError(f"`{name}` must be from 0 to less than 1, but is {config[name]!r}.")
-
-
-def check_scheduler_works(scheduler: SchedulerMixin) -> None:
-    """Raises `ValueError` for a scheduler that its config does not let step, which it would say in a call only."""
-    if why_unsupported(scheduler) or (has_learned_variance(scheduler) and not takes_variance(scheduler)):
-        return  # which `check_scheduler` says
-    trial, latents = copy.deepcopy(scheduler), torch.zeros(1, 1, 2, 2)
-    options = {"mu": 1.0} if scheduler.config.get("use_dynamic_shifting") else {}
-    prediction = torch.zeros(1, 2, 2, 2) if takes_variance(scheduler) else latents
-    try:
-        trial.set_timesteps(TRIAL_STEPS, **options)
-        trial.step(prediction, trial.timesteps[0], latents)
-    except Exception as error:  # of diffusers or numpy, of any type
-        raise ValueError(
-            f"{type(scheduler).__name__} does not work with its config ({error}): correct its scheduler_config.json, "
-            "or make it with other arguments."
-        ) from error

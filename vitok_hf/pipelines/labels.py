@@ -1,17 +1,10 @@
 """Classes by name: from the `id2label` of a pipeline to the ids that its model takes."""
 
 import difflib
+from collections.abc import Sequence
 from typing import Any
 
-
-def check_labels(id2label: dict[int, str] | dict[str, str]) -> dict[int, str]:
-    """Ids, of which JSON makes strings, as numbers; raises `ValueError` for what is no id or no name, or twice."""
-    labels = {}
-    for index, text in id2label.items() if isinstance(id2label, dict) else [(None, id2label)]:
-        if isinstance(index, bool) or not str(index).isdecimal() or not isinstance(text, str) or int(index) in labels:
-            raise ValueError(f"`id2label` must have an id and a name for each class, but has {index!r}: {text!r}.")
-        labels[int(index)] = text
-    return labels
+from ..checks import check_int
 
 
 def label_names(text: str) -> list[str]:
@@ -43,10 +36,13 @@ def find_label(name: str, id2label: dict[int, str]) -> int:
 
 
 def flatten(labels: Any) -> list:
-    """What is in lists, tensors and arrays of any depth, in order: diffusers' DiT takes [[1], [2]] as well."""
+    """What is in lists, tensors and arrays of any depth, in order: diffusers' DiT takes [[1], [2]] as well.
+
+    Not in sets, which have no order, in dicts, or in iterators, which may have no end.
+    """
     if hasattr(labels, "tolist"):
         labels = labels.tolist()
-    if isinstance(labels, str) or not hasattr(labels, "__iter__"):
+    if isinstance(labels, (str, bytes, bytearray)) or not isinstance(labels, Sequence):
         return [labels]
     return [leaf for label in labels for leaf in flatten(label)]
 
@@ -54,10 +50,5 @@ def flatten(labels: Any) -> list:
 def to_label_ids(labels: Any, id2label: dict[int, str], num_classes: int) -> list[int]:
     """Names or ids, one, several or a tensor -> ids, of which `num_classes` means no class."""
     ids = [find_label(label, id2label) if isinstance(label, str) else label for label in flatten(labels)]
-    for label in ids:
-        if not hasattr(label, "__index__") or not 0 <= label <= num_classes:
-            raise ValueError(
-                f"A class is a name, or an id from 0 to {num_classes - 1} ({num_classes} means no class), "
-                f"but {label!r} is neither."
-            )
-    return [int(label) for label in ids]
+    wanted = f"a name, or an id from 0 to {num_classes - 1} ({num_classes} means no class)"
+    return [check_int("class_labels", label, 0, num_classes, wanted) for label in ids]

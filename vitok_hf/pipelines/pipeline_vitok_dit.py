@@ -1,15 +1,15 @@
-import inspect
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline, FasterCacheConfig, ImagePipelineOutput, SchedulerMixin
+from diffusers import DiffusionPipeline, ImagePipelineOutput, SchedulerMixin
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
-from diffusers.configuration_utils import FrozenDict
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from diffusers.video_processor import VideoProcessor
@@ -17,23 +17,27 @@ from PIL import Image
 
 from ..checkpoints import resolve_bundled
 from ..checkpoints.strict import finite_checked, to_dtype
+from ..checks import check_bool, check_finite, check_generator, check_int, check_tensor, refuse
 from ..latents import denormalize_latents
 from ..models import AutoencoderViTok, ViTokDiTModel
+from .calls import Call, CallsMixin
 from .checks import (
-    check_counts,
-    check_folder,
+    check_cache,
+    check_callback,
+    check_components,
     check_guidance,
+    check_id2label,
+    check_models,
+    check_output_type,
     check_scheduler,
-    check_scheduler_works,
-    check_timesteps,
+    check_size,
+    max_steps,
     takes_variance,
     warn_of_clipping,
 )
-from .labels import check_labels, label_table, to_label_ids
+from .labels import label_table, to_label_ids
+from .loading import check_folder, check_scheduler_works
 from .model_card import add_usage
-
-
-OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 
 def rescale_guidance(guided: torch.Tensor, conditional: torch.Tensor, rescale: float) -> torch.Tensor:
@@ -53,13 +57,18 @@ class ViTokVideoPipelineOutput(BaseOutput):
     frames: list[list[Image.Image]] | np.ndarray | torch.Tensor
 
 
-class ViTokDiTPipeline(DiffusionPipeline):
+class ViTokDiTPipeline(CallsMixin, DiffusionPipeline):
     r"""
     Class-conditional generation of images and videos by a `ViTokDiTModel` on the latents of an `AutoencoderViTok`.
 
     Any scheduler of diffusers can be set whose `step` takes a prediction, a timestep and a sample (not those of
     discrete tokens and a few others, which are refused by name); what the model predicts (`prediction_type`, or flow
     matching) is read by it from its own config. Latents are unbounded, so schedulers need `clip_sample=False`.
+
+    Several threads may call one pipeline, and callbacks may call it again: guidance, timesteps and interruption belong
+    to a call, and so does the scheduler, a copy while another call uses that of the pipeline. `_guidance_scale` and
+    `_interrupt` that are set in a thread without a call are set for all that run. Caches, offloading and whatever else
+    changes the models are not to be used while another thread is in a call.
 
     Args:
         transformer (`ViTokDiTModel`): The denoiser. If it has twice as many channels out as in, the second half is
@@ -83,34 +92,22 @@ class ViTokDiTPipeline(DiffusionPipeline):
         id2label: dict[int, str] | dict[str, str] | None = None,
     ):
         super().__init__()
-        id2label = check_labels(id2label or {})
+        self._calls = []
+        check_components(transformer, vae, scheduler)
+        id2label = check_id2label(id2label)
         if transformer is not None:
-            self._check_models(transformer.config, vae, id2label)
+            check_models(transformer.config, vae, id2label)
         if scheduler is not None:
             check_scheduler_works(scheduler)
         self.register_modules(transformer=transformer, vae=vae, scheduler=scheduler)
         self.register_to_config(id2label=id2label)
         self.labels = label_table(id2label)
         self.processor = VideoProcessor(do_resize=False)
-        self._interrupt = False
 
     def __setattr__(self, name: str, value: Any):
         super().__setattr__(name, value)
         if name == "scheduler" and value is not None:
             warn_of_clipping(value)
-
-    @staticmethod
-    def _check_models(config: FrozenDict, vae: AutoencoderViTok | None, id2label: dict[int, str]) -> None:
-        channels = config.in_channels if vae is None else vae.config.latent_channels
-        out_channels = config.in_channels if config.out_channels is None else config.out_channels
-        if config.in_channels != channels or out_channels not in (channels, 2 * channels):
-            raise ValueError(
-                f"The autoencoder has latent_channels={channels}, but the transformer in_channels="
-                f"{config.in_channels} and out_channels={out_channels}: these must be {channels}, and {channels} or "
-                f"{2 * channels}."
-            )
-        if unknown := [index for index in id2label if not 0 <= index < config.num_classes]:
-            raise ValueError(f"`id2label` has ids {unknown}, but the transformer num_classes={config.num_classes}.")
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> "ViTokDiTPipeline":
@@ -191,32 +188,21 @@ class ViTokDiTPipeline(DiffusionPipeline):
         config, p, q = self.transformer.config, self.vae.spatial_compression_ratio, self.vae.temporal_compression_ratio
         if num_frames is not None and not self.is_video:
             raise ValueError(f"`num_frames` is {num_frames}, but this model makes images: leave it out.")
+        check_int("batch_size", batch_size)
         sizes = {"num_frames": (num_frames, q, q * config.sample_frames)}
         sizes |= {
             name: (side, p * config.patch_size, p * config.sample_size)
             for name, side in (("height", height), ("width", width))
         }
         for name, (size, step, _) in sizes.items():
-            if size is not None and (size < 1 or size % step):
-                raise ValueError(f"`{name}` must be a positive multiple of {step}, but is {size}.")
+            wanted = f"a positive multiple of {step}"
+            if size is not None and check_int(name, size, wanted=wanted) % step:
+                refuse(name, wanted, size)
         frames, height, width = (default if size is None else size for size, _, default in sizes.values())
-        return (batch_size, config.in_channels, *((frames // q,) if self.is_video else ()), height // p, width // p)
-
-    def _check_cache(self, guided: bool, is_image: bool):
-        """FasterCache guesses one half of every batch from the other."""
-        cache = self.transformer._cache_config
-        if not isinstance(cache, FasterCacheConfig):
-            return
-        if is_image != (cache.tensor_format == "BCHW"):
-            raise ValueError(
-                f'FasterCache has tensor_format="{cache.tensor_format}", but these latents are '
-                f'{"pictures" if is_image else "clips"}: make it with "{"BCHW" if is_image else "BCFHW"}".'
-            )
-        if not cache.is_guidance_distilled and not guided:
-            raise ValueError(
-                "FasterCache needs guidance in every step: set guidance_scale > 1, class_labels and no "
-                "guidance_interval, or make it with is_guidance_distilled=True."
-            )
+        grid = (*((frames // q,) if self.is_video else ()), height // p, width // p)
+        num_tokens = batch_size * math.prod(grid) // config.patch_size**2
+        check_size(num_tokens, num_frames=num_frames, height=height, width=width, num_images_per_label=batch_size)
+        return (batch_size, config.in_channels, *grid)
 
     def prepare_latents(
         self,
@@ -229,12 +215,13 @@ class ViTokDiTPipeline(DiffusionPipeline):
         latents: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Standard normal noise, or `latents`. In float32, whatever the models are."""
-        if isinstance(generator, list) and len(generator) != batch_size:
-            raise ValueError(f"`generator` has {len(generator)} entries for {batch_size} samples: pass one for each.")
+        check_generator(generator, batch_size, "samples")
         if latents is None:
             shape = self.get_latent_shape(batch_size, height, width, num_frames)
             latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
         else:
+            check_tensor("latents", latents)
+            check_finite("latents", latents)
             # The size is theirs unless there is another, which then does not fit.
             steps = {"num_frames": self.vae.temporal_compression_ratio} if self.is_video else {}
             steps |= dict.fromkeys(("height", "width"), self.vae.spatial_compression_ratio)
@@ -247,38 +234,13 @@ class ViTokDiTPipeline(DiffusionPipeline):
             latents = latents.to(device=device, dtype=torch.float32)
         return latents
 
-    def _set_timesteps(self, num_inference_steps: int, num_tokens: int, device: torch.device) -> torch.Tensor:
-        config, options = self.scheduler.config, {}
-        takes_shift = "mu" in inspect.signature(self.scheduler.set_timesteps).parameters
-        if takes_shift and config.get("use_dynamic_shifting"):  # more noise for more tokens, as in FLUX
-            shortest, longest = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
-            low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
-            options["mu"] = low + (high - low) * (num_tokens - shortest) / (longest - shortest)
-        try:
-            self.scheduler.set_timesteps(num_inference_steps, device=device, **options)
-        except Exception as error:  # of diffusers or numpy, of any type
-            raise ValueError(
-                f"{type(self.scheduler).__name__} cannot make {num_inference_steps} steps ({error}): change "
-                "`num_inference_steps`, or the config of the scheduler."
-            ) from error
-        check_timesteps(self.scheduler)
-        return self.scheduler.timesteps
-
-    def _step_options(
-        self, generator: torch.Generator | list[torch.Generator] | None, eta: float | None
-    ) -> dict[str, Any]:
-        """Those that the scheduler's `step` takes."""
-        parameters = inspect.signature(self.scheduler.step).parameters
-        options = {"generator": generator} | ({} if eta is None else {"eta": eta})
-        return {name: value for name, value in options.items() if name in parameters}
-
     def _predict(
-        self, latents: torch.Tensor, timestep: torch.Tensor, class_ids: torch.Tensor, guided: bool
+        self, call: Call, latents: torch.Tensor, timestep: torch.Tensor, class_ids: torch.Tensor, guided: bool
     ) -> torch.Tensor:
         """The model's prediction, guided by a second half of the batch without classes, (B, c, ...)."""
-        inputs = latents
-        if hasattr(self.scheduler, "scale_model_input"):
-            inputs = self.scheduler.scale_model_input(latents, timestep)
+        inputs, scheduler = latents, call.scheduler
+        if hasattr(scheduler, "scale_model_input"):
+            inputs = scheduler.scale_model_input(latents, timestep)
         if guided:  # without classes first, as FasterCache has it
             inputs = torch.cat([inputs, inputs])
             class_ids = torch.cat([torch.full_like(class_ids, self.transformer.config.num_classes), class_ids])
@@ -293,12 +255,12 @@ class ViTokDiTPipeline(DiffusionPipeline):
         prediction, variance = output[:, :channels], output[:, channels:]
         if guided:
             without, prediction = prediction.chunk(2)
-            guidance = self._guidance_scale * (prediction - without)
+            guidance = call.guidance_scale * (prediction - without)
             prediction, conditional = without + guidance, prediction
-            if self._guidance_rescale > 0:
-                prediction = rescale_guidance(prediction, conditional, self._guidance_rescale)
+            if call.guidance_rescale > 0:
+                prediction = rescale_guidance(prediction, conditional, call.guidance_rescale)
             variance = variance.chunk(2)[1]
-        if takes_variance(self.scheduler):
+        if takes_variance(scheduler):
             return torch.cat([prediction, variance], dim=1)
         return prediction
 
@@ -307,6 +269,50 @@ class ViTokDiTPipeline(DiffusionPipeline):
         sample = self.vae.decode(latents, return_dict=False)[0]
         postprocess = self.processor.postprocess_video if self.is_video else self.processor.postprocess
         return postprocess(sample, output_type)
+
+    def _call_back(
+        self, callback: Callable | None, names: list[str], step: int, timestep: torch.Tensor, latents: torch.Tensor
+    ) -> torch.Tensor:
+        """The latents that the callback returns, if there is one and it returns any."""
+        if callback is None:
+            return latents
+        changed = callback(self, step, timestep, {"latents": latents} if names else {})
+        if not isinstance(changed, (dict, type(None))):
+            refuse("callback_on_step_end", "a function that returns a dict", changed)
+        changed = (changed or {}).pop("latents", latents)
+        if getattr(changed, "shape", None) != latents.shape:
+            refuse("latents", f"of shape {tuple(latents.shape)} in what `callback_on_step_end` returns", changed)
+        return changed
+
+    def _denoise(
+        self,
+        call: Call,
+        latents: torch.Tensor,
+        class_ids: torch.Tensor,
+        timesteps: torch.Tensor,
+        guided_steps: range,
+        step_options: dict[str, Any],
+        callback: Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor],
+    ) -> torch.Tensor:
+        """Noise -> normalised latents, or those of the step in which the call is interrupted."""
+        call.num_timesteps, was_guided = len(timesteps), None
+        always_guided = call.guidance_scale > 1 and len(guided_steps) == len(timesteps)
+        check_cache(self.transformer._cache_config, always_guided, latents.ndim == 4)
+        with self.progress_bar(total=len(timesteps)) as progress_bar:
+            for step, timestep in enumerate(timesteps):
+                if call.interrupt:
+                    break
+                call.current_timestep = timestep
+                guided = call.guidance_scale > 1 and step in guided_steps
+                if guided != was_guided:  # a batch of another size: what caches hold is of no use
+                    self.transformer._reset_stateful_cache()
+                was_guided = guided
+                prediction = self._predict(call, latents, timestep, class_ids, guided)
+                latents = call.scheduler.step(prediction, timestep, latents, **step_options, return_dict=False)[0]
+                latents = callback(step, timestep, latents)
+                progress_bar.update()
+        call.current_timestep = None
+        return latents
 
     @torch.no_grad()
     def __call__(
@@ -359,58 +365,32 @@ class ViTokDiTPipeline(DiffusionPipeline):
         """
         if missing := [name for name, component in self.components.items() if component is None]:
             raise ValueError(f"The pipeline was loaded without {' and '.join(missing)}: load it whole to call it.")
-        check_counts(num_inference_steps=num_inference_steps, num_images_per_label=num_images_per_label)
         check_guidance(guidance_scale, guidance_interval, guidance_rescale)
-        check_scheduler(self.scheduler, eta, self.transformer.out_channels == 2 * self.transformer.config.in_channels)
-        if output_type not in OUTPUT_TYPES:
-            raise ValueError(f"`output_type` must be one of {', '.join(OUTPUT_TYPES)}, but is {output_type!r}.")
-        if output_type != "latent" and self.vae.config.get("component") == "encoder":
-            raise ValueError(f'`output_type` is {output_type!r}, but the autoencoder has no decoder: take "latent".')
-        callback_on_step_end_tensor_inputs = callback_on_step_end_tensor_inputs or []
-        if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
-            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
-        if unknown := set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs):
-            raise ValueError(
-                f"`callback_on_step_end_tensor_inputs` has {sorted(unknown)}, not of {self._callback_tensor_inputs}."
-            )
+        check_int("num_images_per_label", num_images_per_label)
+        check_output_type(output_type, has_decoder=self.vae.config.get("component") != "encoder")
+        check_bool(return_dict=return_dict)
+        names = check_callback(callback_on_step_end, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
         null_class = self.transformer.config.num_classes
         ids = [null_class] if class_labels is None else self.get_label_ids(class_labels)
         if not ids:
             raise ValueError("`class_labels` is empty: pass `None` for samples without a class.")
-        self._guidance_scale, self._guidance_rescale = guidance_scale, guidance_rescale
-        self._interrupt, self._current_timestep = False, None
 
-        device = self._execution_device
-        class_ids = torch.tensor(ids, device=device).repeat_interleave(num_images_per_label)
-        step_options = self._step_options(generator, eta)
-        latents = self.prepare_latents(len(class_ids), height, width, num_frames, generator, device, latents)
-        num_tokens = latents[0, 0].numel() // self.transformer.config.patch_size**2
-        timesteps = self._set_timesteps(num_inference_steps, num_tokens, device)
-        latents = latents * getattr(self.scheduler, "init_noise_sigma", 1.0)  # which depends on the timesteps
-        self._num_timesteps = len(timesteps)
-        first, last = (round(fraction * len(timesteps)) for fraction in guidance_interval)
-        has_classes, was_guided = set(ids) != {null_class}, None
-        always_guided = self.do_classifier_free_guidance and has_classes and last - first == len(timesteps)
-        self._check_cache(always_guided, latents.ndim == 4)
-
-        with self.progress_bar(total=len(timesteps)) as progress_bar:
-            for step, timestep in enumerate(timesteps):
-                if self.interrupt:
-                    break
-                self._current_timestep = timestep
-                guided = self.do_classifier_free_guidance and has_classes and first <= step < last
-                if guided != was_guided:  # a batch of another size: what caches hold is of no use
-                    self.transformer._reset_stateful_cache()
-                was_guided = guided
-                prediction = self._predict(latents, timestep, class_ids, guided)
-                latents = self.scheduler.step(prediction, timestep, latents, **step_options, return_dict=False)[0]
-                if callback_on_step_end is not None:
-                    tensors = {"latents": latents} if callback_on_step_end_tensor_inputs else {}
-                    latents = (callback_on_step_end(self, step, timestep, tensors) or {}).pop("latents", latents)
-                progress_bar.update()
-        self._current_timestep = None
-
-        output = latents if output_type == "latent" else self._decode(latents, output_type)
+        with self._begin_call(guidance_scale=guidance_scale, guidance_rescale=guidance_rescale) as call:
+            scheduler, device = call.scheduler, self._execution_device
+            check_scheduler(scheduler, eta, self.transformer.out_channels == 2 * self.transformer.config.in_channels)
+            check_int("num_inference_steps", num_inference_steps, high=max_steps(scheduler))
+            count = len(ids) * num_images_per_label
+            latents = self.prepare_latents(count, height, width, num_frames, generator, device, latents)
+            class_ids = torch.tensor(ids, device=device).repeat_interleave(num_images_per_label)
+            num_tokens = latents[0, 0].numel() // self.transformer.config.patch_size**2
+            timesteps = call.set_timesteps(num_inference_steps, num_tokens, device)
+            latents = latents * getattr(scheduler, "init_noise_sigma", 1.0)  # which depends on the timesteps
+            first, last = (round(fraction * len(timesteps)) for fraction in guidance_interval)
+            guided_steps = range(first, last) if set(ids) != {null_class} else range(0)
+            step_options = call.step_options(generator, eta)
+            callback = partial(self._call_back, callback_on_step_end, names)
+            latents = self._denoise(call, latents, class_ids, timesteps, guided_steps, step_options, callback)
+            output = latents if output_type == "latent" else self._decode(latents, output_type)
         self.maybe_free_model_hooks()
         if not return_dict:
             return (output,)

@@ -6,13 +6,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ..checkpoints.strict import read_json
 from ..evaluation.pixels import fold_frames, to_float
 from ..evaluation.reconstruction import comparison, evaluate_reconstruction
 from ..latents import NO_STATISTICS
 from ..models import AutoencoderViTok
 from .adversary import Adversary
 from .arguments import AutoencoderArguments
-from .checkpointing import atomic_folder, read_json
+from .checkpointing import atomic_folder
 from .cropping import Batch, CropSettings, parse_size
 from .data import BatchLoader, make_dataset
 from .ema import WeightAverage

@@ -11,7 +11,8 @@ from pathlib import Path
 from accelerate import Accelerator, PartialState
 from torch import nn
 
-from ..models.layers import plain_name
+from ..checkpoints.strict import read_json
+from ..models.saving import plain_name
 from .disk import atomic_file, checksum, decide, naming_full_disks, remove_folder, replace_durably, temporary_name
 from .run_state import find_program
 
@@ -42,14 +43,6 @@ def write_json(path: Path, content: dict | list) -> None:
     text = json.dumps(content, indent=1, allow_nan=False)  # other readers know no NaN or Infinity
     with atomic_file(path) as temporary:
         temporary.write_text(text)
-
-
-def read_json(path: str | Path) -> dict | list:
-    """What a JSON file holds; raises `ValueError`, naming the file, if it is damaged or something else."""
-    try:
-        return json.loads(Path(path).read_text())
-    except ValueError as error:
-        raise ValueError(f'"{path}" is no JSON file, or damaged ({error}): correct it, or name another.') from error
 
 
 def _digest(content: dict) -> str:

@@ -15,7 +15,8 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from .checkpointing import read_json, write_json
+from ..checkpoints.strict import read_json
+from .checkpointing import write_json
 from .disk import checksum, decide
 
 

@@ -19,10 +19,11 @@ from safetensors.torch import save_file
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
+from ..checkpoints.strict import read_json
 from ..evaluation.pixels import to_float
 from ..latents import NO_STATISTICS
 from ..models import AutoencoderViTok
-from .checkpointing import is_sealed, read_json, seal, weights_checksum, write_json
+from .checkpointing import is_sealed, seal, weights_checksum, write_json
 from .claims import claim_folder, claimed_contents
 from .cropping import Batch
 from .disk import atomic_file, checksum, inside, lock_folder, remove_leftovers, unlock_folder

@@ -16,7 +16,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
 
-from ..models.layers import plain_name
+from ..checkpoints.strict import read_json
+from ..models.saving import plain_name
 from ..precision import choose_mixed_precision
 from .arguments import LoopArguments
 from .checkpointing import (
@@ -24,7 +25,6 @@ from .checkpointing import (
     checkpoint_step,
     find_checkpoint,
     list_checkpoints,
-    read_json,
     write_json,
     write_manifest,
 )

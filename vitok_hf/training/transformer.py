@@ -7,13 +7,14 @@ import numpy as np
 import torch
 from einops import rearrange
 
+from ..checkpoints.strict import read_json
 from ..evaluation.pixels import to_float
 from ..latents import NO_STATISTICS, compute_latent_statistics, normalize_latents, summarize_latents
 from ..models import AutoencoderViTok, ViTokDiTModel
 from ..pipelines import ViTokDiTPipeline
 from ..pipelines.model_card import usage
 from .arguments import DiTArguments
-from .checkpointing import atomic_folder, read_json
+from .checkpointing import atomic_folder
 from .cropping import Batch
 from .data import BatchLoader
 from .diffusion import bucket_timesteps, diffusion_losses, drop_labels, make_scheduler, sample_timesteps

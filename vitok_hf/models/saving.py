@@ -1,0 +1,83 @@
+"""Saving and loading of models, strictly, and whatever of them is compiled, fused or adapted."""
+
+import inspect
+from contextlib import contextmanager
+from typing import Any
+
+from diffusers.loaders import PeftAdapterMixin
+from diffusers.utils.torch_utils import is_compiled_module
+from torch import nn
+
+from ..checkpoints.strict import check_config_file, check_shards, check_values
+
+
+def plain_name(name: str) -> str:
+    """The name of a weight without what `torch.compile` puts into those of the modules that it wraps."""
+    return name.replace("_orig_mod.", "")
+
+
+@contextmanager
+def uncompiled(model: nn.Module):
+    """Inside this context, the submodules that `torch.compile` has wrapped are in their places without the wrapper."""
+    children = [(parent, *child) for parent in model.modules() for child in parent.named_children()]
+    wrapped = [(parent, name, child) for parent, name, child in children if is_compiled_module(child)]
+    for parent, name, child in wrapped:
+        setattr(parent, name, child._orig_mod)
+    try:
+        yield
+    finally:
+        for parent, name, child in wrapped:
+            setattr(parent, name, child)
+
+
+class SavingMixin(PeftAdapterMixin):
+    """Saves and loads under the names of a model of which nothing is compiled, as PEFT needs it to find the layers.
+
+    Adding an adapter and loading weights unfuse the projections, whose weights are copies. Whoever changes weights in
+    place fuses them again.
+    """
+
+    @classmethod
+    def load_config(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+        loaded = super().load_config(pretrained_model_name_or_path, **kwargs)
+        check_config_file(cls, loaded[0] if isinstance(loaded, tuple) else loaded, pretrained_model_name_or_path)
+        return loaded
+
+    @classmethod
+    def has_entry(cls, name: str) -> bool:
+        """Whether a config may have this entry."""
+        return name in inspect.signature(cls.__init__).parameters
+
+    @classmethod
+    def _load_pretrained_model(cls, model, state_dict, files, name_or_path, loaded_keys, **kwargs: Any) -> Any:
+        if kwargs.get("hf_quantizer") is not None:  # others than floats, under other names
+            return super()._load_pretrained_model(model, state_dict, files, name_or_path, loaded_keys, **kwargs)
+        shapes = {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
+        if kwargs.get("ignore_mismatched_sizes"):
+            shapes = {}
+        check_shards([file for file in files if str(file).endswith(".safetensors")], loaded_keys, shapes)
+        loaded = super()._load_pretrained_model(model, state_dict, files, name_or_path, loaded_keys, **kwargs)
+        check_values(model, name_or_path)
+        return loaded
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        with uncompiled(self):
+            super().save_pretrained(*args, **kwargs)
+
+    def save_lora_adapter(self, *args: Any, **kwargs: Any) -> None:
+        with uncompiled(self):
+            super().save_lora_adapter(*args, **kwargs)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        self.unfuse_qkv_projections()  # whose weights are copies
+        return super().load_state_dict(*args, **kwargs)
+
+    def add_adapter(self, *args: Any, **kwargs: Any) -> None:
+        self.unfuse_qkv_projections()
+        with uncompiled(self):
+            super().add_adapter(*args, **kwargs)
+
+    def load_lora_adapter(self, *args: Any, **kwargs: Any) -> None:
+        self.unfuse_qkv_projections()
+        with uncompiled(self):
+            super().load_lora_adapter(*args, **kwargs)

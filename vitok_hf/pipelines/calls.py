@@ -1,0 +1,113 @@
+"""What belongs to one call of a pipeline, so that several threads can share the pipeline."""
+
+import copy
+import inspect
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from diffusers import SchedulerMixin
+
+from .checks import check_timesteps
+
+
+_lock = threading.Lock()  # of all pipelines: one of their own could not be pickled or copied
+
+
+@dataclass(eq=False)
+class Call:
+    """Of a thread, or of a callback inside another call."""
+
+    scheduler: SchedulerMixin | None = None
+    guidance_scale: float = 1.0
+    guidance_rescale: float = 0.0
+    is_running: bool = False
+    interrupt: bool = False
+    num_timesteps: int | None = None
+    current_timestep: torch.Tensor | None = None
+    thread: int = field(default_factory=threading.get_ident)
+
+    def set_timesteps(self, num_inference_steps: int, num_tokens: int, device: torch.device) -> torch.Tensor:
+        config, options = self.scheduler.config, {}
+        takes_shift = "mu" in inspect.signature(self.scheduler.set_timesteps).parameters
+        if takes_shift and config.get("use_dynamic_shifting"):  # more noise for more tokens, as in FLUX
+            shortest, longest = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+            low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+            options["mu"] = low + (high - low) * (num_tokens - shortest) / (longest - shortest)
+        try:
+            self.scheduler.set_timesteps(num_inference_steps, device=device, **options)
+        except Exception as error:  # of diffusers or numpy, of any type
+            raise ValueError(
+                f"{type(self.scheduler).__name__} cannot make {num_inference_steps} steps ({error}): change "
+                "`num_inference_steps`, or the config of the scheduler."
+            ) from error
+        check_timesteps(self.scheduler)
+        return self.scheduler.timesteps
+
+    def step_options(
+        self, generator: torch.Generator | list[torch.Generator] | None, eta: float | None
+    ) -> dict[str, Any]:
+        """Those that the scheduler's `step` takes."""
+        parameters = inspect.signature(self.scheduler.step).parameters
+        options = {"generator": generator} | ({} if eta is None else {"eta": eta})
+        return {name: value for name, value in options.items() if name in parameters}
+
+
+class CallField:
+    """`pipe._guidance_scale` and others, as diffusers' callbacks set them.
+
+    Reads the call of this thread that is running, or was the last; in a thread without, the newest of all. Sets that
+    of this thread, if it is running; else all that are.
+    """
+
+    def __set_name__(self, owner: type, name: str):
+        self.name = name.removeprefix("_")
+
+    def __get__(self, pipe: "CallsMixin | None", owner: type) -> Any:
+        if pipe is None:
+            return self
+        calls = list(pipe._calls)
+        mine = [call for call in calls if call.thread == threading.get_ident()]
+        return getattr((mine or calls or [Call()])[-1], self.name)
+
+    def __set__(self, pipe: "CallsMixin", value: Any):
+        running = [call for call in list(pipe._calls) if call.is_running]
+        mine = [call for call in running if call.thread == threading.get_ident()]
+        for call in mine[-1:] or running:
+            setattr(call, self.name, value)
+
+
+class CallsMixin:
+    """Needs `_calls`, a list, and `scheduler`."""
+
+    _guidance_scale, _guidance_rescale, _interrupt = CallField(), CallField(), CallField()
+    _num_timesteps, _current_timestep = CallField(), CallField()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies run no calls."""
+        return self.__dict__ | {"_calls": []}
+
+    @contextmanager
+    def _begin_call(self, **settings: Any) -> Iterator[Call]:
+        """The scheduler of the call is the pipeline's, or a copy where another call is using that.
+
+        Of a thread, the calls that run, which are nested, are in the list, or the last one that did.
+        """
+        call = Call(is_running=True, **settings)
+        threads = {thread.ident for thread in threading.enumerate()} - {call.thread}
+        with _lock:
+            self._calls[:] = [other for other in self._calls if other.is_running or other.thread in threads]
+            is_used = any(other.scheduler is self.scheduler for other in self._calls)
+            # Shallow first: the other call must not change a dict that is being gone through.
+            call.scheduler = copy.deepcopy(copy.copy(self.scheduler)) if is_used else self.scheduler
+            self._calls.append(call)
+        try:
+            yield call
+        finally:
+            with _lock:
+                call.is_running, call.scheduler, call.current_timestep = False, None, None
+                if any(other.is_running and other.thread == call.thread for other in self._calls):
+                    self._calls.remove(call)

@@ -1,0 +1,80 @@
+"""Reading of saved pipelines: their own configs, and those of schedulers, may be damaged or of strangers."""
+
+import copy
+import inspect
+import os
+from collections.abc import Callable
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import SchedulerMixin
+
+from ..checkpoints.strict import check_private_entries, check_types, has_type, read_object
+from .checks import check_id2label, has_learned_variance, takes_variance, why_unsupported
+
+
+MAX_TIMESTEPS = 100_000
+TRIAL_STEPS = 10
+
+
+def check_folder(folder: str | os.PathLike, constructor: Callable) -> None:
+    """Raises `ValueError`, with the name of the file, for what is damaged in the configs of a saved pipeline."""
+    path = Path(folder, "model_index.json")
+    if not os.path.lexists(path):
+        return  # diffusers says so
+    config, parameters = read_object(path), {*inspect.signature(constructor).parameters} - {"self"}
+    check_private_entries({"_class_name": None} | config, path)
+    if unknown := [name for name in config if not name.startswith("_") and name not in parameters]:
+        raise ValueError(f'"{path}" has entries that do not exist, {unknown}: it is damaged, or of another pipeline.')
+    for name in sorted(parameters - {"id2label"}):
+        if not has_type(value := config.get(name), list[str | None]) or len(value) != 2:
+            raise ValueError(f'"{path}" must have library and class of "{name}", but has {value!r}.')
+    with named(path):
+        check_id2label(config.get("id2label"))
+    path, scheduler_class = Path(folder, "scheduler", "scheduler_config.json"), config["scheduler"][1]
+    scheduler_class = getattr(diffusers, scheduler_class or "", None)
+    if scheduler_class is not None and os.path.lexists(path):
+        with named(path):
+            check_scheduler_config(config := read_object(path), scheduler_class.__init__)
+            check_scheduler_works(scheduler_class.from_config(config))
+
+
+@contextmanager
+def named(path: Path):
+    """What is raised in this block is a `ValueError` with the name of the file."""
+    try:
+        yield
+    except Exception as error:  # of diffusers or numpy, of any type
+        raise ValueError(f'"{path}" is damaged, or does not fit: {error}') from error
+
+
+def check_scheduler_config(config: dict[str, Any], constructor: Callable) -> None:
+    """Raises `ValueError` for values of other types than those of the constructor, or with which nothing ends."""
+    check_private_entries(config, "the config")
+    check_types(config, constructor, simple=True)
+    steps = config.get("num_train_timesteps", 1)
+    if not has_type(steps, int) or not 1 <= steps <= MAX_TIMESTEPS:
+        raise ValueError(f"`num_train_timesteps` must be from 1 to {MAX_TIMESTEPS}, but is {steps!r}.")
+    for name in ("beta_start", "beta_end"):
+        if name in config and not (has_type(config[name], float) and 0 <= config[name] < 1):
+            raise ValueError(f"`{name}` must be from 0 to less than 1, but is {config[name]!r}.")
+
+
+def check_scheduler_works(scheduler: SchedulerMixin) -> None:
+    """Raises `ValueError` for a scheduler that its config does not let step, which it would say in a call only."""
+    if why_unsupported(scheduler) or (has_learned_variance(scheduler) and not takes_variance(scheduler)):
+        return  # which `check_scheduler` says
+    trial, latents = copy.deepcopy(scheduler), torch.zeros(1, 1, 2, 2)
+    options = {"mu": 1.0} if scheduler.config.get("use_dynamic_shifting") else {}
+    prediction = torch.zeros(1, 2, 2, 2) if takes_variance(scheduler) else latents
+    try:
+        trial.set_timesteps(TRIAL_STEPS, **options)
+        trial.step(prediction, trial.timesteps[0], latents)
+    except Exception as error:  # of diffusers or numpy, of any type
+        raise ValueError(
+            f"{type(scheduler).__name__} does not work with its config ({error}): correct its scheduler_config.json, "
+            "or make it with other arguments."
+        ) from error
