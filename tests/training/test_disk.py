@@ -94,6 +94,11 @@ class TestLock:
         with held_lock(tmp_path):
             pass
 
+    def test_full_disks(self, tmp_path):
+        with file_size_limit(0), pytest.raises(OSError, match=f"No space left on the disk.*{tmp_path}/.lock"):
+            lock_folder(tmp_path)
+        unlock_folder(tmp_path)
+
     def test_the_same_process_again(self, tmp_path):
         lock_folder(tmp_path)
         lock_folder(tmp_path / "x" / "..")

@@ -166,7 +166,7 @@ def _lock(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if key in _locks:
         return
-    file = open(folder / LOCK, "a+")
+    file = open(folder / LOCK, "ab+", buffering=0)
     try:
         if fcntl is None:
             raise OSError(errno.ENOTSUP, "no locks on this system")
@@ -174,14 +174,14 @@ def _lock(folder: Path) -> None:
     except OSError as error:
         if error.errno in HELD:
             file.seek(0)
-            holder = file.read().strip() or "another process"
+            holder = file.read().decode(errors="replace") or "another process"
             file.close()
             raise ValueError(f'"{folder}" is in use by {holder}: wait for its end, or name another folder.') from error
         logger.warning('"%s" cannot be locked (%s): see to it that one run at a time writes to it.', folder, error)
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}")
-    file.flush()
     _locks[key] = file
+    with naming_full_disks(folder / LOCK):
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
 
 
 def unlock_folder(folder: str | Path) -> None:
