@@ -130,6 +130,17 @@ class TestStatistics:
         with pytest.raises(ValueError, match="`batches` must be uint8, from 0 to 255, but are torch.float32"):
             compute_latent_statistics(make_vae("v1"), [torch.zeros(1, 3, 16, 16)])
 
+    def test_deviations_that_are_none(self):
+        mean = torch.randn(2, 4, 2, 2)
+        for std, message in ((-mean.abs(), "has negative standard"), (mean[..., :1].abs(), "deviation of one shape")):
+            with pytest.raises(ValueError, match=rf"`batches\[0\]` .*{message}"):
+                summarize_latents([(mean, std)])
+
+    def test_a_tuple_of_pictures_is_a_list(self):
+        pictures = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
+        ours, theirs = (compute_latent_statistics(make_vae("v1"), [kind(pictures)]) for kind in (tuple, list))
+        assert ours == theirs
+
     def test_nothing(self):
         with pytest.raises(ValueError, match="no pictures"):
             compute_latent_statistics(make_vae("v1"), [])

@@ -137,6 +137,21 @@ def test_towers_with_different_mlp_ratios():
         AutoencoderViTok.from_variant("Lm4-L/1x16x64")
 
 
+@pytest.mark.parametrize(
+    "variant, message",
+    [
+        ("Ld999999999-L/1x16x64", "has d 999999999, which must be from 1 to 1024"),
+        ("Ld0-L/1x16x64", "has d 0, which"),
+        ("S-B/0", "has patch size 0, which must be from 1 to 1024"),
+        ("B/1x16x" + "9" * 10000, "has channels 9+, which must be from 1 to 16384"),
+        (None, '`variant` must be a name, such as "S-B/16", but is None'),
+    ],
+)
+def test_numbers_that_no_model_has(variant, message):
+    with pytest.raises(ValueError, match=message):
+        variant_to_config(variant)
+
+
 def test_misspelt_arguments():
     with pytest.raises(TypeError, match="latent_chanels"):
         AutoencoderViTok.from_variant("S-B/16", latent_chanels=4)

@@ -309,7 +309,7 @@ class AutoencoderViTok(SavingMixin, ModelMixin, MemoryMixin, AutoencoderMixin, A
             `sample` give a list of (c, ceil(H/p), ceil(W/p)) or (c, T/q, ceil(H/p), ceil(W/p)).
 
         Raises:
-            ValueError: If the number of channels, the height, the width or the number of frames does not fit.
+            ValueError: If a size, the dtype or the device does not fit, or, on a CPU, a value is not finite.
         """
         check_bool(return_dict=return_dict)
         posterior = self._posterior(self._encode("x", x, self._memory_settings()))
@@ -360,8 +360,8 @@ class AutoencoderViTok(SavingMixin, ModelMixin, MemoryMixin, AutoencoderMixin, A
             not clipped; for a list, a list without the dimension B.
 
         Raises:
-            ValueError: If the number of dimensions or of channels does not fit the model, `sizes` do not fit `z`, or
-                there is a `timestep`.
+            ValueError: If dimensions, dtype or device do not fit the model, `sizes` do not fit `z`, there is a
+                `timestep`, or, on a CPU, a value is not finite.
         """
         if isinstance(timestep, bool):
             timestep, return_dict = None, timestep
@@ -376,11 +376,13 @@ class AutoencoderViTok(SavingMixin, ModelMixin, MemoryMixin, AutoencoderMixin, A
 
     @apply_forward_hook
     def _decode(
-        self, name: str, z: Any, settings: MemorySettings, sizes: list[tuple[int, int]] | None = None
+        self, name: str | None, z: Any, settings: MemorySettings, sizes: list[tuple[int, int]] | None = None
     ) -> torch.Tensor | list[torch.Tensor]:
+        """`name` is that of the argument `z`; `None`: our own latents, which are not checked."""
         self._check_component("decoder")
         config, modules = self.config, (self, self.decoder, self.decoder.proj_in)
-        check_input(name, z, config.latent_channels, (1, 1), config.temporal_patch_size > 1, *modules)
+        if name is not None:
+            check_input(name, z, config.latent_channels, (1, 1), config.temporal_patch_size > 1, *modules)
         if sizes is not None:
             check_sizes(sizes, z, config.patch_size)
         sample = self._run(self.decoder, z, settings, (1, 1, 1), self._pixel_steps)
@@ -406,5 +408,5 @@ class AutoencoderViTok(SavingMixin, ModelMixin, MemoryMixin, AutoencoderMixin, A
         check_generator(generator, len(sample))
         latents = posterior.sample(generator) if sample_posterior else posterior.mode()
         sizes = None if isinstance(sample, torch.Tensor) else [tuple(item.shape[-2:]) for item in sample]
-        decoded = self._decode("latents", latents, settings, sizes)
+        decoded = self._decode(None, latents, settings, sizes)
         return ViTokOutput(sample=decoded, kl=posterior.kl()) if return_dict else (decoded,)

@@ -1,0 +1,131 @@
+"""Threads that share a pipeline, and callbacks that call it again: what belongs to a call stays in it."""
+
+import copy
+import pickle
+from functools import partial
+
+import pytest
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
+
+from tests.conftest import assert_close
+from tests.dit import make_pipeline, sample
+from tests.faults import check_counts, run_cases
+from tests.faults.side_by_side import cases, compare_pipelines
+from tests.threads import together
+
+
+def job(does=None, at=1, seed=0, **arguments):
+    return {"does": does, "at": at, "seed": seed, "arguments": {"num_inference_steps": 4} | arguments}
+
+
+def test_some_of_the_campaign(tmp_path):
+    check_counts(*run_cases(cases(30, seed=1, folder=tmp_path)))
+
+
+class TestThreads:
+    @pytest.mark.parametrize(
+        "jobs",
+        [
+            [job(guidance_scale=2.0), job(guidance_scale=8.0)],
+            [job(guidance_scale=1.0), job(guidance_scale=4.0)],
+            [job(guidance_rescale=0.0), job(guidance_rescale=1.0)],
+            [job("interrupt"), job()],
+            [job("cut off", at=0), job()],
+            [job("nest"), job(guidance_scale=8.0)],
+        ],
+        ids=["scale", "no guidance", "rescale", "interruption", "cutoff", "nested"],
+    )
+    def test_each_as_alone(self, jobs):
+        assert compare_pipelines(partial(DDIMScheduler, clip_sample=False), jobs) == "harmless"
+
+    @pytest.mark.parametrize("scheduler", [DPMSolverMultistepScheduler, UniPCMultistepScheduler])
+    def test_schedulers_that_remember_steps(self, scheduler):
+        jobs = [job(seed=1), job(seed=2), job(num_inference_steps=6)]
+        assert compare_pipelines(scheduler, jobs) == "harmless"
+
+    def test_what_a_thread_reads(self):
+        pipe, seen = make_pipeline(), {}
+
+        def read():
+            return pipe.guidance_scale, pipe.do_classifier_free_guidance, pipe.num_timesteps, pipe.interrupt
+
+        def run(steps, scale, meet):
+            def callback(pipe, step, timestep, tensors):
+                meet()
+                seen.setdefault(steps, []).append((*read(), int(pipe.current_timestep), int(timestep)))
+                meet()
+
+            sample(pipe, callback_on_step_end=callback, num_inference_steps=steps, guidance_scale=scale)
+            return read(), pipe.current_timestep
+
+        after = together([partial(run, 2, 1.0), partial(run, 4, 3.0)])
+        assert after == [((1.0, False, 2, False), None), ((3.0, True, 4, False), None)]
+        for steps, scale in ((2, 1.0), (4, 3.0)):
+            assert len(seen[steps]) == steps
+            assert all(x[:4] == (scale, scale > 1, steps, False) and x[4] == x[5] for x in seen[steps])
+
+    def test_an_interruption_from_outside_is_of_all_calls(self):
+        pipe, steps = make_pipeline(), []
+
+        def run(meet):
+            def callback(pipe, step, timestep, tensors):
+                steps.append(step)
+                meet()
+                meet()
+
+            sample(pipe, callback_on_step_end=callback)
+
+        def interrupt(meet):
+            meet()
+            pipe._interrupt = True
+            meet()
+
+        together([run, run, interrupt])
+        assert steps == [0, 0]
+
+
+class TestNested:
+    def test_the_outer_call_goes_on_as_before(self):
+        pipe, inner = make_pipeline(scheduler=DPMSolverMultistepScheduler()), []
+        expected, expected_inner = sample(pipe), sample(pipe, "dog", guidance_scale=1.0, num_inference_steps=6)
+
+        def callback(pipe, step, timestep, tensors):
+            inner.append(sample(pipe, "dog", guidance_scale=1.0, num_inference_steps=6))
+            assert pipe.guidance_scale == 4.0 and pipe.num_timesteps == 4 and pipe.current_timestep == timestep
+
+        assert_close(sample(pipe, callback_on_step_end=callback), expected, atol=1e-3)
+        for output in inner:
+            assert_close(output, expected_inner, atol=1e-3)
+
+    def test_copies_in_a_call_run_none(self):
+        pipe, copies = make_pipeline(), []
+
+        def callback(pipe, *_):
+            copies.extend([copy.deepcopy(pipe), pickle.loads(pickle.dumps(pipe))])
+
+        sample(pipe, callback_on_step_end=callback)
+        for other in copies[:2]:
+            assert_close(sample(other, num_inference_steps=5), sample(pipe, num_inference_steps=5), atol=1e-3)
+            assert len(other.scheduler.timesteps) == 5 and len(other._calls) == 1
+
+    def test_a_call_that_fails_is_over(self):
+        pipe = make_pipeline()
+        expected = sample(pipe)
+        with pytest.raises(ZeroDivisionError):
+            sample(pipe, callback_on_step_end=lambda *_: 1 / 0)
+        assert_close(sample(pipe), expected)
+        assert len(pipe.scheduler.timesteps) == 4 and len(pipe._calls) == 1 and not pipe._calls[0].is_running
+
+
+def test_a_copy_of_the_scheduler_is_as_it_was_set():
+    """Some settings are not in its config."""
+    pipe = make_pipeline(scheduler=FlowMatchEulerDiscreteScheduler())
+    pipe.scheduler.set_shift(5.0)
+    expected, inner = sample(pipe), []
+    sample(pipe, callback_on_step_end=lambda *_: inner.append(sample(pipe)))
+    assert_close(inner[0], expected, atol=1e-3)
