@@ -70,7 +70,9 @@ class TestProfiles:
         assert deviation(encode(COLOURS, icc_profile=SRGB), COLOURS) == 0
 
     @pytest.mark.parametrize(
-        "damaged", [SWAPPED[:60], SWAPPED[: len(SWAPPED) // 2], b"\0" * 500, b"x", LINEAR_GREY, cmyk_profile()]
+        "damaged",
+        [SWAPPED[:60], SWAPPED[: len(SWAPPED) // 2], b"\0" * 500, b"x", LINEAR_GREY, cmyk_profile()],
+        ids=["start", "half", "zeros", "text", "grey", "cmyk"],  # profiles have the second of their making in them
     )
     def test_damaged_and_foreign_profiles_are_passed_over(self, damaged):
         assert deviation(encode(COLOURS, icc_profile=damaged), COLOURS) == 0
