@@ -15,8 +15,9 @@ from huggingface_hub import HfApi, model_info, parse_safetensors_file_metadata, 
 from safetensors.torch import load_file, save_file
 
 from vitok_hf import AutoencoderViTok
-from vitok_hf.checkpoints.strict import check_shards, list_weights, read_header
-from vitok_hf.checkpoints.vitok_v2 import (
+from vitok_hf.commands import run_command
+from vitok_hf.loading.strict import check_shards, list_weights, read_header
+from vitok_hf.loading.vitok_v2 import (
     TOWERS,
     check_headers,
     empty_vitok_v2,
@@ -25,7 +26,6 @@ from vitok_hf.checkpoints.vitok_v2 import (
     load_vitok_v2,
     to_vitok_v2,
 )
-from vitok_hf.commands import run_command
 from vitok_hf.presets import V2_ARCHITECTURE
 from vitok_hf.training.checkpointing import atomic_folder
 

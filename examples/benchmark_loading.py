@@ -18,15 +18,15 @@ from accelerate import init_empty_weights
 from safetensors.torch import save_file
 
 from vitok_hf import AutoencoderViTok
-from vitok_hf.checkpoints.vitok_v2 import expected_headers
 from vitok_hf.commands import run_command
+from vitok_hf.loading.vitok_v2 import expected_headers
 
 
 LOAD = """
 import json, sys, time
 import torch
 from vitok_hf import AutoencoderViTok
-from vitok_hf.checkpoints.strict import check_values
+from vitok_hf.loading.strict import check_values
 from vitok_hf.evaluation.memory import peak_memory, reset_peak_memory
 
 folder, variant, dtype, component = sys.argv[1:]

@@ -17,8 +17,8 @@ from accelerate import Accelerator
 
 from vitok_hf import AutoencoderViTok
 from vitok_hf.commands import run_command
-from vitok_hf.training.latent_cache import write_latents
-from vitok_hf.training.latent_data import LabelledFiles, read_classes
+from vitok_hf.data.classes import LabelledFiles, read_classes
+from vitok_hf.data.latent_cache import write_latents
 
 
 def main():

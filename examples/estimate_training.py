@@ -19,8 +19,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from vitok_hf import AutoencoderViTok
+from vitok_hf.clips import fold_frames
 from vitok_hf.commands import run_command
-from vitok_hf.evaluation.pixels import fold_frames
 from vitok_hf.training.discriminator import Discriminator
 
 

@@ -18,15 +18,15 @@ from PIL import Image
 
 from vitok_hf import AutoencoderViTok
 from vitok_hf.commands import run_command
+from vitok_hf.data.batches import CropBatches, iterate_pixels
+from vitok_hf.data.cropping import CropSettings
+from vitok_hf.data.files import IMAGE_SUFFIXES, list_files
+from vitok_hf.data.items import load_evaluation_images
+from vitok_hf.data.media import evenly_spaced, load_image
 from vitok_hf.evaluation.metrics import psnr, ssim
 from vitok_hf.evaluation.pca import PatchPCA
 from vitok_hf.evaluation.reconstruction import evaluate_reconstruction, patch_border_ratio, reconstruct_in_tiles
 from vitok_hf.precision import DTYPES, choose_dtype
-from vitok_hf.training.cropping import CropSettings
-from vitok_hf.training.data import CropBatches, iterate_pixels
-from vitok_hf.training.files import IMAGE_SUFFIXES, list_files
-from vitok_hf.training.items import load_evaluation_images
-from vitok_hf.training.media import evenly_spaced, load_image
 
 
 TEST_SETS = [

@@ -29,21 +29,21 @@ from PIL import Image
 from torch import nn
 
 from vitok_hf import ViTokDiTPipeline
+from vitok_hf.clips import sha256_each
 from vitok_hf.commands import run_command
-from vitok_hf.evaluation.data import EvaluationData
+from vitok_hf.data.claims import claim_folder
+from vitok_hf.data.classes import LabelledFiles
+from vitok_hf.data.held_out import EvaluationData
+from vitok_hf.data.protocol import Protocol
 from vitok_hf.evaluation.distributions import DistributionMetrics, SetMetrics
 from vitok_hf.evaluation.features import Classifier
 from vitok_hf.evaluation.generation import NearestNeighbours, resize_all, save_samples, thumbnails
 from vitok_hf.evaluation.networks import load_networks
-from vitok_hf.evaluation.pixels import sha256_each
 from vitok_hf.evaluation.processes import gather_rows, share_of
-from vitok_hf.evaluation.protocol import Protocol
 from vitok_hf.evaluation.reconstruction import reconstruct
 from vitok_hf.evaluation.results import Result, save_results
+from vitok_hf.models.saving import weights_checksum
 from vitok_hf.precision import DTYPES, choose_dtype
-from vitok_hf.training.checkpointing import weights_checksum
-from vitok_hf.training.claims import claim_folder
-from vitok_hf.training.latent_data import LabelledFiles
 
 
 NETWORKS = ("inception", "dino")

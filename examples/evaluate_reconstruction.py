@@ -24,18 +24,18 @@ import torch
 from accelerate import Accelerator
 
 from vitok_hf.commands import run_command
+from vitok_hf.data.files import short_names
+from vitok_hf.data.held_out import Codec, EvaluationData
+from vitok_hf.data.protocol import Protocol
+from vitok_hf.data.sources import FolderFiles, HubRows
 from vitok_hf.evaluation.autoencoders import load_autoencoder, spatial_ratio
 from vitok_hf.evaluation.codecs import ImageCodec, autoencoder_codec
-from vitok_hf.evaluation.data import Codec, EvaluationData
 from vitok_hf.evaluation.evaluator import ReconstructionEvaluator
 from vitok_hf.evaluation.networks import LOADERS, load_networks
 from vitok_hf.evaluation.pca import PatchPCA
-from vitok_hf.evaluation.protocol import Protocol
 from vitok_hf.evaluation.results import Result, check_comparable, load_results, markdown_table, save_results, write_csv
 from vitok_hf.evaluation.visuals import save_examples
 from vitok_hf.precision import DTYPES, choose_dtype
-from vitok_hf.training.files import short_names
-from vitok_hf.training.sources import FolderFiles, HubRows
 
 
 def parse_args() -> argparse.Namespace:

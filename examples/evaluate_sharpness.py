@@ -19,11 +19,11 @@ from PIL import Image
 
 from vitok_hf import AutoencoderViTok
 from vitok_hf.commands import run_command
+from vitok_hf.data.files import short_names
+from vitok_hf.data.items import load_evaluation_images
 from vitok_hf.evaluation.features import Classifier, frechet_distance
 from vitok_hf.evaluation.metrics import high_frequency_energy
 from vitok_hf.evaluation.reconstruction import evaluate_reconstruction
-from vitok_hf.training.files import short_names
-from vitok_hf.training.items import load_evaluation_images
 
 
 def cut(images: torch.Tensor, side: int) -> torch.Tensor:

@@ -13,8 +13,8 @@ from tqdm.auto import tqdm
 
 from vitok_hf import AutoencoderViTok, compute_latent_statistics
 from vitok_hf.commands import run_command
-from vitok_hf.training.cropping import CropSettings
-from vitok_hf.training.data import CropBatches, iterate_pixels
+from vitok_hf.data.batches import CropBatches, iterate_pixels
+from vitok_hf.data.cropping import CropSettings
 
 
 def main():

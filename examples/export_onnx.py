@@ -20,8 +20,8 @@ import torch
 
 from vitok_hf import AutoencoderViTok
 from vitok_hf.commands import run_command
-from vitok_hf.training.cropping import parse_size
-from vitok_hf.training.disk import replace_durably
+from vitok_hf.data.cropping import parse_size
+from vitok_hf.disk import replace_durably
 
 
 TOLERANCE = 1e-3

@@ -28,7 +28,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from vitok_hf.commands import run_command
-from vitok_hf.training.claims import claim_folder
+from vitok_hf.data.claims import claim_folder
 
 
 TABLES = Path(__file__).parent / "demo_data"

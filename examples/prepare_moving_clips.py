@@ -20,9 +20,9 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from vitok_hf.commands import run_command
-from vitok_hf.training.claims import claim_folder
-from vitok_hf.training.files import IMAGE_SUFFIXES, list_files
-from vitok_hf.training.media import load_image
+from vitok_hf.data.claims import claim_folder
+from vitok_hf.data.files import IMAGE_SUFFIXES, list_files
+from vitok_hf.data.media import load_image
 
 
 DIRECTIONS = {"right": (0, 1), "left": (0, -1), "down": (1, 1), "up": (1, -1)}  # axis (x, y), and sign along it

@@ -21,15 +21,15 @@ from accelerate import PartialState
 from PIL import Image
 
 from vitok_hf import AutoencoderViTok
+from vitok_hf.clips import fold_frames
 from vitok_hf.commands import run_command
+from vitok_hf.data.files import VIDEO_SUFFIXES, list_files, printable, read_each, suffix_of
+from vitok_hf.data.media import load_image
+from vitok_hf.data.video import iterate_timed_frames, probe_rate
 from vitok_hf.evaluation.metrics import SSIM_MIN_SIZE, psnr, ssim
-from vitok_hf.evaluation.pixels import fold_frames
 from vitok_hf.evaluation.reconstruction import reconstruct, save_comparison, side_by_side
 from vitok_hf.evaluation.visuals import VideoWriter
 from vitok_hf.precision import DTYPES, choose_dtype
-from vitok_hf.training.files import VIDEO_SUFFIXES, list_files, printable, read_each, suffix_of
-from vitok_hf.training.media import load_image
-from vitok_hf.training.video import iterate_timed_frames, probe_rate
 
 
 def timed_reconstruction(vae: AutoencoderViTok, images: torch.Tensor) -> tuple[torch.Tensor, float]:

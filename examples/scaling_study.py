@@ -32,16 +32,16 @@ from PIL import Image
 
 from vitok_hf import AutoencoderViTok
 from vitok_hf.commands import run_command
+from vitok_hf.data.batches import iterate_pixels, make_dataset
+from vitok_hf.data.claims import claim_folder
+from vitok_hf.data.cropping import CropSettings
+from vitok_hf.data.files import list_files
+from vitok_hf.data.items import load_evaluation_images
+from vitok_hf.data.sources import parse_source
+from vitok_hf.disk import replace_durably, write_json
 from vitok_hf.evaluation.features import Classifier, frechet_distance
 from vitok_hf.evaluation.reconstruction import evaluate_reconstruction
-from vitok_hf.training.checkpointing import list_checkpoints, write_json
-from vitok_hf.training.claims import claim_folder
-from vitok_hf.training.cropping import CropSettings
-from vitok_hf.training.data import iterate_pixels, make_dataset
-from vitok_hf.training.disk import replace_durably
-from vitok_hf.training.files import list_files
-from vitok_hf.training.items import load_evaluation_images
-from vitok_hf.training.sources import parse_source
+from vitok_hf.training.checkpointing import list_checkpoints
 
 
 SIZE = 64  # pixels a side

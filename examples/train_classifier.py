@@ -18,11 +18,11 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from vitok_hf.commands import run_command
+from vitok_hf.data.classes import class_of, limit_each_class
+from vitok_hf.data.files import IMAGE_SUFFIXES, list_files
+from vitok_hf.data.media import load_image, resize, resize_and_crop
 from vitok_hf.evaluation.features import Classifier
 from vitok_hf.precision import MIXED_PRECISIONS, choose_mixed_precision
-from vitok_hf.training.files import IMAGE_SUFFIXES, list_files
-from vitok_hf.training.latent_data import class_of, limit_each_class
-from vitok_hf.training.media import load_image, resize, resize_and_crop
 
 
 def list_pictures(folders: list[Path], limit: int | None) -> list[Path]:

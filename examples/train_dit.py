@@ -11,7 +11,7 @@ whatever `accelerate config` describes, or `--config_file examples/accelerate_co
 
 from vitok_hf.commands import run_command
 from vitok_hf.training.arguments import DiTArguments, parse_arguments
-from vitok_hf.training.transformer import DiTTrainer
+from vitok_hf.training.dit_trainer import DiTTrainer
 
 
 def main():

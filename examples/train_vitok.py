@@ -11,7 +11,7 @@ runs on one process; `accelerate launch examples/train_vitok.py ...` on whatever
 
 from vitok_hf.commands import run_command
 from vitok_hf.training.arguments import AutoencoderArguments, parse_arguments
-from vitok_hf.training.autoencoder import AutoencoderTrainer
+from vitok_hf.training.autoencoder_trainer import AutoencoderTrainer
 
 
 def main():

@@ -9,14 +9,14 @@ from diffusers import DiffusionPipeline
 
 import vitok_hf
 from tests.conftest import ASSETS, assert_close, make_vae
-from vitok_hf import AutoencoderViTok, ViTokDiTModel, ViTokDiTPipeline, checkpoints
+from vitok_hf import AutoencoderViTok, ViTokDiTModel, ViTokDiTPipeline, loading
+from vitok_hf.data.files import list_files
+from vitok_hf.data.items import load_evaluation_images
+from vitok_hf.data.media import load_image
 from vitok_hf.evaluation.autoencoders import load_autoencoder
 from vitok_hf.evaluation.generation import generate_samples
 from vitok_hf.evaluation.metrics import high_frequency_energy, psnr
 from vitok_hf.evaluation.reconstruction import patch_border_ratio, reconstruct, reconstruct_in_tiles
-from vitok_hf.training.files import list_files
-from vitok_hf.training.items import load_evaluation_images
-from vitok_hf.training.media import load_image
 
 
 def test_list():
@@ -24,15 +24,15 @@ def test_list():
 
 
 def test_other_names_are_left_to_diffusers(tmp_path):
-    assert checkpoints.resolve_bundled("owner/name") == "owner/name"
-    assert checkpoints.resolve_bundled(tmp_path) == tmp_path
+    assert loading.resolve_bundled("owner/name") == "owner/name"
+    assert loading.resolve_bundled(tmp_path) == tmp_path
 
 
 def test_folders_go_before_bundled_names(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert Path(checkpoints.resolve_bundled(Path("vitok-tiny-f8x8"))).is_dir()
+    assert Path(loading.resolve_bundled(Path("vitok-tiny-f8x8"))).is_dir()
     Path("vitok-tiny-f8x8").mkdir()
-    assert checkpoints.resolve_bundled("vitok-tiny-f8x8") == "vitok-tiny-f8x8"
+    assert loading.resolve_bundled("vitok-tiny-f8x8") == "vitok-tiny-f8x8"
 
 
 class TestStandIn:
@@ -41,7 +41,7 @@ class TestStandIn:
     @pytest.fixture
     def copy(self, tmp_path):
         """A copy of the bundled pipeline, and a function that changes the config of its autoencoder."""
-        shutil.copytree(checkpoints.resolve_bundled("vitok-dit-emoji"), tmp_path / "copy")
+        shutil.copytree(loading.resolve_bundled("vitok-dit-emoji"), tmp_path / "copy")
         path = tmp_path / "copy" / "vae" / "config.json"
 
         def change(**values):
@@ -135,7 +135,7 @@ def reconstructions(vae, photographs):
 
 class TestTiny:
     def test_files(self):
-        folder = Path(checkpoints.resolve_bundled("vitok-tiny-f8x8"))
+        folder = Path(loading.resolve_bundled("vitok-tiny-f8x8"))
         assert {path.name for path in folder.iterdir()} >= {"README.md", "config.json"}
         assert sum(path.stat().st_size for path in folder.iterdir()) < 30 * 2**20
         config = json.loads((folder / "config.json").read_text())
@@ -200,11 +200,11 @@ class TestGenerator:
         return pipe
 
     def test_files(self):
-        folder = Path(checkpoints.resolve_bundled("vitok-dit-emoji"))
+        folder = Path(loading.resolve_bundled("vitok-dit-emoji"))
         assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) < 40 * 2**20
         config = json.loads((folder / "vae" / "config.json").read_text())
         assert config.pop("_bundled") == "vitok-tiny-f8x8"
-        assert config == json.loads(Path(checkpoints.resolve_bundled("vitok-tiny-f8x8"), "config.json").read_text())
+        assert config == json.loads(Path(loading.resolve_bundled("vitok-tiny-f8x8"), "config.json").read_text())
 
     def test_shares_the_autoencoder(self, pipe, vae):
         assert set(pipe.labels) == {"face", "hand", "person", "animal", "food", "transport", "place", "flag"}
@@ -215,7 +215,7 @@ class TestGenerator:
 
     def test_by_folder(self, vae, tmp_path, monkeypatch):
         """Whichever path leads there, and a copy."""
-        folder = Path(checkpoints.resolve_bundled("vitok-dit-emoji"))
+        folder = Path(loading.resolve_bundled("vitok-dit-emoji"))
         shutil.copytree(folder, tmp_path / "copy")
         (tmp_path / "link").symlink_to(folder)
         monkeypatch.chdir(folder.parent)

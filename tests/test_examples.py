@@ -21,9 +21,9 @@ from tests.dit import make_pipeline
 from tests.training.conftest import write_noise, write_video
 from tests.training.test_video import encode
 from vitok_hf import AutoencoderViTok
+from vitok_hf.data.video import iterate_timed_frames
 from vitok_hf.evaluation.features import Classifier
 from vitok_hf.evaluation.results import load_results
-from vitok_hf.training.video import iterate_timed_frames
 
 
 @pytest.fixture

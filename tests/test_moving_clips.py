@@ -9,9 +9,9 @@ import torch
 from PIL import Image
 
 from tests.conftest import EXAMPLES, TINY
-from vitok_hf.training.items import load_evaluation_images
-from vitok_hf.training.latent_data import LabelledFiles
-from vitok_hf.training.video import load_clip
+from vitok_hf.data.classes import LabelledFiles
+from vitok_hf.data.items import load_evaluation_images
+from vitok_hf.data.video import load_clip
 
 
 MOTIONS = ["down", "grow", "left", "right", "turn", "up"]

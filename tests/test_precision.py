@@ -6,7 +6,7 @@ import torch
 from tests.training.conftest import arguments as arguments
 from vitok_hf import precision
 from vitok_hf.precision import choose_dtype, choose_mixed_precision, multiplies_bfloat16
-from vitok_hf.training.autoencoder import AutoencoderTrainer
+from vitok_hf.training.autoencoder_trainer import AutoencoderTrainer
 
 
 CPU = torch.device("cpu")

@@ -12,8 +12,8 @@ from conversion.convert_vitok_v2 import main as convert
 from tests.conftest import GOLDEN, make_input, make_vae
 from tests.dit import make_pipeline
 from vitok_hf import AutoencoderViTok, ViTokDiTModel, ViTokDiTPipeline
-from vitok_hf.checkpoints.strict import read_header, to_dtype
-from vitok_hf.checkpoints.vitok_v2 import guess_variant
+from vitok_hf.loading.strict import read_header, to_dtype
+from vitok_hf.loading.vitok_v2 import guess_variant
 
 
 FILE = "diffusion_pytorch_model.safetensors"

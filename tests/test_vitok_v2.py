@@ -14,11 +14,11 @@ from conversion import convert_vitok_v2
 from examples.benchmark_loading import measure_loading, write_random_weights
 from tests.conftest import GOLDEN, make_vae
 from vitok_hf import AutoencoderViTok
-from vitok_hf.checkpoints.strict import read_header
-from vitok_hf.checkpoints.vitok_v2 import find_variant, guess_variant
+from vitok_hf.loading.strict import read_header
+from vitok_hf.loading.vitok_v2 import find_variant, guess_variant
 from vitok_hf.presets import V2_REPOSITORIES, variant_to_config
 from vitok_hf.training.arguments import AutoencoderArguments
-from vitok_hf.training.autoencoder import load_model
+from vitok_hf.training.autoencoder_trainer import load_model
 
 
 VARIANT = json.loads((GOLDEN / "variant.json").read_text())["variant"]

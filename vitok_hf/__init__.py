@@ -4,8 +4,8 @@ import diffusers
 from diffusers import ModelMixin  # noqa: F401, whose subclasses diffusers' loader looks for in a registered package
 from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 
-from .checkpoints import list_bundled
 from .latents import compute_latent_statistics, denormalize_latents, normalize_latents
+from .loading import list_bundled
 from .models import AutoencoderViTok, ViTokDiTModel
 from .pipelines import ViTokDiTPipeline
 

@@ -9,7 +9,7 @@ from diffusers import ModelMixin
 from diffusers.utils import BaseOutput
 
 from .checks import check_bool, check_finite, check_tensor, refuse, show
-from .evaluation.pixels import to_float
+from .clips import to_float
 
 
 # In a config, what leaves latents as they are; so does `None`.

@@ -10,7 +10,7 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
-from vitok_hf.training.disk import atomic_file, replace_durably
+from vitok_hf.disk import atomic_file, replace_durably
 
 
 JPEG_OPTIONS = {"format": "JPEG", "quality": 95, "subsampling": "4:4:4"}

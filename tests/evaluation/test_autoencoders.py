@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 
 from tests.conftest import GOLDEN, make_vae
 from vitok_hf import AutoencoderViTok
+from vitok_hf.clips import to_float, to_uint8
 from vitok_hf.evaluation.autoencoders import count_cost, fit_shape, load_autoencoder, quantize
 from vitok_hf.evaluation.macs import count_macs
-from vitok_hf.evaluation.pixels import to_float, to_uint8
 from vitok_hf.evaluation.reconstruction import reconstruct
 
 

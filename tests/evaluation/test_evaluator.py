@@ -10,20 +10,20 @@ from PIL import Image
 from tests.conftest import ASSETS, make_vae, run_on_two_processes
 from tests.evaluation.test_distributions import colour_and_logits
 from tests.training.conftest import write_video
+from vitok_hf.data.files import list_files
+from vitok_hf.data.held_out import EvaluationData
+from vitok_hf.data.items import load_evaluation_images
+from vitok_hf.data.media import load_image
+from vitok_hf.data.protocol import Protocol
+from vitok_hf.data.sources import FolderFiles
+from vitok_hf.data.video import load_clip
 from vitok_hf.evaluation.autoencoders import count_cost
 from vitok_hf.evaluation.codecs import ImageCodec, autoencoder_codec, decode
-from vitok_hf.evaluation.data import EvaluationData
 from vitok_hf.evaluation.evaluator import ReconstructionEvaluator
 from vitok_hf.evaluation.metrics import psnr, ssim
 from vitok_hf.evaluation.networks import FeatureNetwork
-from vitok_hf.evaluation.protocol import Protocol
 from vitok_hf.evaluation.reconstruction import reconstruct
 from vitok_hf.evaluation.results import load_results, markdown_table, save_results
-from vitok_hf.training.files import list_files
-from vitok_hf.training.items import load_evaluation_images
-from vitok_hf.training.media import load_image
-from vitok_hf.training.sources import FolderFiles
-from vitok_hf.training.video import load_clip
 
 
 NETWORKS = {

@@ -6,8 +6,10 @@ import torch
 from PIL import Image
 
 from tests.conftest import ASSETS, make_vae
+from vitok_hf.clips import pad_to_size, to_float, to_uint8
+from vitok_hf.data.items import load_evaluation_images
+from vitok_hf.data.video import iterate_timed_frames
 from vitok_hf.evaluation.pca import PatchPCA
-from vitok_hf.evaluation.pixels import pad_to_size, to_float, to_uint8
 from vitok_hf.evaluation.reconstruction import (
     comparison,
     patch_border_ratio,
@@ -16,8 +18,6 @@ from vitok_hf.evaluation.reconstruction import (
     save_comparison,
 )
 from vitok_hf.evaluation.visuals import VideoWriter
-from vitok_hf.training.items import load_evaluation_images
-from vitok_hf.training.video import iterate_timed_frames
 
 
 @pytest.fixture(scope="module")

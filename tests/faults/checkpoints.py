@@ -14,7 +14,7 @@ import torch
 from tests.conftest import GOLDEN, make_input, make_vae
 from tests.dit import make_pipeline
 from vitok_hf import AutoencoderViTok, ViTokDiTModel, ViTokDiTPipeline
-from vitok_hf.checkpoints import resolve_bundled
+from vitok_hf.loading import resolve_bundled
 
 from . import Case, judge, limited
 

@@ -18,11 +18,12 @@ from tests.conftest import make_vae
 from tests.dit import make_pipeline
 from tests.training.conftest import write_noise
 from vitok_hf import AutoencoderViTok, ViTokDiTModel, ViTokDiTPipeline
+from vitok_hf.data.classes import LabelledFiles
+from vitok_hf.data.latent_cache import LatentCache, write_latents
+from vitok_hf.disk import seal
 from vitok_hf.evaluation.features import Classifier
 from vitok_hf.evaluation.generation import save_samples
-from vitok_hf.training.checkpointing import MANIFEST, seal, write_manifest
-from vitok_hf.training.latent_cache import LatentCache, write_latents
-from vitok_hf.training.latent_data import LabelledFiles
+from vitok_hf.training.checkpointing import MANIFEST, write_manifest
 
 from . import Case, judge
 from .state import Runs

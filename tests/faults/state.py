@@ -21,10 +21,10 @@ import torch
 from tests.conftest import ASSETS, make_vae
 from tests.training.conftest import make_arguments, run, write_noise
 from tests.training.test_arguments import SOURCES, bad_values
+from vitok_hf.data.classes import LabelledFiles
+from vitok_hf.data.latent_cache import LatentCache, write_latents
 from vitok_hf.training import disk
-from vitok_hf.training.autoencoder import AutoencoderTrainer
-from vitok_hf.training.latent_cache import LatentCache, write_latents
-from vitok_hf.training.latent_data import LabelledFiles
+from vitok_hf.training.autoencoder_trainer import AutoencoderTrainer
 
 from . import Case, judge
 

@@ -19,10 +19,10 @@ from torchao.quantization import Int8Tensor, Int8WeightOnlyConfig
 
 from tests.conftest import ASSETS, assert_close, make_input, make_vae
 from vitok_hf import AutoencoderViTok
+from vitok_hf.data.media import load_image
 from vitok_hf.evaluation.metrics import psnr
 from vitok_hf.evaluation.reconstruction import reconstruct
 from vitok_hf.models.layers import ViTokAttnProcessor
-from vitok_hf.training.media import load_image
 
 
 CPU = torch.device("cpu")

@@ -35,7 +35,7 @@ from torch import nn
 from tests.conftest import TINY as VAE
 from tests.conftest import assert_close
 from tests.dit import ID2LABEL, make_pipeline, sample, seeds
-from vitok_hf import AutoencoderViTok, ViTokDiTModel, ViTokDiTPipeline, checkpoints, denormalize_latents
+from vitok_hf import AutoencoderViTok, ViTokDiTModel, ViTokDiTPipeline, denormalize_latents, loading
 
 
 CPU = torch.device("cpu")
@@ -241,9 +241,9 @@ class TestSaving:
         self.reload(pipe, "owner/name", sample(pipe, ("dog", 2)))
 
     def test_bundled(self, pipe, hub, monkeypatch, tmp_path):
-        monkeypatch.setattr(checkpoints, "__file__", str(tmp_path / "__init__.py"))
+        monkeypatch.setattr(loading, "BUNDLED", tmp_path)
         pipe.save_pretrained(tmp_path / "vitok-dit-tiny")
-        assert checkpoints.list_bundled() == ["vitok-dit-tiny"]
+        assert loading.list_bundled() == ["vitok-dit-tiny"]
         loaded = ViTokDiTPipeline.from_pretrained("vitok-dit-tiny", dtype=torch.bfloat16)
         assert loaded.transformer.dtype == torch.bfloat16 and loaded.labels == pipe.labels
         transformer = ViTokDiTModel.from_pretrained("vitok-dit-tiny", subfolder="transformer")

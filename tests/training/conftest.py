@@ -10,9 +10,9 @@ from PIL import Image
 
 from tests.conftest import ASSETS, TINY
 from vitok_hf import AutoencoderViTok
+from vitok_hf.data.cropping import Batch
 from vitok_hf.training.arguments import AutoencoderArguments
-from vitok_hf.training.autoencoder import AutoencoderTrainer
-from vitok_hf.training.cropping import Batch
+from vitok_hf.training.autoencoder_trainer import AutoencoderTrainer
 
 
 def write_video(path: Path, **options: str) -> None:

@@ -9,7 +9,7 @@ from tests.conftest import TINY
 from tests.training.conftest import write_noise
 from vitok_hf import AutoencoderViTok
 from vitok_hf.training.arguments import DiTArguments
-from vitok_hf.training.transformer import DiTTrainer
+from vitok_hf.training.dit_trainer import DiTTrainer
 
 
 MODEL = {"hidden_size": 32, "num_layers": 2, "num_attention_heads": 2}

@@ -5,8 +5,8 @@ import torch
 
 from tests.conftest import ARCHITECTURES, TINY
 from tests.training.conftest import read_log, run
-from vitok_hf.training.autoencoder import AutoencoderTrainer
-from vitok_hf.training.cropping import Batch
+from vitok_hf.data.cropping import Batch
+from vitok_hf.training.autoencoder_trainer import AutoencoderTrainer
 
 
 def step(trainer: AutoencoderTrainer, count: int = 1) -> list[dict[str, torch.Tensor]]:

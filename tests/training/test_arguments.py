@@ -8,8 +8,8 @@ import pytest
 from tests.conftest import ASSETS, make_vae
 from vitok_hf import AutoencoderViTok
 from vitok_hf.training.arguments import AutoencoderArguments, DiTArguments, parse_arguments
-from vitok_hf.training.autoencoder import load_model
-from vitok_hf.training.transformer import make_transformer
+from vitok_hf.training.autoencoder_trainer import load_model
+from vitok_hf.training.dit_trainer import make_transformer
 
 
 CONFIGS = sorted(path for path in (ASSETS.parent / "configs").glob("*.yaml") if not path.stem.startswith("dit-"))

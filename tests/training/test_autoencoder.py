@@ -11,7 +11,7 @@ from torch import nn
 from tests.conftest import ASSETS, TINY, V2
 from tests.training.conftest import next_batches, read_log, run, write_video
 from vitok_hf.training import autoencoder
-from vitok_hf.training.autoencoder import AutoencoderTrainer
+from vitok_hf.training.autoencoder_trainer import AutoencoderTrainer
 
 
 class TestStep:

@@ -11,7 +11,7 @@ from torch.distributed import checkpoint as distributed
 
 from tests.faults.code import plain, saved
 from tests.training.conftest import make_arguments, run
-from vitok_hf.training.autoencoder import AutoencoderTrainer
+from vitok_hf.training.autoencoder_trainer import AutoencoderTrainer
 from vitok_hf.training.checkpointing import MANIFEST, find_damage, write_manifest
 from vitok_hf.training.run_state import find_program, random_state, set_random_state
 

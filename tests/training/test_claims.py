@@ -5,8 +5,8 @@ import os
 
 import pytest
 
+from vitok_hf.data.claims import RECORD, claim_folder, claimed_contents, note_inputs
 from vitok_hf.training import claims
-from vitok_hf.training.claims import RECORD, claim_folder, claimed_contents, note_inputs
 
 
 @pytest.fixture
@@ -76,7 +76,7 @@ class TestClaim:
             raise OSError(5, "io")
 
         with monkeypatch.context() as context:
-            context.setattr("vitok_hf.training.claims.checksum", fail)
+            context.setattr("vitok_hf.data.claims.checksum", fail)
             claim_folder(tmp_path / "out", {}, files(data))
         claim_folder(tmp_path / "out", {}, files(data))
         assert all(len(content) == 64 for content in claimed_contents(tmp_path / "out"))
@@ -121,7 +121,7 @@ class TestNote:
 
     def test_many_files(self, data, tmp_path, monkeypatch):
         """Which count by size and time of their content, all together."""
-        monkeypatch.setattr("vitok_hf.training.claims.MAX_NAMED", 1)
+        monkeypatch.setattr("vitok_hf.data.claims.MAX_NAMED", 1)
         run, count = tmp_path / "run", len(files(data))
         assert note_inputs(run, {}, files(data), None) == []
         (data / "a" / "x").chmod(0o600)

@@ -3,9 +3,9 @@ import pytest
 import torch
 
 from tests.training.conftest import write_noise
-from vitok_hf.training.cropping import CropSettings, parse_size
-from vitok_hf.training.data import CropBatches
-from vitok_hf.training.media import load_image
+from vitok_hf.data.batches import CropBatches
+from vitok_hf.data.cropping import CropSettings, parse_size
+from vitok_hf.data.media import load_image
 
 
 def test_parse_size():

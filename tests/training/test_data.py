@@ -10,13 +10,13 @@ from PIL import Image
 
 from tests.conftest import ASSETS
 from tests.training.conftest import assert_same, write_noise
+from vitok_hf.data.batches import BatchLoader, CropBatches, iterate_pixels, make_dataset
+from vitok_hf.data.cropping import Batch, CropSettings
+from vitok_hf.data.files import list_files
+from vitok_hf.data.media import load_image
+from vitok_hf.data.sources import parse_source
+from vitok_hf.data.streams import StreamBatches
 from vitok_hf.training import cropping, data
-from vitok_hf.training.cropping import Batch, CropSettings
-from vitok_hf.training.data import BatchLoader, CropBatches, iterate_pixels, make_dataset
-from vitok_hf.training.files import list_files
-from vitok_hf.training.media import load_image
-from vitok_hf.training.sources import parse_source
-from vitok_hf.training.streams import StreamBatches
 
 
 class TestCropBatches:

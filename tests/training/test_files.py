@@ -10,17 +10,17 @@ import pytest
 import torch
 
 from tests.training.conftest import write_noise
+from vitok_hf.data.batches import CropBatches
+from vitok_hf.data.classes import LabelledFiles
+from vitok_hf.data.cropping import CropSettings
+from vitok_hf.data.files import FileList, list_files, printable, read_each, short_names
+from vitok_hf.data.items import load_evaluation_images
+from vitok_hf.data.media import load_image
+from vitok_hf.data.sources import FolderFiles, parse_source
+from vitok_hf.data.video import load_clip, probe_rate
 from vitok_hf.evaluation.visuals import VideoWriter
 from vitok_hf.training import files, latent_data, sources
-from vitok_hf.training.cropping import CropSettings
-from vitok_hf.training.data import CropBatches
-from vitok_hf.training.files import FileList, list_files, printable, read_each, short_names
-from vitok_hf.training.items import load_evaluation_images
-from vitok_hf.training.latent_data import LabelledFiles
-from vitok_hf.training.media import load_image
 from vitok_hf.training.publishing import last_folder
-from vitok_hf.training.sources import FolderFiles, parse_source
-from vitok_hf.training.video import load_clip, probe_rate
 
 
 def touch(folder: Path, *names: str) -> Path:

@@ -15,15 +15,14 @@ from tests.conftest import make_vae
 from tests.faults.state import held_lock
 from tests.training.conftest import write_noise, write_video
 from vitok_hf import compute_latent_statistics
-from vitok_hf.evaluation.pixels import to_float
+from vitok_hf.clips import to_float
+from vitok_hf.data.batches import BatchLoader
+from vitok_hf.data.claims import RECORD
+from vitok_hf.data.classes import ClassSampler, LabelledFiles, PictureBatches, read_classes
+from vitok_hf.data.latent_cache import LatentBatches, LatentCache, fingerprint, write_latents
+from vitok_hf.disk import checksum, seal
 from vitok_hf.latents import summarize_latents
 from vitok_hf.training import latent_cache
-from vitok_hf.training.checkpointing import seal
-from vitok_hf.training.claims import RECORD
-from vitok_hf.training.data import BatchLoader
-from vitok_hf.training.disk import checksum
-from vitok_hf.training.latent_cache import LatentBatches, LatentCache, fingerprint, write_latents
-from vitok_hf.training.latent_data import ClassSampler, LabelledFiles, PictureBatches, read_classes
 
 
 @pytest.fixture

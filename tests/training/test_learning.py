@@ -4,7 +4,7 @@ import pytest
 
 from tests.conftest import ASSETS, TINY
 from tests.training.conftest import read_log, run
-from vitok_hf.training.autoencoder import AutoencoderTrainer
+from vitok_hf.training.autoencoder_trainer import AutoencoderTrainer
 
 
 CONFIG = TINY | {"encoder_hidden_size": 128, "decoder_hidden_size": 128, "qk_norm": True}

@@ -7,8 +7,8 @@ import torch
 from torch.nn import functional as F
 from transformers import Dinov2Config, Dinov2Model
 
+from vitok_hf.clips import fold_frames, to_float
 from vitok_hf.evaluation.metrics import ssim
-from vitok_hf.evaluation.pixels import fold_frames, to_float
 from vitok_hf.training import losses
 from vitok_hf.training.losses import ReconstructionLoss
 

@@ -5,8 +5,8 @@ import torch
 from PIL import ExifTags, Image
 
 from tests.conftest import ASSETS
-from vitok_hf.training.items import load_evaluation_images
-from vitok_hf.training.media import evenly_spaced, load_image
+from vitok_hf.data.items import load_evaluation_images
+from vitok_hf.data.media import evenly_spaced, load_image
 
 
 class TestPictures:

@@ -5,7 +5,7 @@ import torch
 from tests.conftest import ASSETS
 from tests.training.conftest import read_log, run
 from vitok_hf import AutoencoderViTok
-from vitok_hf.training.autoencoder import AutoencoderTrainer
+from vitok_hf.training.autoencoder_trainer import AutoencoderTrainer
 from vitok_hf.training.publishing import last_folder
 
 

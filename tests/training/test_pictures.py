@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image, ImageCms, PngImagePlugin
 
-from vitok_hf.training.media import load_image
+from vitok_hf.data.media import load_image
 
 
 RAMP = np.linspace(0, 255, 64).astype(np.uint8).reshape(8, 8)

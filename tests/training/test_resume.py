@@ -11,7 +11,7 @@ from accelerate.state import AcceleratorState
 
 from tests.training.conftest import next_batches, read_log, run, write_noise
 from vitok_hf import AutoencoderViTok
-from vitok_hf.training.autoencoder import AutoencoderTrainer
+from vitok_hf.training.autoencoder_trainer import AutoencoderTrainer
 
 
 class TestResume:

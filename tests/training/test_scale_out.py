@@ -17,8 +17,8 @@ from accelerate.utils import DistributedType
 from tests.conftest import ASSETS, TINY, launcher, run_launched
 from tests.training.conftest import make_stage2, next_batches, read_log, write_noise
 from vitok_hf import AutoencoderViTok
-from vitok_hf.training.autoencoder import AutoencoderTrainer
-from vitok_hf.training.cropping import Batch
+from vitok_hf.data.cropping import Batch
+from vitok_hf.training.autoencoder_trainer import AutoencoderTrainer
 
 
 CONFIG = TINY | {"variational": False}  # no noise, which would differ between processes

@@ -11,12 +11,12 @@ import pytest
 from PIL import Image
 
 from tests.training.conftest import assert_same, write_noise
+from vitok_hf.data.batches import BatchLoader, CropBatches, make_dataset
+from vitok_hf.data.cropping import CropSettings
+from vitok_hf.data.media import load_image
+from vitok_hf.data.sources import HubRows, HubStream, TarStream
+from vitok_hf.data.streams import StreamBatches
 from vitok_hf.training import sources
-from vitok_hf.training.cropping import CropSettings
-from vitok_hf.training.data import BatchLoader, CropBatches, make_dataset
-from vitok_hf.training.media import load_image
-from vitok_hf.training.sources import HubRows, HubStream, TarStream
-from vitok_hf.training.streams import StreamBatches
 
 
 SETTINGS = CropSettings([(16, 16, 1.0), (8, 32, 1.0)], 4 * 256)

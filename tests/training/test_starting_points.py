@@ -9,7 +9,7 @@ from tests.conftest import TINY, make_vae
 from tests.training.conftest import read_log, run
 from vitok_hf import AutoencoderViTok
 from vitok_hf.training import autoencoder
-from vitok_hf.training.autoencoder import AutoencoderTrainer
+from vitok_hf.training.autoencoder_trainer import AutoencoderTrainer
 
 
 class TestStartingPoints:

@@ -7,11 +7,11 @@ import pytest
 from PIL import Image
 
 from tests.training.conftest import assert_same
+from vitok_hf.data.batches import BatchLoader
+from vitok_hf.data.cropping import CropSettings
+from vitok_hf.data.media import Item
+from vitok_hf.data.streams import StreamBatches
 from vitok_hf.training import streams
-from vitok_hf.training.cropping import CropSettings
-from vitok_hf.training.data import BatchLoader
-from vitok_hf.training.media import Item
-from vitok_hf.training.streams import StreamBatches
 
 
 def numbered_picture(number: int, width: int = 8) -> bytes:

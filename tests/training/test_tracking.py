@@ -13,8 +13,8 @@ from accelerate import Accelerator
 
 from tests.conftest import ASSETS, run_on_two_processes
 from tests.training.conftest import read_log, run
-from vitok_hf.training.autoencoder import AutoencoderTrainer
-from vitok_hf.training.checkpointing import write_json
+from vitok_hf.disk import write_json
+from vitok_hf.training.autoencoder_trainer import AutoencoderTrainer
 from vitok_hf.training.tracking import Log, Window
 
 

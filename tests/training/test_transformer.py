@@ -14,12 +14,12 @@ from tests.conftest import ASSETS, TINY
 from tests.training.conftest import read_log, write_video
 from tests.training.dit import CLASSES, make_dit_arguments, next_batches, run
 from vitok_hf import AutoencoderViTok, ViTokDiTPipeline, denormalize_latents
-from vitok_hf.evaluation.pixels import to_float
+from vitok_hf.clips import to_float
+from vitok_hf.data.classes import LabelledFiles
+from vitok_hf.data.latent_cache import write_latents
+from vitok_hf.data.media import load_image, resize_and_crop
 from vitok_hf.training import transformer
-from vitok_hf.training.latent_cache import write_latents
-from vitok_hf.training.latent_data import LabelledFiles
-from vitok_hf.training.media import load_image, resize_and_crop
-from vitok_hf.training.transformer import DiTTrainer
+from vitok_hf.training.dit_trainer import DiTTrainer
 
 
 KINDS = ["epsilon", "v_prediction", "flow_prediction"]

@@ -9,12 +9,12 @@ from tests.conftest import ASSETS, GOLDEN
 from tests.training.conftest import read_log, write_noise
 from tests.training.dit import MODEL, make_dit_arguments, run
 from vitok_hf import AutoencoderViTok, ViTokDiTModel, ViTokDiTPipeline
-from vitok_hf.checkpoints import resolve_bundled
+from vitok_hf.data.classes import LabelledFiles
+from vitok_hf.data.latent_cache import write_latents
+from vitok_hf.loading import resolve_bundled
 from vitok_hf.training import transformer
 from vitok_hf.training.arguments import DiTArguments, parse_arguments
-from vitok_hf.training.latent_cache import write_latents
-from vitok_hf.training.latent_data import LabelledFiles
-from vitok_hf.training.transformer import DiTTrainer
+from vitok_hf.training.dit_trainer import DiTTrainer
 
 
 @pytest.fixture

@@ -12,8 +12,8 @@ from accelerate.utils import DistributedType
 
 from vitok_hf import AutoencoderViTok
 from vitok_hf.training.arguments import AutoencoderArguments, DiTArguments
-from vitok_hf.training.autoencoder import AutoencoderTrainer
-from vitok_hf.training.transformer import DiTTrainer
+from vitok_hf.training.autoencoder_trainer import AutoencoderTrainer
+from vitok_hf.training.dit_trainer import DiTTrainer
 
 
 def main():

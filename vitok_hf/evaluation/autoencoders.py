@@ -9,9 +9,9 @@ import torch
 from diffusers import AutoencoderRAE, ModelMixin
 from torch import nn
 
-from ..checkpoints import check_place, load_strictly, resolve_bundled
-from ..checkpoints.vitok_v2 import is_vitok_v2
 from ..latents import encode_mode
+from ..loading import check_place, load_strictly, resolve_bundled
+from ..loading.vitok_v2 import is_vitok_v2
 from ..models import AutoencoderViTok
 from .macs import count_macs, without_storage
 

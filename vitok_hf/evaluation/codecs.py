@@ -10,8 +10,8 @@ import torch
 from diffusers import ModelMixin
 from PIL import Image
 
+from ..data.held_out import Codec
 from .autoencoders import count_cost
-from .data import Codec
 from .processes import gather_rows
 from .reconstruction import reconstruct
 

@@ -9,8 +9,8 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from ..clips import fold_frames
 from .networks import FeatureNetwork
-from .pixels import fold_frames
 from .processes import gather_rows
 
 

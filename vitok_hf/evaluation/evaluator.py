@@ -8,12 +8,12 @@ from dataclasses import replace
 
 import torch
 
-from .data import Codec, EvaluationData
+from ..clips import fold_frames, sha256_each
+from ..data.held_out import Codec, EvaluationData
 from .distributions import DistributionMetrics
 from .memory import peak_memory, reset_peak_memory
 from .metrics import ms_ssim, psnr, ssim
 from .networks import FeatureNetwork
-from .pixels import fold_frames, sha256_each
 from .processes import gather_rows, share_of
 from .results import Result, bootstrap_interval
 

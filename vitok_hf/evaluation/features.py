@@ -11,9 +11,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_model, save_model
 from torch import nn
 
-from ..training.disk import atomic_file
+from ..clips import to_float
+from ..disk import atomic_file
 from .distributions import SetMetrics
-from .pixels import to_float
 
 
 class Classifier(nn.Module):

@@ -10,8 +10,8 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from torch.nn import functional as F
 
-from ..training.disk import atomic_file, inside, lock_folder, unlock_folder
-from ..training.media import resize
+from ..data.media import resize
+from ..disk import atomic_file, inside, lock_folder, unlock_folder
 from .processes import gather_rows, share_of
 
 

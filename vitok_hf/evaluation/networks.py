@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from ..clips import to_float
 from .metrics import check_size
-from .pixels import to_float
 
 
 DINO = "facebook/dinov2-large"

@@ -1,7 +1,7 @@
 import torch
 
+from ..clips import to_float, to_uint8
 from ..models.layers import patchify, unpatchify
-from .pixels import to_float, to_uint8
 
 
 class PatchPCA:

@@ -7,9 +7,9 @@ from accelerate.utils import gather
 from einops import rearrange
 from PIL import Image
 
+from ..clips import fold_frames, pad_to_size, to_float, to_uint8, unfold_frames
 from .autoencoders import fit_shape, run_autoencoder
 from .metrics import ROUNDING_ERROR, psnr, ssim
-from .pixels import fold_frames, pad_to_size, to_float, to_uint8, unfold_frames
 
 
 @torch.no_grad()

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..checkpoints.strict import read_json
-from ..training.checkpointing import write_json
-from .protocol import Protocol
+from ..data.protocol import Protocol
+from ..disk import write_json
+from ..loading.strict import read_json
 
 
 @dataclass

@@ -10,10 +10,10 @@ import torch
 from einops import rearrange
 from PIL import Image
 
-from ..training.disk import replace_durably, temporary_name
-from ..training.media import evenly_spaced
-from .data import Codec, EvaluationData
-from .pixels import fold_frames
+from ..clips import fold_frames
+from ..data.held_out import Codec, EvaluationData
+from ..data.media import evenly_spaced
+from ..disk import replace_durably, temporary_name
 
 
 ERROR_GAIN = 4

@@ -1,6 +1,5 @@
 import itertools
 import os
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -13,18 +12,21 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 from torch.nn import functional as F
 
-from ..checkpoints import check_place, load_strictly, resolve_bundled
-from ..checkpoints.vitok_v2 import HUB_ARGUMENTS, is_vitok_v2, load_vitok_v2
 from ..checks import check_bool, check_generator, show
+from ..loading import check_place, load_strictly, resolve_bundled
+from ..loading.vitok_v2 import HUB_ARGUMENTS, is_vitok_v2, load_vitok_v2
 from ..presets import V2_PATTERN, variant_to_config
-from .configuration import ViTokConfig, check_config, check_input, check_sizes, is_derived, warn_of_range
+from .compat import CompatMixin, ViTokConfig, is_derived
+from .configuration import check_config, check_input, check_sizes, warn_of_range
 from .layers import ViTokTower, patchify, unpatchify
-from .memory import MemoryMixin, MemorySettings, make_tiling
 from .posterior import PosteriorList, ViTokOutput, ViTokPosterior
 from .saving import SavingMixin
+from .tiling import MemoryMixin, MemorySettings, make_tiling
 
 
-class AutoencoderViTok(SavingMixin, ModelMixin, MemoryMixin, AutoencoderMixin, AttentionMixin, ConfigMixin):
+class AutoencoderViTok(
+    CompatMixin, SavingMixin, ModelMixin, MemoryMixin, AutoencoderMixin, AttentionMixin, ConfigMixin
+):
     r"""
     Vision-transformer autoencoder for images and videos (ViTok, arXiv 2501.09755).
 
@@ -162,43 +164,10 @@ class AutoencoderViTok(SavingMixin, ModelMixin, MemoryMixin, AutoencoderMixin, A
                         parameter, (2 * len(tower.transformer_blocks)) ** -0.5 if ends_branch else 1.0
                     )
 
-    def register_to_config(self, **kwargs):
-        """As in diffusers; ignores entries that the config derives from others."""
-        super().register_to_config(**{name: value for name, value in kwargs.items() if not is_derived(name)})
-        self._internal_dict = ViTokConfig(self._internal_dict)
-
-    @property
-    def spatial_compression_ratio(self) -> int:
-        return self.config.patch_size
-
-    @property
-    def temporal_compression_ratio(self) -> int:
-        return self.config.temporal_patch_size
-
     @property
     def _pixel_steps(self) -> tuple[int, int, int]:
         """What a token measures, (T, H, W)."""
         return (self.config.temporal_patch_size, self.config.patch_size, self.config.patch_size)
-
-    @property
-    def temperal_downsample(self) -> tuple[bool, ...]:
-        return self.config.temperal_downsample
-
-    @property
-    def latents_mean(self) -> torch.Tensor:
-        """(c,), the mean of the config, or 0 if it has none."""
-        return torch.tensor(self.config.latents_mean or [0.0] * self.config.latent_channels)
-
-    @property
-    def latents_std(self) -> torch.Tensor:
-        """(c,), the standard deviation of the config, or 1 if it has none."""
-        return torch.tensor(self.config.latents_std or [1.0] * self.config.latent_channels)
-
-    @property
-    def bn(self) -> SimpleNamespace:
-        """The same statistics as FLUX.2's pipelines read them: buffers of a batch norm over 2 x 2 latents, (4c,)."""
-        mean, std = (values.repeat_interleave(4) for values in (self.latents_mean, self.latents_std))
-        return SimpleNamespace(running_mean=mean, running_var=std.square())
 
     @classmethod
     def from_variant(cls, variant: str, **kwargs: Any) -> "AutoencoderViTok":

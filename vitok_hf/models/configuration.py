@@ -1,63 +1,14 @@
 from collections.abc import Callable
-from operator import itemgetter
 from typing import Any
 
 import torch
 from diffusers.configuration_utils import FrozenDict
 from torch import nn
 
-from ..checkpoints.strict import check_types
 from ..checks import check_finite, check_int, check_tensor, refuse, warn_once
+from ..loading.strict import check_types
+from .compat import ViTokConfig
 from .layers import split_rotary_pairs
-
-
-class ViTokConfig(FrozenDict):
-    """The constructor's arguments, also under the names by which diffusers' pipelines read them off other VAEs."""
-
-    force_upcast = False  # bfloat16 and float16 are safe
-    timestep_conditioning = False  # the decoder takes no timestep
-    invert_scale_latents = False  # latents are multiplied by `scaling_factor`, unlike CogVideoX 1.5's
-    batch_norm_eps = 0.0  # `AutoencoderViTok.bn` has exact variances
-
-    def __missing__(self, name: str):
-        """`vae.force_upcast`, which diffusers reads as `vae.config["force_upcast"]`."""
-        if name.startswith("_") or not hasattr(self, name):
-            raise KeyError(name)
-        return getattr(self, name)
-
-    z_dim = property(itemgetter("latent_channels"))
-    spatial_compression_ratio = scale_factor_spatial = property(itemgetter("patch_size"))
-    temporal_compression_ratio = scale_factor_temporal = property(itemgetter("temporal_patch_size"))
-
-    @property
-    def is_image_model(self) -> bool:
-        """Without a time axis in the rotary embedding, frames must not attend to each other."""
-        return self.temporal_patch_size == 1 and self.sample_frames == 1
-
-    def _halvings(self, name: str) -> int:
-        if self[name] & (self[name] - 1):
-            raise AttributeError(f"{name}={self[name]} is no power of 2, which pipelines that count halvings need.")
-        return self[name].bit_length() - 1
-
-    @property
-    def block_out_channels(self) -> tuple[int, ...]:
-        """One entry more than there would be halvings of the picture: pipelines take p as 2 ** (length - 1)."""
-        return (self.encoder_hidden_size,) * (self._halvings("patch_size") + 1)
-
-    encoder_block_out_channels = block_out_channels
-
-    @property
-    def temperal_downsample(self) -> tuple[bool, ...]:
-        """An entry for each halving of the picture, true if of the frames too: p is 2 ** length, q is 2 ** sum."""
-        spatial, temporal = self._halvings("patch_size"), self._halvings("temporal_patch_size")
-        if temporal > spatial:
-            raise AttributeError(f"temporal_patch_size={2**temporal} exceeds patch_size={2**spatial}.")
-        return (False,) * (spatial - temporal) + (True,) * temporal
-
-
-def is_derived(name: str) -> bool:
-    """Whether an entry of configs, as other VAEs have it, follows from others in this one."""
-    return isinstance(getattr(ViTokConfig, name, None), property)
 
 
 # The largest values of entries by the end of their names: a model of a damaged config would fill all memory.

@@ -1,6 +1,8 @@
 """Saving and loading of models, strictly, and whatever of them is compiled, fused or adapted."""
 
+import hashlib
 import inspect
+import json
 from contextlib import contextmanager
 from typing import Any
 
@@ -8,7 +10,7 @@ from diffusers.loaders import PeftAdapterMixin
 from diffusers.utils.torch_utils import is_compiled_module
 from torch import nn
 
-from ..checkpoints.strict import check_config_file, check_shards, check_values
+from ..loading.strict import check_config_file, check_shards, check_values
 
 
 def plain_name(name: str) -> str:
@@ -81,3 +83,13 @@ class SavingMixin(PeftAdapterMixin):
         self.unfuse_qkv_projections()
         with uncompiled(self):
             super().load_lora_adapter(*args, **kwargs)
+
+
+def weights_checksum(module: nn.Module, config: dict | None = None) -> str:
+    """SHA-256 of a config, without what diffusers notes besides, and of weights in half precision."""
+    config = {name: value for name, value in (config or {}).items() if not name.startswith("_")}
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+    for name, weight in sorted((plain_name(name), weight) for name, weight in module.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(weight.detach().half().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()

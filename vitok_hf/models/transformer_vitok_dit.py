@@ -14,8 +14,8 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import nn
 from torch.nn import functional as F
 
-from ..checkpoints import load_strictly
 from ..checks import check_bool, check_finite, check_number, check_tensor, is_readable, refuse, show
+from ..loading import load_strictly
 from ..presets import dit_variant_to_config
 from .configuration import check_fits, check_numbers
 from .layers import (

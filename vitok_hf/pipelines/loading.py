@@ -12,7 +12,7 @@ import diffusers
 import torch
 from diffusers import SchedulerMixin
 
-from ..checkpoints.strict import check_private_entries, check_types, has_type, read_object
+from ..loading.strict import check_private_entries, check_types, has_type, read_object
 from .checks import check_id2label, has_learned_variance, takes_variance, why_unsupported
 
 

@@ -15,10 +15,10 @@ from diffusers.utils.torch_utils import randn_tensor
 from diffusers.video_processor import VideoProcessor
 from PIL import Image
 
-from ..checkpoints import resolve_bundled
-from ..checkpoints.strict import finite_checked, to_dtype
 from ..checks import check_bool, check_finite, check_generator, check_int, check_tensor, refuse
 from ..latents import denormalize_latents
+from ..loading import resolve_bundled
+from ..loading.strict import finite_checked, to_dtype
 from ..models import AutoencoderViTok, ViTokDiTModel
 from .calls import Call, CallsMixin
 from .checks import (

@@ -8,7 +8,7 @@ from torch import nn
 
 from .arguments import AutoencoderArguments
 from .discriminator import Discriminator, LeCam, discriminator_loss, generator_loss, r1_penalty
-from .loop import TrainedModel
+from .trainer import TrainedModel
 
 
 @contextmanager

@@ -70,7 +70,7 @@ def check_choice(arguments: Any, name: str, *choices: str) -> None:
 
 @dataclass
 class DataArguments:
-    """Where training and held-out data come from; see `vitok_hf.training.data`."""
+    """Where training and held-out data come from; see `vitok_hf.data.batches`."""
 
     train_data_dir: list[str] = argument(
         [],

@@ -1,6 +1,4 @@
-import hashlib
 import itertools
-import json
 import logging
 import os
 import re
@@ -9,11 +7,19 @@ from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 from accelerate import Accelerator, PartialState
-from torch import nn
 
-from ..checkpoints.strict import read_json
-from ..models.saving import plain_name
-from .disk import atomic_file, checksum, decide, naming_full_disks, remove_folder, replace_durably, temporary_name
+from ..disk import (
+    checksum,
+    decide,
+    is_sealed,
+    naming_full_disks,
+    remove_folder,
+    replace_durably,
+    seal,
+    temporary_name,
+    write_json,
+)
+from ..loading.strict import read_json
 from .run_state import find_program
 
 
@@ -36,37 +42,6 @@ def atomic_folder(path: Path, accelerator: Accelerator | PartialState):
             remove_folder(path)
             replace_durably(temporary, path)
         accelerator.wait_for_everyone()
-
-
-def write_json(path: Path, content: dict | list) -> None:
-    """Writes a file that is never seen half written; raises `ValueError` for numbers that are not finite."""
-    text = json.dumps(content, indent=1, allow_nan=False)  # other readers know no NaN or Infinity
-    with atomic_file(path) as temporary:
-        temporary.write_text(text)
-
-
-def _digest(content: dict) -> str:
-    content = {name: value for name, value in content.items() if name != "sha256"}
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def seal(content: dict) -> dict:
-    """With a checksum of the rest, for `is_sealed` to find what has changed."""
-    return content | {"sha256": _digest(content)}
-
-
-def is_sealed(content: dict) -> bool:
-    return content.get("sha256") == _digest(content)
-
-
-def weights_checksum(module: nn.Module, config: dict | None = None) -> str:
-    """SHA-256 of a config, without what diffusers notes besides, and of weights in half precision."""
-    config = {name: value for name, value in (config or {}).items() if not name.startswith("_")}
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
-    for name, weight in sorted((plain_name(name), weight) for name, weight in module.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(weight.detach().half().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:

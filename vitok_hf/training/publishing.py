@@ -5,8 +5,8 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData, create_repo, upload_folder
 
+from ..data.sources import parse_source
 from .arguments import LoopArguments
-from .sources import parse_source
 
 
 def last_folder(value: object) -> object:

@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 
-from .disk import atomic_file, decide, naming_full_disks
+from ..disk import atomic_file, decide, naming_full_disks
 
 
 def finished_time() -> float:

@@ -19,15 +19,25 @@ from safetensors.torch import save_file
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from ..checkpoints.strict import read_json
-from ..evaluation.pixels import to_float
+from ..clips import to_float
+from ..disk import (
+    atomic_file,
+    checksum,
+    inside,
+    is_sealed,
+    lock_folder,
+    remove_leftovers,
+    seal,
+    unlock_folder,
+    write_json,
+)
 from ..latents import NO_STATISTICS
+from ..loading.strict import read_json
 from ..models import AutoencoderViTok
-from .checkpointing import is_sealed, seal, weights_checksum, write_json
+from ..models.saving import weights_checksum
 from .claims import claim_folder, claimed_contents
+from .classes import ClassSampler, LabelledFiles, load_square, to_pixels
 from .cropping import Batch
-from .disk import atomic_file, checksum, inside, lock_folder, remove_leftovers, unlock_folder
-from .latent_data import ClassSampler, LabelledFiles, load_square, to_pixels
 from .media import evenly_spaced
 
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from ..checks import check_int, check_number, check_tensor, refuse
-from .configuration import ViTokConfig
+from .compat import ViTokConfig
 from .layers import ViTokTower
 
 

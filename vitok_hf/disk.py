@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import json
 import logging
 import os
 import re
@@ -188,3 +189,24 @@ def unlock_folder(folder: str | Path) -> None:
     """For when the main process goes on to other things; its end, by any signal, unlocks all."""
     if file := _locks.pop(str(Path(folder).resolve()), None):
         file.close()
+
+
+def write_json(path: Path, content: dict | list) -> None:
+    """Writes a file that is never seen half written; raises `ValueError` for numbers that are not finite."""
+    text = json.dumps(content, indent=1, allow_nan=False)  # other readers know no NaN or Infinity
+    with atomic_file(path) as temporary:
+        temporary.write_text(text)
+
+
+def _digest(content: dict) -> str:
+    content = {name: value for name, value in content.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def seal(content: dict) -> dict:
+    """With a checksum of the rest, for `is_sealed` to find what has changed."""
+    return content | {"sha256": _digest(content)}
+
+
+def is_sealed(content: dict) -> bool:
+    return content.get("sha256") == _digest(content)

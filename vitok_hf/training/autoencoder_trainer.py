@@ -6,22 +6,22 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..checkpoints.strict import read_json
-from ..evaluation.pixels import fold_frames, to_float
+from ..clips import fold_frames, to_float
+from ..data.batches import BatchLoader, make_dataset
+from ..data.cropping import Batch, CropSettings, parse_size
+from ..data.files import short_names
+from ..data.items import load_evaluation_images
 from ..evaluation.reconstruction import comparison, evaluate_reconstruction
 from ..latents import NO_STATISTICS
+from ..loading.strict import read_json
 from ..models import AutoencoderViTok
 from .adversary import Adversary
 from .arguments import AutoencoderArguments
 from .checkpointing import atomic_folder
-from .cropping import Batch, CropSettings, parse_size
-from .data import BatchLoader, make_dataset
 from .ema import WeightAverage
-from .files import short_names
-from .items import load_evaluation_images
-from .loop import TrainedModel, Trainer, compile_blocks
 from .losses import ReconstructionLoss
 from .publishing import changed_settings, push, write_model_card
+from .trainer import TrainedModel, Trainer, compile_blocks
 
 
 logger = logging.getLogger(__name__)

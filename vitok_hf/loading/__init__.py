@@ -1,4 +1,4 @@
-"""The weights that are installed with the package, one `from_pretrained` folder each."""
+"""Loading by name, strictly; the bundled weights are `from_pretrained` folders in `checkpoints`."""
 
 import os
 from collections.abc import Callable
@@ -10,11 +10,13 @@ from huggingface_hub import is_offline_mode
 from .strict import check_folder, finite_checked, read_object, to_dtype
 
 
+BUNDLED = Path(__file__).parents[1] / "checkpoints"
+
+
 def list_bundled() -> list[str]:
     """Names of the bundled checkpoints, autoencoders and pipelines alike, for `from_pretrained`."""
-    root = Path(__file__).parent
     return sorted(
-        folder.parent.name for name in ("config.json", "model_index.json") for folder in root.glob(f"*/{name}")
+        folder.parent.name for name in ("config.json", "model_index.json") for folder in BUNDLED.glob(f"*/{name}")
     )
 
 
@@ -29,9 +31,9 @@ def resolve_bundled(name_or_path):
     """
     if not isinstance(name_or_path, (str, os.PathLike)) or not os.fspath(name_or_path):
         raise ValueError(f"A checkpoint is a folder, a Hub id or one of {list_bundled()}, but not {name_or_path!r}.")
-    root, folder = Path(__file__).parent, Path(name_or_path)
+    folder = Path(name_or_path)
     if not folder.is_dir():
-        return str(root / name_or_path) if str(name_or_path) in list_bundled() else name_or_path
+        return str(BUNDLED / name_or_path) if str(name_or_path) in list_bundled() else name_or_path
     if not os.path.lexists(folder / "config.json") or any(folder.glob("diffusion_pytorch_model*")):
         return name_or_path
     config = read_object(folder / "config.json")
@@ -42,7 +44,7 @@ def resolve_bundled(name_or_path):
         raise ValueError(
             f'"{folder}" has "_bundled": "{name}" in its config.json, but there is only {list_bundled()}.'
         )
-    bundled = read_object(root / name / "config.json")
+    bundled = read_object(BUNDLED / name / "config.json")
     keys = [key for key in config | bundled if not key.startswith("_") and config.get(key) != bundled.get(key)]
     if keys:
         raise ValueError(
@@ -51,7 +53,7 @@ def resolve_bundled(name_or_path):
             + "; ".join(f"{key} is {config.get(key)}, bundled {bundled.get(key)}" for key in keys)
             + ". Make them equal, or save a model with weights there."
         )
-    return str(root / name)
+    return str(BUNDLED / name)
 
 
 def check_place(folder: str | os.PathLike, subfolder: str | None) -> None:

@@ -16,26 +16,19 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
 
-from ..checkpoints.strict import read_json
+from ..data.batches import BatchLoader
+from ..data.claims import note_inputs
+from ..data.cropping import Batch
+from ..data.files import iterate_files
+from ..data.sources import parse_source
+from ..disk import lock_folder, remove_folder, remove_leftovers, unlock_folder, write_json
+from ..loading.strict import read_json
 from ..models.saving import plain_name
 from ..precision import choose_mixed_precision
 from .arguments import LoopArguments
-from .checkpointing import (
-    atomic_folder,
-    checkpoint_step,
-    find_checkpoint,
-    list_checkpoints,
-    write_json,
-    write_manifest,
-)
-from .claims import note_inputs
-from .cropping import Batch
-from .data import BatchLoader
-from .disk import lock_folder, remove_folder, remove_leftovers, unlock_folder
+from .checkpointing import atomic_folder, checkpoint_step, find_checkpoint, list_checkpoints, write_manifest
 from .ema import WeightAverage, gather
-from .files import iterate_files
 from .run_state import load_state, naming_misfits, read_tree, save_state, set_random_state
-from .sources import parse_source
 from .tracking import Log, Window
 
 

@@ -7,24 +7,24 @@ import numpy as np
 import torch
 from einops import rearrange
 
-from ..checkpoints.strict import read_json
-from ..evaluation.pixels import to_float
+from ..clips import to_float
+from ..data.batches import BatchLoader
+from ..data.classes import ClassSampler, LabelledFiles, PictureBatches, load_square, read_classes, to_pixels
+from ..data.cropping import Batch
+from ..data.files import short_names
+from ..data.latent_cache import LatentBatches, LatentCache, fingerprint
+from ..data.media import evenly_spaced
 from ..latents import NO_STATISTICS, compute_latent_statistics, normalize_latents, summarize_latents
+from ..loading.strict import read_json
 from ..models import AutoencoderViTok, ViTokDiTModel
 from ..pipelines import ViTokDiTPipeline
 from ..pipelines.model_card import usage
 from .arguments import DiTArguments
 from .checkpointing import atomic_folder
-from .cropping import Batch
-from .data import BatchLoader
 from .diffusion import bucket_timesteps, diffusion_losses, drop_labels, make_scheduler, sample_timesteps
 from .ema import WeightAverage
-from .files import short_names
-from .latent_cache import LatentBatches, LatentCache, fingerprint
-from .latent_data import ClassSampler, LabelledFiles, PictureBatches, load_square, read_classes, to_pixels
-from .loop import TrainedModel, Trainer, compile_blocks
-from .media import evenly_spaced
 from .publishing import changed_settings, last_folder, push, write_model_card
+from .trainer import TrainedModel, Trainer, compile_blocks
 
 
 logger = logging.getLogger(__name__)

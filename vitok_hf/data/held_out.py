@@ -4,9 +4,9 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from ..training.media import Item, evenly_spaced, load_image, resize_and_crop
-from ..training.video import load_clip, probe_rate
+from .media import Item, evenly_spaced, load_image, resize_and_crop
 from .protocol import Protocol
+from .video import load_clip, probe_rate
 
 
 Codec = Callable[[torch.Tensor], torch.Tensor]  # uint8 (B, 3, [T,] H, W) to its reconstruction
@@ -16,7 +16,7 @@ class EvaluationData:
     """Pictures (3, H, W) or clips (3, T, H, W) uint8, as the protocol crops them.
 
     Args:
-        items: Where they are: `FolderFiles` or `HubRows` of `vitok_hf.training.sources`, or a list of `Item`s.
+        items: Where they are: `FolderFiles` or `HubRows` of `vitok_hf.data.sources`, or a list of `Item`s.
         protocol: Resolution, frames and frame rate. Of each video, the first clip is taken; where the protocol has
             one frame, the first frame.
         limit: At most so many, evenly spaced.

@@ -15,9 +15,8 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from ..checkpoints.strict import read_json
-from .checkpointing import write_json
-from .disk import checksum, decide
+from ..disk import checksum, decide, write_json
+from ..loading.strict import read_json
 
 
 RECORD = "made_from.json"
