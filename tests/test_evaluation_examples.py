@@ -15,7 +15,7 @@ from diffusers import AutoencoderTiny
 from PIL import Image
 
 from tests.conftest import ASSETS, make_vae
-from tests.training.conftest import write_video
+from tests.data.conftest import write_video
 from vitok_hf.evaluation.peers import PEERS, make_peer
 
 

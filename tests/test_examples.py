@@ -17,9 +17,9 @@ import torch
 from PIL import Image
 
 from tests.conftest import ASSETS, EXAMPLES, TINY, launch_example, make_input, make_vae
+from tests.data.conftest import write_noise, write_video
+from tests.data.test_video import encode
 from tests.dit import make_pipeline
-from tests.training.conftest import write_noise, write_video
-from tests.training.test_video import encode
 from vitok_hf import AutoencoderViTok
 from vitok_hf.data.video import iterate_timed_frames
 from vitok_hf.evaluation.features import Classifier

@@ -8,7 +8,7 @@ from PIL import Image
 
 from examples import scaling_study
 from examples.scaling_study import STUDIES, Point, r_squared
-from tests.training.conftest import write_noise
+from tests.data.conftest import write_noise
 from vitok_hf import AutoencoderViTok
 
 

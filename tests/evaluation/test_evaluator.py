@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 
 from tests.conftest import ASSETS, make_vae, run_on_two_processes
+from tests.data.conftest import write_video
 from tests.evaluation.test_distributions import colour_and_logits
-from tests.training.conftest import write_video
 from vitok_hf.data.files import list_files
 from vitok_hf.data.held_out import EvaluationData
 from vitok_hf.data.items import load_evaluation_images

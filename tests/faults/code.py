@@ -15,8 +15,8 @@ import torch
 from diffusers import DiffusionPipeline
 
 from tests.conftest import make_vae
+from tests.data.conftest import write_noise
 from tests.dit import make_pipeline
-from tests.training.conftest import write_noise
 from vitok_hf import AutoencoderViTok, ViTokDiTModel, ViTokDiTPipeline
 from vitok_hf.data.classes import LabelledFiles
 from vitok_hf.data.latent_cache import LatentCache, write_latents

@@ -19,11 +19,12 @@ from typing import get_type_hints
 import torch
 
 from tests.conftest import ASSETS, make_vae
-from tests.training.conftest import make_arguments, run, write_noise
+from tests.data.conftest import write_noise
+from tests.training.conftest import make_arguments, run
 from tests.training.test_arguments import SOURCES, bad_values
+from vitok_hf import disk
 from vitok_hf.data.classes import LabelledFiles
 from vitok_hf.data.latent_cache import LatentCache, write_latents
-from vitok_hf.training import disk
 from vitok_hf.training.autoencoder_trainer import AutoencoderTrainer
 
 from . import Case, judge

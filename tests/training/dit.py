@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from tests.conftest import TINY
-from tests.training.conftest import write_noise
+from tests.data.conftest import write_noise
 from vitok_hf import AutoencoderViTok
 from vitok_hf.training.arguments import DiTArguments
 from vitok_hf.training.dit_trainer import DiTTrainer

@@ -9,7 +9,8 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
-from tests.training.conftest import next_batches, read_log, run, write_noise
+from tests.data.conftest import write_noise
+from tests.training.conftest import next_batches, read_log, run
 from vitok_hf import AutoencoderViTok
 from vitok_hf.training.autoencoder_trainer import AutoencoderTrainer
 

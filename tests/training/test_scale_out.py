@@ -15,7 +15,8 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
 from tests.conftest import ASSETS, TINY, launcher, run_launched
-from tests.training.conftest import make_stage2, next_batches, read_log, write_noise
+from tests.data.conftest import write_noise
+from tests.training.conftest import make_stage2, next_batches, read_log
 from vitok_hf import AutoencoderViTok
 from vitok_hf.data.cropping import Batch
 from vitok_hf.training.autoencoder_trainer import AutoencoderTrainer

@@ -8,21 +8,21 @@ import torch
 from tests.conftest import TINY, make_vae
 from tests.training.conftest import read_log, run
 from vitok_hf import AutoencoderViTok
-from vitok_hf.training import autoencoder
+from vitok_hf.training import autoencoder_trainer
 from vitok_hf.training.autoencoder_trainer import AutoencoderTrainer
 
 
 class TestStartingPoints:
     def test_sources_of_the_model(self, arguments, tmp_path):
         make_vae("v1").half().save_pretrained(tmp_path / "model")
-        loaded = autoencoder.load_model(arguments(pretrained_model_name_or_path=str(tmp_path / "model")))
+        loaded = autoencoder_trainer.load_model(arguments(pretrained_model_name_or_path=str(tmp_path / "model")))
         for ours, theirs in zip(loaded.parameters(), make_vae("v1").parameters()):
             assert ours.dtype == torch.float32 and torch.equal(ours, theirs.half().float())
-        assert autoencoder.load_model(arguments(latent_channels=6)).config.latent_channels == 6
+        assert autoencoder_trainer.load_model(arguments(latent_channels=6)).config.latent_channels == 6
         variant = arguments(variant="w32_d1_h2-w32_d2_h2/1x8x4")
-        assert autoencoder.load_model(variant).config.decoder_num_layers == 2
+        assert autoencoder_trainer.load_model(variant).config.decoder_num_layers == 2
         with pytest.raises(ValueError, match='config.json" does not fit: .*patchsize'):
-            autoencoder.load_model(arguments(TINY | {"patchsize": 4}))
+            autoencoder_trainer.load_model(arguments(TINY | {"patchsize": 4}))
 
     def test_author_layout(self, arguments, tmp_path):
         from tests.conftest import GOLDEN
@@ -32,9 +32,9 @@ class TestStartingPoints:
         for name in ("encoder", "decoder"):
             (folder / f"{name}.safetensors").write_bytes((GOLDEN / f"{name}.safetensors").read_bytes())
         with pytest.raises(ValueError, match="variant"):
-            autoencoder.load_model(arguments(pretrained_model_name_or_path=str(folder)))
+            autoencoder_trainer.load_model(arguments(pretrained_model_name_or_path=str(folder)))
         args = arguments(pretrained_model_name_or_path=str(folder), variant="w64_d2_h4-w96_d3_h4/1x8x16")
-        assert autoencoder.load_model(args).config.latent_norm
+        assert autoencoder_trainer.load_model(args).config.latent_norm
 
     def test_decoder_only(self, arguments, stage2):
         before = AutoencoderTrainer(stage2(stage=1, freeze_encoder=True)).vae.state_dict()

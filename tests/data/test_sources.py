@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.training.conftest import assert_same, write_noise
+from tests.data.conftest import assert_same, write_noise
+from vitok_hf.data import sources
 from vitok_hf.data.batches import BatchLoader, CropBatches, make_dataset
 from vitok_hf.data.cropping import CropSettings
 from vitok_hf.data.media import load_image
 from vitok_hf.data.sources import HubRows, HubStream, TarStream
 from vitok_hf.data.streams import StreamBatches
-from vitok_hf.training import sources
 
 
 SETTINGS = CropSettings([(16, 16, 1.0), (8, 32, 1.0)], 4 * 256)

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.training.conftest import write_noise
+from tests.data.conftest import write_noise
 from vitok_hf.data.batches import CropBatches
 from vitok_hf.data.cropping import CropSettings, parse_size
 from vitok_hf.data.media import load_image

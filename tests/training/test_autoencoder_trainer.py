@@ -9,8 +9,9 @@ from diffusers.optimization import get_scheduler
 from torch import nn
 
 from tests.conftest import ASSETS, TINY, V2
-from tests.training.conftest import next_batches, read_log, run, write_video
-from vitok_hf.training import autoencoder
+from tests.data.conftest import write_video
+from tests.training.conftest import next_batches, read_log, run
+from vitok_hf.training import autoencoder_trainer
 from vitok_hf.training.autoencoder_trainer import AutoencoderTrainer
 
 
@@ -183,13 +184,13 @@ class TestData:
             "train_shards": ["a.tar"],
             "shuffle_buffer": 7,
         }
-        signature, bound = inspect.signature(autoencoder.make_dataset), {}
+        signature, bound = inspect.signature(autoencoder_trainer.make_dataset), {}
 
         def record(*args):
             bound.update(signature.bind(*args).arguments)
             raise InterruptedError
 
-        monkeypatch.setattr(autoencoder, "make_dataset", record)
+        monkeypatch.setattr(autoencoder_trainer, "make_dataset", record)
         with pytest.raises(InterruptedError):
             AutoencoderTrainer(arguments(**given, cache_gib=2.0, fps=5.0))
         assert {name: bound[name] for name in given} == given

@@ -9,14 +9,14 @@ import torch
 from PIL import Image
 
 from tests.conftest import ASSETS
-from tests.training.conftest import assert_same, write_noise
+from tests.data.conftest import assert_same, write_noise
+from vitok_hf.data import batches, cropping
 from vitok_hf.data.batches import BatchLoader, CropBatches, iterate_pixels, make_dataset
 from vitok_hf.data.cropping import Batch, CropSettings
 from vitok_hf.data.files import list_files
 from vitok_hf.data.media import load_image
 from vitok_hf.data.sources import parse_source
 from vitok_hf.data.streams import StreamBatches
-from vitok_hf.training import cropping, data
 
 
 class TestCropBatches:
@@ -219,7 +219,7 @@ class TestBatchLoader:
             options.update(kwargs)
             return []
 
-        monkeypatch.setattr(data, "DataLoader", record)
+        monkeypatch.setattr(batches, "DataLoader", record)
         monkeypatch.setattr(torch.accelerator, "is_available", lambda: available)
         list(BatchLoader(CropBatches([folder], self.SETTINGS), 0))
         assert options["pin_memory"] is available
@@ -235,7 +235,7 @@ class TestBatchLoader:
             cycle = Cycle()
             cycle.own, alive = cycle, weakref.ref(cycle)
             del cycle
-            monkeypatch.setattr(data, "DataLoader", lambda *args, **kwargs: [alive()])
+            monkeypatch.setattr(batches, "DataLoader", lambda *args, **kwargs: [alive()])
             assert list(BatchLoader(CropBatches([folder], self.SETTINGS), 1)) == [None]
         finally:
             gc.enable()

@@ -5,8 +5,8 @@ import os
 
 import pytest
 
+from vitok_hf.data import claims
 from vitok_hf.data.claims import RECORD, claim_folder, claimed_contents, note_inputs
-from vitok_hf.training import claims
 
 
 @pytest.fixture

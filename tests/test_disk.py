@@ -11,8 +11,8 @@ from accelerate import PartialState
 
 from tests.conftest import run_on_two_processes
 from tests.faults.state import file_size_limit, held_lock
+from vitok_hf import disk
 from vitok_hf.disk import atomic_file, inside, lock_folder, naming_full_disks, remove_leftovers, unlock_folder
-from vitok_hf.training import disk
 
 
 class TestWholeFiles:

@@ -9,11 +9,11 @@ import fsspec
 import numpy as np
 import pytest
 
-from tests.training.conftest import write_video
+from tests.data.conftest import write_video
+from vitok_hf.data import video as video_module
 from vitok_hf.data.items import load_item
 from vitok_hf.data.media import Item
 from vitok_hf.data.video import iterate_frames, iterate_timed_frames, load_clip, probe_rate, probe_video
-from vitok_hf.training import video as video_module
 
 
 BLOCK = 16

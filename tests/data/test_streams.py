@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.training.conftest import assert_same
+from tests.data.conftest import assert_same
+from vitok_hf.data import streams
 from vitok_hf.data.batches import BatchLoader
 from vitok_hf.data.cropping import CropSettings
 from vitok_hf.data.media import Item
 from vitok_hf.data.streams import StreamBatches
-from vitok_hf.training import streams
 
 
 def numbered_picture(number: int, width: int = 8) -> bytes:

@@ -11,14 +11,15 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 from tests.conftest import ASSETS, TINY
-from tests.training.conftest import read_log, write_video
+from tests.data.conftest import write_video
+from tests.training.conftest import read_log
 from tests.training.dit import CLASSES, make_dit_arguments, next_batches, run
 from vitok_hf import AutoencoderViTok, ViTokDiTPipeline, denormalize_latents
 from vitok_hf.clips import to_float
 from vitok_hf.data.classes import LabelledFiles
 from vitok_hf.data.latent_cache import write_latents
 from vitok_hf.data.media import load_image, resize_and_crop
-from vitok_hf.training import transformer
+from vitok_hf.training import dit_trainer
 from vitok_hf.training.dit_trainer import DiTTrainer
 
 
@@ -259,7 +260,7 @@ class TestStep:
     def test_labels_are_dropped(self, arguments, monkeypatch):
         seen = []
         monkeypatch.setattr(
-            transformer, "drop_labels", lambda labels, *args: seen.append((labels, *args)) or labels * 0 + 3
+            dit_trainer, "drop_labels", lambda labels, *args: seen.append((labels, *args)) or labels * 0 + 3
         )
         trainer = DiTTrainer(arguments(class_dropout=0.25))
         embedding = trainer.transformer.class_embedder.weight
@@ -276,9 +277,9 @@ class TestStep:
 
     def test_min_snr_and_timesteps_are_passed_on(self, arguments, monkeypatch):
         calls = {}
-        loss, draw = transformer.diffusion_losses, transformer.sample_timesteps
-        monkeypatch.setattr(transformer, "diffusion_losses", lambda *x: calls.update(loss=x[-1]) or loss(*x))
-        monkeypatch.setattr(transformer, "sample_timesteps", lambda *x, **y: calls.update(draw=x[2:]) or draw(*x, **y))
+        loss, draw = dit_trainer.diffusion_losses, dit_trainer.sample_timesteps
+        monkeypatch.setattr(dit_trainer, "diffusion_losses", lambda *x: calls.update(loss=x[-1]) or loss(*x))
+        monkeypatch.setattr(dit_trainer, "sample_timesteps", lambda *x, **y: calls.update(draw=x[2:]) or draw(*x, **y))
         trainer = DiTTrainer(arguments(snr_gamma=5.0, weighting_scheme="none", logit_mean=0.5, logit_std=2.0))
         trainer.training_step(next_batches(trainer))
         assert calls == {"loss": 5.0, "draw": ("none", 0.5, 2.0)}

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from tests.training.conftest import write_noise
+from tests.data.conftest import write_noise
+from vitok_hf.data import classes, files, sources
 from vitok_hf.data.batches import CropBatches
 from vitok_hf.data.classes import LabelledFiles
 from vitok_hf.data.cropping import CropSettings
@@ -19,7 +20,6 @@ from vitok_hf.data.media import load_image
 from vitok_hf.data.sources import FolderFiles, parse_source
 from vitok_hf.data.video import load_clip, probe_rate
 from vitok_hf.evaluation.visuals import VideoWriter
-from vitok_hf.training import files, latent_data, sources
 from vitok_hf.training.publishing import last_folder
 
 
@@ -224,7 +224,7 @@ class TestCompactLists:
     @pytest.mark.parametrize("make", [lambda: FolderFiles("/data"), lambda: LabelledFiles(["/data"])])
     def test_memory_of_each_file(self, monkeypatch, make):
         """Its path, 8 bytes for where it ends, and 8 for a label."""
-        for module in (files, sources, latent_data):
+        for module in (files, sources, classes):
             monkeypatch.setattr(module, "iterate_files", lambda *_: iter(self.NAMES), raising=False)
         monkeypatch.setattr(files, "list_files", lambda *_: list(map(Path, self.NAMES)))
         make()  # what is loaded and cached once

@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 
 from tests.conftest import ASSETS, GOLDEN
-from tests.training.conftest import read_log, write_noise
+from tests.data.conftest import write_noise
+from tests.training.conftest import read_log
 from tests.training.dit import MODEL, make_dit_arguments, run
 from vitok_hf import AutoencoderViTok, ViTokDiTModel, ViTokDiTPipeline
 from vitok_hf.data.classes import LabelledFiles
 from vitok_hf.data.latent_cache import write_latents
 from vitok_hf.loading import resolve_bundled
-from vitok_hf.training import transformer
+from vitok_hf.training import dit_trainer
 from vitok_hf.training.arguments import DiTArguments, parse_arguments
 from vitok_hf.training.dit_trainer import DiTTrainer
 
@@ -81,7 +82,7 @@ class TestFlags:
     def test_compile(self, arguments, monkeypatch):
         calls = []
         monkeypatch.setattr(
-            transformer.ViTokDiTModel, "compile_repeated_blocks", lambda _, **options: calls.append(options)
+            dit_trainer.ViTokDiTModel, "compile_repeated_blocks", lambda _, **options: calls.append(options)
         )
         DiTTrainer(arguments())
         assert not calls
@@ -92,8 +93,8 @@ class TestFlags:
 class TestModel:
     def test_variant(self, arguments):
         args = arguments(variant="S")
-        vae = transformer.load_autoencoder(args)
-        config = transformer.make_transformer(args, vae, 32, 7).config
+        vae = dit_trainer.load_autoencoder(args)
+        config = dit_trainer.make_transformer(args, vae, 32, 7).config
         assert (config.hidden_size, config.num_layers, config.num_attention_heads) == (384, 12, 6)
         assert (config.sample_size, config.in_channels, config.num_classes) == (4, 4, 7)
 

@@ -12,17 +12,17 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 
 from tests.conftest import make_vae
+from tests.data.conftest import write_noise, write_video
 from tests.faults.state import held_lock
-from tests.training.conftest import write_noise, write_video
 from vitok_hf import compute_latent_statistics
 from vitok_hf.clips import to_float
+from vitok_hf.data import latent_cache
 from vitok_hf.data.batches import BatchLoader
 from vitok_hf.data.claims import RECORD
 from vitok_hf.data.classes import ClassSampler, LabelledFiles, PictureBatches, read_classes
 from vitok_hf.data.latent_cache import LatentBatches, LatentCache, fingerprint, write_latents
 from vitok_hf.disk import checksum, seal
 from vitok_hf.latents import summarize_latents
-from vitok_hf.training import latent_cache
 
 
 @pytest.fixture
