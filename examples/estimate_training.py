@@ -31,7 +31,7 @@ def make_step(args: argparse.Namespace, device: str) -> tuple[list[nn.Module], C
     with torch.device(device):
         vae = AutoencoderViTok.from_variant(args.variant).bfloat16()
         frames = () if vae.is_image_model else (vae.config.sample_frames,)
-        x = torch.empty(1, 3, *frames, args.resolution, args.resolution, dtype=torch.bfloat16)
+        x = torch.zeros(1, 3, *frames, args.resolution, args.resolution, dtype=torch.bfloat16)
         lpips = LPIPS(net="vgg", pnet_rand=True, pretrained=False, verbose=False).requires_grad_(False)
         lpips.to(device)
         models = [vae, lpips]

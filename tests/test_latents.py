@@ -154,7 +154,8 @@ class TestStatistics:
 
 class TestFormula:
     def test_a_deviation_of_zero(self):
-        vae = make_vae("v1", latents_mean=[0.0] * 4, latents_std=[1.0, 2.0, 0.0, 4.0])
+        vae = make_vae("v1")
+        vae.register_to_config(latents_mean=[0.0] * 4, latents_std=[1.0, 2.0, 0.0, 4.0])
         for function in (normalize_latents, denormalize_latents):
             with pytest.raises(
                 ValueError, match=r"`latents_std` of the config must be positive, but is \[1.0, 2.0, 0.0"

@@ -189,7 +189,10 @@ class TestConfigs:
             ({"decoder_num_layers": 10**9}, "`decoder_num_layers` must be at most 1024, but is 1000000000"),
             ({"mlp_ratio": float("inf")}, "`mlp_ratio` must be float"),
             ({"variational": None}, "`variational` must be bool"),
-            ({"latents_stb": [1.0] * 4}, "entries that do not exist, .'latents_stb'.: it is damaged"),
+            (
+                {"latents_stb": [1.0] * 4, "latents_std": "left out"},
+                r"entries that do not exist, \['latents_stb'\], and not those that do, \['latents_std'\]: it is",
+            ),
             ({"_class_name": 7}, "has `_class_name` 7"),
         ],
     )
@@ -197,6 +200,11 @@ class TestConfigs:
         change_json(folder / "config.json", **values)
         with pytest.raises(ValueError, match=f'"{folder}.*{message}'):
             AutoencoderViTok.from_pretrained(folder)
+
+    def test_entries_of_others(self, folder):
+        """As those that `EMAModel.save_pretrained` adds."""
+        change_json(folder / "config.json", decay=0.99, note="mine", quantization_config=None)
+        assert AutoencoderViTok.from_pretrained(folder).config.patch_size == 8
 
     @pytest.mark.parametrize("text", ["", "[]", "7", '{"patch_size": 8', "[" * 100_000])
     def test_json(self, folder, text):

@@ -155,7 +155,7 @@ def check_folder(folder: Path, variant: str | None) -> None:
     """Raises `ValueError` if a file of a model in diffusers' layout cannot be read."""
     if not os.path.lexists(folder / "config.json"):
         return  # diffusers says so
-    if "quantization_config" in read_object(folder / "config.json"):
+    if read_object(folder / "config.json").get("quantization_config"):
         return
     for file in list_weights(folder, variant):
         read_header(file)
@@ -206,6 +206,21 @@ def check_values(model: nn.Module, source: str | os.PathLike) -> None:
                 )
 
 
+def check_entries(
+    config: dict[str, Any], unknown: Collection[str], expected: Collection[str], path: str | os.PathLike
+) -> None:
+    """Raises `ValueError` for unknown entries that may be others with a wrong name: where others are missing.
+
+    Else they are those of other libraries, as what `EMAModel.save_pretrained` adds.
+    """
+    unknown = [name for name in unknown if not name.startswith("_")]
+    if unknown and (missing := [name for name in expected if name not in config]):
+        raise ValueError(
+            f'"{path}" has entries that do not exist, {unknown}, and not those that do, {missing}: it is damaged, or '
+            "of another class or version, by which it can be loaded."
+        )
+
+
 def check_private_entries(config: dict[str, Any], path: str | os.PathLike) -> None:
     """Raises `ValueError` for what diffusers notes in a config and cannot read again."""
     for name, kind in {"_class_name": str | list[str | None], "_use_default_values": list[str]}.items():
@@ -220,12 +235,7 @@ def check_config_file(model_class: type, config: Any, path: str | os.PathLike) -
     parameters = inspect.signature(model_class.__init__).parameters
     defaults = {name: parameter.default for name, parameter in parameters.items() if name != "self"}
     check_private_entries(config, path)
-    public = [name for name in config if not name.startswith("_") and name != "quantization_config"]
-    if unknown := [name for name in public if not model_class.has_entry(name)]:
-        raise ValueError(
-            f'The config of "{path}" has entries that do not exist, {unknown}: it is damaged, or of another class or '
-            "version, by which it can be loaded."
-        )
+    check_entries(config, [name for name in config if not model_class.has_entry(name)], defaults, path)
     try:
         model_class.check_config(defaults | {name: value for name, value in config.items() if name in defaults})
     except ValueError as error:

@@ -93,7 +93,7 @@ class AutoencoderViTok(
         mlp_ratio: float = 8 / 3,
         sample_size: int = 256,
         sample_frames: int = 1,
-        scaling_factor: float = 1.0,
+        scaling_factor: float | None = 1.0,
         shift_factor: float | None = 0.0,
         latents_mean: list[float] | None = None,
         latents_std: list[float] | None = None,

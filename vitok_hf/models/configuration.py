@@ -48,7 +48,10 @@ def check_config(config: ViTokConfig, constructor: Callable) -> None:
                 f"`{tower}_hidden_size` {size} must be divisible by `{tower}_num_attention_heads` {heads}."
             )
         split_rotary_pairs(size // heads, 2 if config.is_image_model else 3)
-    if not (config.scaling_factor > 0 and all(value > 0 for value in config.latents_std or ())):
+    if not (
+        (config.scaling_factor is None or config.scaling_factor > 0)
+        and all(value > 0 for value in config.latents_std or ())
+    ):
         raise ValueError(
             "`scaling_factor` and `latents_std` must be positive, but are "
             f"{config.scaling_factor} and {config.latents_std}."

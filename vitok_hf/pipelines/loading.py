@@ -12,7 +12,7 @@ import diffusers
 import torch
 from diffusers import SchedulerMixin
 
-from ..loading.strict import check_private_entries, check_types, has_type, read_object
+from ..loading.strict import check_entries, check_private_entries, check_types, has_type, read_object
 from .checks import check_id2label, has_learned_variance, takes_variance, why_unsupported
 
 
@@ -27,8 +27,7 @@ def check_folder(folder: str | os.PathLike, constructor: Callable) -> None:
         return  # diffusers says so
     config, parameters = read_object(path), {*inspect.signature(constructor).parameters} - {"self"}
     check_private_entries({"_class_name": None} | config, path)
-    if unknown := [name for name in config if not name.startswith("_") and name not in parameters]:
-        raise ValueError(f'"{path}" has entries that do not exist, {unknown}: it is damaged, or of another pipeline.')
+    check_entries(config, config.keys() - parameters, sorted(parameters), path)
     for name in sorted(parameters - {"id2label"}):
         if not has_type(value := config.get(name), list[str | None]) or len(value) != 2:
             raise ValueError(f'"{path}" must have library and class of "{name}", but has {value!r}.')
