@@ -258,7 +258,7 @@ class TestConfigs:
         [
             {"vae": "left out"},
             {"vae": ["vitok_hf"]},
-            {"vea": [None, None]},
+            {"vea": [None, None], "vae": "left out"},
             {"id2label": {"a": "cat"}},
             {"id2label": {"0": 7}},
             {"id2label": ["cat"]},
