@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from vitok_hf import AutoencoderViTok
 from vitok_hf.commands import run_command
-from vitok_hf.loading.strict import check_shards, list_weights, read_header
+from vitok_hf.loading.strict import check_shards, read_header, read_index
 from vitok_hf.loading.vitok_v2 import (
     TOWERS,
     check_headers,
@@ -156,7 +156,7 @@ def write_vitok_v2(args: argparse.Namespace, hub: dict[str, str | None], folder:
     foreign = [name for name in V2_BOOLEANS if model.config[name] != V2_ARCHITECTURE.get(name, False)]
     if foreign:
         raise ValueError(f"{args.source} has no ViTok-v2 architecture: {', '.join(foreign)} differ.")
-    files = list_weights(source, variant=None)
+    _, files = read_index(source, variant=None)
     check_shards(files, (), {})
     state_dict = {}
     for file in files:

@@ -1,5 +1,7 @@
 """Loading by name, strictly; the bundled weights are `from_pretrained` folders in `checkpoints`."""
 
+import difflib
+import inspect
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -7,9 +9,13 @@ from typing import Any
 
 from huggingface_hub import is_offline_mode
 
+from ..presets import V1_PATTERN, V2_PATTERN
 from .strict import check_folder, finite_checked, read_object, to_dtype
 
 
+KEYWORDS = ("dtype", "torch_dtype", "device_map", "max_memory", "offload_folder", "offload_state_dict", "variant")
+KEYWORDS += ("low_cpu_mem_usage", "use_safetensors", "quantization_config", "subfolder", "revision", "token")
+KEYWORDS += ("cache_dir", "force_download", "local_files_only", "ignore_mismatched_sizes", "output_loading_info")
 BUNDLED = Path(__file__).parents[1] / "checkpoints"
 
 
@@ -33,7 +39,10 @@ def resolve_bundled(name_or_path):
         raise ValueError(f"A checkpoint is a folder, a Hub id or one of {list_bundled()}, but not {name_or_path!r}.")
     folder = Path(name_or_path)
     if not folder.is_dir():
-        return str(BUNDLED / name_or_path) if str(name_or_path) in list_bundled() else name_or_path
+        if str(name_or_path) in list_bundled():
+            return str(BUNDLED / name_or_path)
+        _check_name(os.fspath(name_or_path))
+        return name_or_path
     if not os.path.lexists(folder / "config.json") or any(folder.glob("diffusion_pytorch_model*")):
         return name_or_path
     config = read_object(folder / "config.json")
@@ -56,6 +65,18 @@ def resolve_bundled(name_or_path):
     return str(BUNDLED / name)
 
 
+def _check_name(name: str) -> None:
+    """Raises an error for what is no Hub id either, which the Hub would be asked for, again and again."""
+    if os.path.isfile(name):
+        raise ValueError(f'"{name}" is a file: pass the folder that it is in.')
+    if V1_PATTERN.fullmatch(name) or V2_PATTERN.fullmatch(name):
+        raise ValueError(f'"{name}" is an architecture: `from_variant` makes it, with random weights.')
+    if name.count("/") != 1 or name[0] in "./~\\":
+        close = difflib.get_close_matches(name, list_bundled(), 1)
+        hint = f'did you mean the bundled "{close[0]}"?' if close else f"bundled are {list_bundled()}."
+        raise OSError(f'There is no folder "{name}", and a Hub id is OWNER/NAME: {hint}')
+
+
 def check_place(folder: str | os.PathLike, subfolder: str | None) -> None:
     """Raises `ValueError` if `folder` is there, but not its `subfolder` (diffusers would take `folder` itself).
 
@@ -67,7 +88,8 @@ def check_place(folder: str | os.PathLike, subfolder: str | None) -> None:
         {path.parent.name for name in ("config.json", "*.safetensors") for path in Path(folder).glob(f"*/{name}")}
     )
     if subfolder and not Path(folder, subfolder).is_dir():
-        raise ValueError(f'"{folder}" has no folder "{subfolder}": `subfolder` may be one of {parts}, or left out.')
+        allowed = f"may be one of {parts}, or left out" if parts else "is to be left out"
+        raise ValueError(f'"{folder}" has no folder "{subfolder}": `subfolder` {allowed}.')
     if not subfolder and Path(folder, "model_index.json").is_file() and not Path(folder, "config.json").is_file():
         raise ValueError(f'"{folder}" is a pipeline: name the model in it by `subfolder`, one of {parts}.')
 
@@ -85,6 +107,7 @@ def load_strictly(
     """
     if is_offline_mode():  # diffusers asks the Hub about sharded weights unless it is told not to
         kwargs["local_files_only"] = True
+    _check_keywords(kwargs, from_pretrained)
     output_loading_info = kwargs.pop("output_loading_info", False)
     kwargs |= {name: to_dtype(kwargs[name]) for name in ("dtype", "torch_dtype") if name in kwargs}
     folder = resolve_bundled(name_or_path)
@@ -94,17 +117,20 @@ def load_strictly(
         check_folder(Path(folder), kwargs.get("variant"))
     with finite_checked(check_finite):
         model, info = from_pretrained(folder, output_loading_info=True, **kwargs)
-    check_loading_info(info, model.config.get("component"), name_or_path)
+    check_loading_info(info, name_or_path)
     return (model, info) if output_loading_info else model
 
 
-def check_loading_info(info: dict[str, Any], component: str | None, name_or_path: str | os.PathLike) -> None:
-    """Raises `ValueError` if diffusers left weights of the model unset, or weights of the checkpoint unused.
+def _check_keywords(kwargs: dict[str, Any], from_pretrained: Callable) -> None:
+    """Raises `ValueError` for what seems to be one of diffusers' arguments, or of the config, with a typing error."""
+    known = {*KEYWORDS, *inspect.signature(from_pretrained.__self__.__init__).parameters}
+    for name in kwargs.keys() - known:
+        if close := difflib.get_close_matches(name, sorted(known), 1, 0.75):
+            raise ValueError(f"There is no argument `{name}`: did you mean `{close[0]}`?")
 
-    A model that has one `component` leaves the weights of the other half unused, and they are taken off the list.
-    """
-    other_half = {None: (), "encoder": "decoder.", "decoder": "encoder."}[component]
-    info["unexpected_keys"] = [key for key in info["unexpected_keys"] if not key.startswith(other_half)]
+
+def check_loading_info(info: dict[str, Any], name_or_path: str | os.PathLike) -> None:
+    """Raises `ValueError` if diffusers left weights of the model unset, or weights of the checkpoint unused."""
     for problem in ("missing", "unexpected"):
         if keys := sorted(info[f"{problem}_keys"]):
             raise ValueError(

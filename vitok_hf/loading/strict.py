@@ -16,8 +16,9 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
-from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME
+from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from diffusers.utils.hub_utils import _add_variant
 from safetensors import SafetensorError, safe_open
 from torch import nn
@@ -29,6 +30,11 @@ Header = dict[str, tuple[int, ...]]
 
 FLOATS = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}
 DTYPES = {name: getattr(torch, name) for name in ("float64", "float32", "bfloat16", "float16", "float8_e4m3fn")}
+NO_WEIGHTS = {
+    b"version https://git-lfs": "a pointer of Git LFS, fetch the file by `git lfs pull`",
+    b"<!doctype": "a web page, download the file itself",
+    b"<html": "a web page, download the file itself",
+}
 MAX_JSON_BYTES = 2**26
 DAMAGED = "it is damaged or its download was cut. Fetch it again, with force_download=True if it came from the Hub."
 
@@ -51,7 +57,7 @@ def check_file(path: str | os.PathLike) -> Path:
     """Raises `ValueError` for pipes, folders and the like, on which reading may never end."""
     if not Path(path).is_file():
         state = "is no regular file" if os.path.lexists(path) else "is missing"
-        raise ValueError(f'"{path}" {state}: put the file of the checkpoint in its place.')
+        raise ValueError(f'"{path}" {state}: put the file in its place, or correct the path.')
     return Path(path)
 
 
@@ -122,6 +128,11 @@ def read_header(path: str | os.PathLike) -> Header:
             dtypes = {key: part.get_dtype() for key, part in slices.items()}
             header = {key: tuple(part.get_shape()) for key, part in slices.items()}
     except (SafetensorError, OSError, UnicodeError) as error:
+        with open(path, "rb") as file:
+            start = file.read(40)
+        for beginning, what in NO_WEIGHTS.items():
+            if start.lower().startswith(beginning):
+                raise ValueError(f"{path} cannot be read as safetensors: it is {what}.") from error
         raise ValueError(f"{path} cannot be read as safetensors ({error}): {DAMAGED}") from error
     for key, dtype in dtypes.items():
         if dtype not in FLOATS:
@@ -131,12 +142,12 @@ def read_header(path: str | os.PathLike) -> Header:
     return header
 
 
-def list_weights(folder: Path, variant: str | None) -> list[Path]:
-    """The safetensors files that diffusers loads from a folder, none if there are others only."""
+def read_index(folder: Path, variant: str | None) -> tuple[dict[str, str], list[Path]]:
+    """The file of each tensor, if there is an index, and the safetensors files that diffusers loads from a folder."""
     index = folder / _add_variant(SAFE_WEIGHTS_INDEX_NAME, variant)
     if not os.path.lexists(index):
         single = folder / _add_variant(SAFETENSORS_WEIGHTS_NAME, variant)
-        return [single] if os.path.lexists(single) else []
+        return {}, [single] if os.path.lexists(single) else []
     content = read_object(index)
     weight_map = content.get("weight_map")
     if not isinstance(content.get("metadata"), dict) or not has_type([*_values(weight_map)], list[str]):
@@ -144,7 +155,7 @@ def list_weights(folder: Path, variant: str | None) -> list[Path]:
     for name, file in weight_map.items():
         if Path(file).name != file:
             raise ValueError(f'"{index}" has "{name}" in "{file}", which leaves the folder: {DAMAGED}')
-    return [folder / file for file in sorted(set(weight_map.values()))]
+    return weight_map, [folder / file for file in sorted(set(weight_map.values()))]
 
 
 def _values(content: Any) -> Iterator[Any]:
@@ -152,13 +163,23 @@ def _values(content: Any) -> Iterator[Any]:
 
 
 def check_folder(folder: Path, variant: str | None) -> None:
-    """Raises `ValueError` if a file of a model in diffusers' layout cannot be read."""
-    if not os.path.lexists(folder / "config.json"):
-        return  # diffusers says so
+    """Raises `ValueError` if a file of a model in diffusers' layout cannot be read, `OSError` if it is missing."""
+    names = sorted(path.name for path in folder.iterdir())
+    if "config.json" not in names:
+        raise OSError(f'"{folder}" has no config.json, but {names}: name the folder of a model.')
     if read_object(folder / "config.json").get("quantization_config"):
         return
-    for file in list_weights(folder, variant):
-        read_header(file)
+    weight_map, files = read_index(folder, variant)
+    if not files and _add_variant(WEIGHTS_NAME, variant) not in names:
+        if any(name.startswith("diffusion_pytorch_model") for name in names):  # diffusers has more names for some
+            names = [name for name in names if name.startswith("diffusion_pytorch_model")]
+        wanted = _add_variant(SAFETENSORS_WEIGHTS_NAME, variant)
+        if not any(name.endswith(".index.json") or name.endswith(".bin") for name in names):
+            raise OSError(f'"{folder}" has no {wanted}, but {names}: name its `variant`, or fetch what is missing.')
+    for file in files:
+        for name in read_header(file):
+            if weight_map.get(name, file.name) != file.name:
+                raise ValueError(f'"{file}" holds "{name}", which is in "{weight_map[name]}" by the index: {DAMAGED}')
 
 
 def check_shards(files: Sequence[str | os.PathLike], listed: Collection[str], expected: Header) -> None:
@@ -187,7 +208,7 @@ def check_shards(files: Sequence[str | os.PathLike], listed: Collection[str], ex
 
 
 @torch.no_grad()
-def check_values(model: nn.Module, source: str | os.PathLike) -> None:
+def check_values(model: nn.Module, source: str | os.PathLike, files: Sequence[str | os.PathLike] = ()) -> None:
     """Raises `ValueError` if a weight is not finite; one pass over those in memory, unless it is turned off."""
     if not _checks_values.get():
         return
@@ -199,10 +220,12 @@ def check_values(model: nn.Module, source: str | os.PathLike) -> None:
     for extremes in by_device.values():
         for name, finite in zip(extremes, torch.stack([*extremes.values()]).isfinite().all(dim=1).tolist()):
             if not finite:
+                source = next((file for file in files if name in read_header(file)), source)
                 dtype = str(model.get_parameter(name).dtype).removeprefix("torch.")
+                remedy = "load them in another dtype, or " if dtype == "float16" else ""
                 raise ValueError(
-                    f'The weights of "{source}" are not finite in "{name}" as {dtype}: load them in another dtype, or '
-                    "fetch or train them again (check_finite=False loads them all the same)."
+                    f'The weights of "{source}" are not finite in "{name}" as {dtype}: {remedy}fetch or train them '
+                    "again (check_finite=False loads them all the same)."
                 )
 
 
@@ -232,9 +255,13 @@ def check_config_file(model_class: type, config: Any, path: str | os.PathLike) -
     """Raises `ValueError`, with the name of the file, for a config that the constructor would not take."""
     if not isinstance(config, dict):
         raise ValueError(f'The config of "{path}" must be a JSON object, but is {show(config)}.')
+    path = Path(path, "config.json") if os.path.isdir(path) else path
     parameters = inspect.signature(model_class.__init__).parameters
     defaults = {name: parameter.default for name, parameter in parameters.items() if name != "self"}
     check_private_entries(config, path)
+    other = getattr(diffusers, str(config.get("_class_name")), None)
+    if isinstance(other, type) and not issubclass(other, model_class):
+        raise ValueError(f'"{path}" is of a {other.__name__}, no {model_class.__name__}: load it by that.')
     check_entries(config, [name for name in config if not model_class.has_entry(name)], defaults, path)
     try:
         model_class.check_config(defaults | {name: value for name, value in config.items() if name in defaults})

@@ -57,9 +57,13 @@ class SavingMixin(PeftAdapterMixin):
         shapes = {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
         if kwargs.get("ignore_mismatched_sizes"):
             shapes = {}
-        check_shards([file for file in files if str(file).endswith(".safetensors")], loaded_keys, shapes)
+        shards = [file for file in files if str(file).endswith(".safetensors")]
+        check_shards(shards, loaded_keys, shapes)
+        other_half = {"encoder": "decoder.", "decoder": "encoder."}.get(model.config.get("component"))
+        if other_half:  # diffusers would list all of it in a warning
+            loaded_keys = [key for key in loaded_keys if not key.startswith(other_half)]
         loaded = super()._load_pretrained_model(model, state_dict, files, name_or_path, loaded_keys, **kwargs)
-        check_values(model, name_or_path)
+        check_values(model, name_or_path, shards)
         return loaded
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
