@@ -89,7 +89,11 @@ def _remedy(name: str, value: Any) -> str:
         return f"for pixels from 0 to 255, pass `{name} / 127.5 - 1`"
     if isinstance(value, torch.Tensor):
         return f"pass a dense tensor, as `{name}.float()`"
-    return "pictures become one in diffusers' `VaeImageProcessor().preprocess(pictures)`"
+    if callable(value) and not isinstance(value, type):
+        return f"call it, `{name}()`"
+    if name.startswith(("x", "sample", "pieces")):
+        return "pictures become one in diffusers' `VaeImageProcessor().preprocess(pictures)`"
+    return "latents are what `vae.encode(x).latent_dist.mode()` gives"
 
 
 def check_tensor(name: str, value: Any, ndims: tuple[int, ...] = ()) -> None:

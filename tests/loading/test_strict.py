@@ -2,6 +2,7 @@ import json
 import os
 import re
 import struct
+import sys
 
 import pytest
 import torch
@@ -287,6 +288,76 @@ def test_what_is_no_name(name):
     for model in (AutoencoderViTok, ViTokDiTModel, ViTokDiTPipeline):
         with pytest.raises(ValueError, match="A checkpoint is a folder, a Hub id or one of "):
             model.from_pretrained(name)
+
+
+class TestMistakes:
+    @pytest.mark.parametrize(
+        "name, message",
+        [
+            ("vitok-tiny-f8x9", 'did you mean the bundled "vitok-tiny-f8x8"'),
+            ("/nowhere/at/all", 'There is no folder "/nowhere/at/all"'),
+            ("S-B/16", "`from_variant` makes it"),
+            (__file__, "is a file: pass the folder"),
+        ],
+    )
+    def test_names(self, name, message):
+        for model in (AutoencoderViTok, ViTokDiTModel, ViTokDiTPipeline):
+            with pytest.raises((ValueError, OSError), match=message):
+                model.from_pretrained(name)
+
+    def test_arguments(self, folder):
+        with pytest.raises(ValueError, match="no argument `dtpye`: did you mean `dtype`"):
+            AutoencoderViTok.from_pretrained(folder, dtpye=torch.float16)
+        with pytest.raises(ValueError, match="no argument `latent_std`: did you mean `latents_std`"):
+            AutoencoderViTok.from_pretrained(folder, latent_std=[1.0] * 4)
+
+    @pytest.mark.parametrize("name", ["config.json", FILE])
+    def test_what_is_missing(self, folder, name):
+        (folder / name).unlink()
+        with pytest.raises(OSError, match=f'"{folder}" has no {name}, but .*: '):
+            AutoencoderViTok.from_pretrained(folder)
+
+    def test_variant_that_is_missing(self, folder):
+        with pytest.raises(OSError, match="has no diffusion_pytorch_model.fp16.safetensors, but .*name its `variant`"):
+            AutoencoderViTok.from_pretrained(folder, variant="fp16")
+
+    @pytest.mark.parametrize(
+        "start, what", [("version https://git-lfs.github.com/spec/v1\n", "Git LFS"), ("<!DOCTYPE html>", "web page")]
+    )
+    def test_what_was_fetched_in_place_of_weights(self, folder, start, what):
+        (folder / FILE).write_text(start + "x" * 100)
+        with pytest.raises(ValueError, match=f"{folder / FILE} cannot be read as safetensors: it is a .*{what}"):
+            AutoencoderViTok.from_pretrained(folder)
+
+    def test_configs_of_others(self, folder, tmp_path):
+        make_pipeline().transformer.save_pretrained(tmp_path / "transformer")
+        (folder / "config.json").write_bytes((tmp_path / "transformer" / "config.json").read_bytes())
+        with pytest.raises(ValueError, match='config.json" is of a ViTokDiTModel, no AutoencoderViTok'):
+            AutoencoderViTok.from_pretrained(folder)
+        with pytest.raises(OSError, match="has no model_index.json, but .*: name a pipeline"):
+            ViTokDiTPipeline.from_pretrained(folder)
+
+    @pytest.mark.parametrize(
+        "values",
+        [
+            {"vae": ["diffusers", "AutoencoderKL"]},
+            {"scheduler": ["os", "system"]},
+            {"scheduler": ["antigravity", "fly"]},
+            {"transformer": ["vitok_hf", "AutoencoderViTok"]},
+        ],
+    )
+    def test_classes_of_a_pipeline(self, tmp_path, values):
+        make_pipeline().save_pretrained(tmp_path)
+        change_json(tmp_path / "model_index.json", **values)
+        with pytest.raises(ValueError, match=f'"{tmp_path / "model_index.json"}" has .* for "{next(iter(values))}"'):
+            ViTokDiTPipeline.from_pretrained(tmp_path)
+        assert "antigravity" not in sys.modules
+
+    def test_scheduler_of_another_class(self, tmp_path):
+        make_pipeline().save_pretrained(tmp_path)
+        change_json(tmp_path / "model_index.json", scheduler=["diffusers", "FlowMatchEulerDiscreteScheduler"])
+        with pytest.raises(ValueError, match="it is of a DDIMScheduler, but model_index.json has a FlowMatch"):
+            ViTokDiTPipeline.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("shape", [(), (0,), (5,), (2, 0)])

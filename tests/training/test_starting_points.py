@@ -21,7 +21,7 @@ class TestStartingPoints:
         assert autoencoder_trainer.load_model(arguments(latent_channels=6)).config.latent_channels == 6
         variant = arguments(variant="w32_d1_h2-w32_d2_h2/1x8x4")
         assert autoencoder_trainer.load_model(variant).config.decoder_num_layers == 2
-        with pytest.raises(ValueError, match='config.json" does not fit: .*patchsize'):
+        with pytest.raises(ValueError, match='config.json" has entries that do not exist, .*patchsize'):
             autoencoder_trainer.load_model(arguments(TINY | {"patchsize": 4}))
 
     def test_author_layout(self, arguments, tmp_path):

@@ -238,9 +238,10 @@ def check_entries(
     """
     unknown = [name for name in unknown if not name.startswith("_")]
     if unknown and (missing := [name for name in expected if name not in config]):
+        lacking = f", and not those that do, {missing}" if any(missing) else ""
         raise ValueError(
-            f'"{path}" has entries that do not exist, {unknown}, and not those that do, {missing}: it is damaged, or '
-            "of another class or version, by which it can be loaded."
+            f'"{path}" has entries that do not exist, {unknown}{lacking}: it is damaged, or of another class or '
+            "version, by which it can be loaded."
         )
 
 
@@ -251,8 +252,11 @@ def check_private_entries(config: dict[str, Any], path: str | os.PathLike) -> No
             raise ValueError(f'"{path}" has `{name}` {show(config[name])}, but it must be {kind}.')
 
 
-def check_config_file(model_class: type, config: Any, path: str | os.PathLike) -> None:
-    """Raises `ValueError`, with the name of the file, for a config that the constructor would not take."""
+def check_config_file(model_class: type, config: Any, path: str | os.PathLike, complete: bool = True) -> None:
+    """Raises `ValueError`, with the name of the file, for a config that the constructor would not take.
+
+    One that is not `complete`, as written by hand, has no unknown entries.
+    """
     if not isinstance(config, dict):
         raise ValueError(f'The config of "{path}" must be a JSON object, but is {show(config)}.')
     path = Path(path, "config.json") if os.path.isdir(path) else path
@@ -262,7 +266,8 @@ def check_config_file(model_class: type, config: Any, path: str | os.PathLike) -
     other = getattr(diffusers, str(config.get("_class_name")), None)
     if isinstance(other, type) and not issubclass(other, model_class):
         raise ValueError(f'"{path}" is of a {other.__name__}, no {model_class.__name__}: load it by that.')
-    check_entries(config, [name for name in config if not model_class.has_entry(name)], defaults, path)
+    unknown = [name for name in config if not model_class.has_entry(name)]
+    check_entries(config, unknown, defaults if complete else [""], path)
     try:
         model_class.check_config(defaults | {name: value for name, value in config.items() if name in defaults})
     except ValueError as error:

@@ -126,10 +126,16 @@ def check_shape(
     """`shape` is that of `batch_dims` batch dimensions and an item, which must be multiples of `steps`."""
     (q, p), batch, item = steps, "B, " * batch_dims, shape[batch_dims:]
     if len(item) not in (3, 4):
-        raise ValueError(f"`{name}` must be ({batch}C, H, W) or ({batch}C, T, H, W), but has shape {tuple(shape)}.")
-    if item[0] != channels:
+        hint = f": add the batch, `{name}.unsqueeze(0)`" if len(item) == 2 and shape[0] == channels else ""
         raise ValueError(
-            f"`{name}` must have {channels} channels in dimension {batch_dims}, but has shape {tuple(shape)}."
+            f"`{name}` must be ({batch}C, H, W) or ({batch}C, T, H, W), but has shape {tuple(shape)}{hint}."
+        )
+    if item[0] != channels:
+        hint = ""
+        if channels in item:  # as in arrays of pictures, or lists of frames
+            hint = f": move them there, `{name}.movedim({batch_dims + item.index(channels)}, {batch_dims})`"
+        raise ValueError(
+            f"`{name}` must have {channels} channels in dimension {batch_dims}, but has shape {tuple(shape)}{hint}."
         )
     if len(item) == 3 and needs_frames:
         raise ValueError(
@@ -159,7 +165,9 @@ def check_sizes(sizes: Any, z: torch.Tensor | list[torch.Tensor], patch_size: in
         for index, size in enumerate(sizes):
             for side in size:
                 check_int(f"sizes[{index}]", side)
-    grids = [] if isinstance(z, torch.Tensor) else [tuple(item.shape[-2:]) for item in z]
+    if isinstance(z, torch.Tensor):
+        raise ValueError(f"`sizes` {sizes} are for a list of latents, but `z` is a batch: leave them out, and crop.")
+    grids = [tuple(item.shape[-2:]) for item in z]
     if [(-(-height // patch_size), -(-width // patch_size)) for height, width in sizes] != grids:
         raise ValueError(
             f"`sizes` {sizes} do not fit a list of latents of {grids} patches of {patch_size} x {patch_size} pixels."

@@ -61,9 +61,12 @@ def check_size(num_tokens: int, **sizes: int | None) -> None:
 
 def check_components(transformer: Any, vae: Any, scheduler: Any) -> None:
     """Each may be missing (`None`), but must else be of its kind."""
-    for name, model, entry in (("transformer", transformer, "num_classes"), ("vae", vae, "latent_channels")):
+    for name, model, entry in (
+        ("transformer", transformer, "num_classes"),
+        ("vae", vae, "temporal_compression_ratio"),
+    ):
         if model is not None and not hasattr(getattr(model, "config", None), entry):
-            refuse(name, f"a model with `{entry}` in its config", model)
+            refuse(name, f"a model with `{entry}` in its config", type(model))
     if scheduler is not None and not isinstance(getattr(scheduler, "config", None), dict):
         refuse("scheduler", "a scheduler of diffusers", scheduler)
 

@@ -3,41 +3,52 @@
 import copy
 import inspect
 import os
+import sys
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 from diffusers import SchedulerMixin
 
 from ..loading.strict import check_entries, check_private_entries, check_types, has_type, read_object
+from ..models import AutoencoderViTok, ViTokDiTModel
 from .checks import check_id2label, has_learned_variance, takes_variance, why_unsupported
 
 
 MAX_TIMESTEPS = 100_000
 TRIAL_STEPS = 10
+KINDS = {"transformer": ViTokDiTModel, "vae": AutoencoderViTok, "scheduler": SchedulerMixin}
 
 
 def check_folder(folder: str | os.PathLike, constructor: Callable) -> None:
     """Raises `ValueError`, with the name of the file, for what is damaged in the configs of a saved pipeline."""
     path = Path(folder, "model_index.json")
-    if not os.path.lexists(path):
-        return  # diffusers says so
+    if os.path.isdir(folder) and not os.path.lexists(path):
+        raise OSError(f'"{folder}" has no model_index.json, but {sorted(os.listdir(folder))}: name a pipeline.')
     config, parameters = read_object(path), {*inspect.signature(constructor).parameters} - {"self"}
     check_private_entries({"_class_name": None} | config, path)
     check_entries(config, config.keys() - parameters, sorted(parameters), path)
     for name in sorted(parameters - {"id2label"}):
         if not has_type(value := config.get(name), list[str | None]) or len(value) != 2:
             raise ValueError(f'"{path}" must have library and class of "{name}", but has {value!r}.')
+        cls, kind = getattr(sys.modules.get(value[0]), value[1] or "", None), KINDS[name]
+        if value != [None, None] and not (isinstance(cls, type) and issubclass(cls, kind)):
+            raise ValueError(
+                f'"{path}" has {value} for "{name}", which is no {kind.__name__}: correct it, or import the library '
+                "first."
+            )
     with named(path):
         check_id2label(config.get("id2label"))
-    path, scheduler_class = Path(folder, "scheduler", "scheduler_config.json"), config["scheduler"][1]
-    scheduler_class = getattr(diffusers, scheduler_class or "", None)
-    if scheduler_class is not None and os.path.lexists(path):
+    library, name = config["scheduler"]
+    path = Path(folder, "scheduler", "scheduler_config.json")
+    if name is not None and os.path.lexists(path):
+        scheduler_class, config = getattr(sys.modules[library], name), read_object(path)
         with named(path):
-            check_scheduler_config(config := read_object(path), scheduler_class.__init__)
+            if config.get("_class_name", name) != name:
+                raise ValueError(f"it is of a {config['_class_name']}, but model_index.json has a {name}.")
+            check_scheduler_config(config, scheduler_class.__init__)
             check_scheduler_works(scheduler_class.from_config(config))
 
 

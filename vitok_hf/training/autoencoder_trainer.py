@@ -13,7 +13,7 @@ from ..data.files import short_names
 from ..data.items import load_evaluation_images
 from ..evaluation.reconstruction import comparison, evaluate_reconstruction
 from ..latents import NO_STATISTICS
-from ..loading.strict import read_json
+from ..loading.strict import check_config_file, read_object
 from ..models import AutoencoderViTok
 from .adversary import Adversary
 from .arguments import AutoencoderArguments
@@ -38,11 +38,9 @@ def load_model(args: AutoencoderArguments) -> AutoencoderViTok:
         )
     if args.variant is not None:
         return AutoencoderViTok.from_variant(args.variant, **overrides)
-    config = read_json(args.model_config) | overrides
-    try:
-        return AutoencoderViTok(**public_config(config))
-    except TypeError as error:  # it has no such argument
-        raise ValueError(f'`model_config` "{args.model_config}" does not fit: {error}.') from error
+    config = read_object(args.model_config) | overrides
+    check_config_file(AutoencoderViTok, config, args.model_config, complete=False)
+    return AutoencoderViTok(**public_config(config))
 
 
 def public_config(config: dict[str, object]) -> dict[str, object]:
@@ -171,6 +169,10 @@ class AutoencoderTrainer(Trainer):
         args, config = self.args, self.config
         if args.max_tokens is None:
             sizes = [parse_size(size) for size in args.crop_sizes or [str(resolution)]]
+            for side in {side for size in sizes for side in size[:2]}:
+                if side % config.patch_size:
+                    name = "crop_sizes" if args.crop_sizes else "resolution"
+                    raise ValueError(f"`{name}` has {side}, no multiple of patch_size {config.patch_size}.")
             pixels = args.train_batch_size * resolution**2 * config.sample_frames
             batches = {"sizes": sizes, "pixels_per_batch": pixels}
         else:

@@ -113,7 +113,12 @@ def find_checkpoint(output_dir: Path, name: str | None) -> Path | None:
 
 def _find_named(path: Path) -> Path:
     if checkpoint_step(path) is None or not (path / "state").is_dir():
-        raise ValueError(f'`resume_from_checkpoint` "{path}" is no folder checkpoint-<step> with a state/ inside.')
+        found = [other.name for other in list_checkpoints(path.parent)]
+        raise ValueError(
+            f'`resume_from_checkpoint` "{path}" is no folder checkpoint-<step> with a state/ inside: name one'
+            + (f", of {found}," if found else "")
+            + ' or "latest".'
+        )
     if reason := find_damage(path):
         raise ValueError(
             f'`resume_from_checkpoint` "{path}" is damaged: {reason}. Name an older one, or resume from "latest", '

@@ -15,7 +15,7 @@ from ..data.files import short_names
 from ..data.latent_cache import LatentBatches, LatentCache, fingerprint
 from ..data.media import evenly_spaced
 from ..latents import NO_STATISTICS, compute_latent_statistics, normalize_latents, summarize_latents
-from ..loading.strict import read_json
+from ..loading.strict import check_config_file, read_json, read_object
 from ..models import AutoencoderViTok, ViTokDiTModel
 from ..pipelines import ViTokDiTPipeline
 from ..pipelines.model_card import usage
@@ -53,7 +53,8 @@ def make_transformer(args: DiTArguments, vae: AutoencoderViTok, resolution: int,
     }
     if args.variant is not None:
         return ViTokDiTModel.from_variant(args.variant, **fixed)
-    config = read_json(args.model_config)
+    config = read_object(args.model_config)
+    check_config_file(ViTokDiTModel, config, args.model_config, complete=False)
     config = {name: value for name, value in config.items() if not name.startswith("_")}
     for name, value in (fixed | {"out_channels": fixed["in_channels"]}).items():
         if config.get(name) not in (None, value):
@@ -61,10 +62,7 @@ def make_transformer(args: DiTArguments, vae: AutoencoderViTok, resolution: int,
                 f"`model_config` has {name} {config[name]}, but the autoencoder and the data have {value}: leave it "
                 "out."
             )
-    try:
-        return ViTokDiTModel(**config | fixed)
-    except TypeError as error:  # it has no such argument
-        raise ValueError(f'`model_config` "{args.model_config}" does not fit: {error}.') from error
+    return ViTokDiTModel(**config | fixed)
 
 
 class DiTTrainer(Trainer):
