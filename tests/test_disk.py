@@ -3,6 +3,8 @@
 import errno
 import logging
 import os
+import subprocess
+import sys
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -12,7 +14,7 @@ from accelerate import PartialState
 from tests.conftest import run_on_two_processes
 from tests.faults.state import file_size_limit, held_lock
 from vitok_hf import disk
-from vitok_hf.disk import atomic_file, inside, lock_folder, naming_full_disks, remove_leftovers, unlock_folder
+from vitok_hf.disk import atomic_file, inside, lock_folder, locked, naming_full_disks, remove_leftovers
 
 
 class TestWholeFiles:
@@ -89,38 +91,56 @@ class TestLock:
             pytest.raises(ValueError, match=f'"{tmp_path}" is in use by process {child} on .*: wait for its end'),
         ):
             lock_folder(tmp_path)
-        lock_folder(tmp_path)
-        unlock_folder(tmp_path)
+        lock_folder(tmp_path).release()
         with held_lock(tmp_path):
             pass
 
     def test_full_disks(self, tmp_path):
         with file_size_limit(0), pytest.raises(OSError, match=f"No space left on the disk.*{tmp_path}/.lock"):
             lock_folder(tmp_path)
-        unlock_folder(tmp_path)
+        lock_folder(tmp_path, take_over=True).release()
 
     def test_the_same_process_again(self, tmp_path):
-        lock_folder(tmp_path)
-        lock_folder(tmp_path / "x" / "..")
-        unlock_folder(tmp_path)
-        unlock_folder(tmp_path)
+        first = lock_folder(tmp_path)
+        with pytest.raises(ValueError, match="is in use by this process"), locked(tmp_path / "x" / ".."):
+            pass
+        second = lock_folder(tmp_path, take_over=True)
+        first.release()
+        assert second.is_held() and not first.is_held()
+        (tmp_path / ".lock").read_text()  # which opens and closes the file
+        with pytest.raises(ValueError, match="is in use by process"):
+            ask_another_process(tmp_path)
+        second.release()
+        ask_another_process(tmp_path)
+
+    def test_errors_release_it(self, tmp_path):
+        with pytest.raises(KeyError), locked(tmp_path):
+            raise KeyError
+        ask_another_process(tmp_path)
 
     @pytest.mark.parametrize("missing", [False, True])
     def test_systems_without_locks(self, tmp_path, monkeypatch, caplog, missing):
         if missing:
             monkeypatch.setattr(disk, "fcntl", None)
         else:
-            monkeypatch.setattr(disk.fcntl, "lockf", Mock(side_effect=OSError(errno.ENOLCK, "no locks")))
+            monkeypatch.setattr(disk.fcntl, "flock", Mock(side_effect=OSError(errno.ENOLCK, "no locks")))
         with caplog.at_level(logging.WARNING):
             lock_folder(tmp_path)
-            lock_folder(tmp_path)
+            lock_folder(tmp_path, take_over=True).release()
         assert caplog.text.count("cannot be locked") == 1
-        unlock_folder(tmp_path)
 
     def test_processes_of_one_run(self, tmp_path):
         """The main one asks for the lock; if it does not get it, all end."""
         with held_lock(tmp_path) as child:
             run_on_two_processes(lock_on_two, str(tmp_path), child)
+
+
+def ask_another_process(folder) -> None:
+    """Raises what a process gets that asks for the lock of a folder, as by `locked`."""
+    code = "import sys; from vitok_hf.disk import locked\nwith locked(sys.argv[1]): pass"
+    process = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True)
+    if process.returncode:
+        raise ValueError(process.stderr.splitlines()[-1])
 
 
 def lock_on_two(folder: str, holder: int) -> None:

@@ -38,11 +38,14 @@ def refuse(name: str, wanted: str, value: Any) -> NoReturn:
     raise ValueError(f"`{name}` must be {wanted}, but is {show(value)}.")
 
 
+def _is_boolean(value: Any) -> bool:
+    return isinstance(value, BOOLEANS) or getattr(value, "dtype", None) in (torch.bool, np.bool_)
+
+
 def check_int(name: str, value: Any, low: int = 1, high: int = LARGEST, wanted: str | None = None) -> int:
     """`value` as an `int`: anything with an `__index__`, but no boolean."""
-    is_boolean = isinstance(value, BOOLEANS) or getattr(value, "dtype", None) is torch.bool
     try:
-        number = low - 1 if is_boolean else operator.index(value)
+        number = low - 1 if _is_boolean(value) else operator.index(value)
     except (TypeError, RuntimeError):  # the latter from tensors without values
         number = low - 1
     if not low <= number <= high:
@@ -53,8 +56,9 @@ def check_int(name: str, value: Any, low: int = 1, high: int = LARGEST, wanted: 
 def check_number(name: str, value: Any, low: float, high: float, wanted: str | None = None) -> float:
     """`value` as a `float`: a real number, but no boolean."""
     try:
-        number = float(value) if isinstance(value, numbers.Real) and not isinstance(value, BOOLEANS) else math.nan
-    except OverflowError:
+        is_number = isinstance(value, numbers.Real) or getattr(value, "shape", None) == ()  # a tensor or an array
+        number = float(value) if is_number and not _is_boolean(value) else math.nan
+    except (OverflowError, TypeError, RuntimeError):  # the last of complex tensors, and those without values
         number = math.nan
     if not low <= number <= high:
         refuse(name, wanted or f"a number from {low:g} to {high:g}", value)
@@ -106,8 +110,13 @@ def check_tensor(name: str, value: Any, ndims: tuple[int, ...] = ()) -> None:
 
 
 def is_readable(tensor: torch.Tensor) -> bool:
-    """Whether its values can be looked at without waiting for a device or breaking a compilation."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
+    """Whether its values can be looked at without waiting for a device, or breaking a compilation or a transform."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or tensor.device.type != "cpu":
+        return False
+    is_plain = type(tensor) in (torch.Tensor, torch.nn.Parameter)  # and no fake one
+    return (
+        is_plain and not torch._C._len_torch_dispatch_stack() and torch._C._functorch.peek_interpreter_stack() is None
+    )
 
 
 def check_finite(name: str, tensor: torch.Tensor) -> tuple[float, float]:

@@ -12,6 +12,7 @@ import tempfile
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ HELD = (errno.EACCES, errno.EAGAIN)
 LOCK = ".lock"
 LEFTOVERS = r"(\..+\.[0-9a-f]{8}|checkpoint-\d+|vae|pipeline)\.(incomplete|removed)"  # the latter of earlier versions
 
-_locks: dict[str, Any] = {}  # open files of the locks that this process holds, by folder
+_locks: dict[str, "Lock"] = {}  # those that this process holds, by folder
 
 
 def checksum(path: str | os.PathLike) -> str:
@@ -153,25 +154,75 @@ def _is_full(error: BaseException | None, folder: Path) -> bool:
     return False
 
 
-def lock_folder(folder: str | Path) -> None:
-    """Makes the main process the only one that writes to a folder, until `unlock_folder` or its end.
+@dataclass
+class Lock:
+    """Of a folder; who takes it over, or a child of the process, has another one."""
+
+    key: str
+    file: Any
+
+    def is_held(self) -> bool:
+        return _locks.get(self.key) is self
+
+    def release(self) -> None:
+        if self.is_held():
+            del _locks[self.key]
+            self.file.close()
+
+
+def _forget_locks() -> None:
+    """In a child, which must neither hold them nor keep them when its parent ends."""
+    for lock in _locks.values():
+        lock.file.close()
+    _locks.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_locks)
+
+
+def lock_folder(folder: str | Path, take_over: bool = False) -> Lock | None:
+    """Makes the main process the only one that writes to a folder, until its end, by any signal, or `release`.
+
+    Args:
+        folder: It is made if there is none.
+        take_over: From an earlier user in the same process, which may have failed.
+
+    Returns:
+        The lock, on the main process.
 
     Raises:
         ValueError: On all processes, if another run has it.
     """
-    decide(lambda: _lock(Path(folder)))
+    path = Path(folder).absolute()
+    decide(lambda: _lock(path, take_over))
+    return _locks[str(path.resolve())] if PartialState().is_main_process else None
 
 
-def _lock(folder: Path) -> None:
+@contextmanager
+def locked(folder: str | Path) -> Iterator[None]:
+    """The folder is locked in this block, also from other threads."""
+    lock = lock_folder(folder)
+    try:
+        yield
+    finally:
+        if lock is not None:
+            lock.release()
+
+
+def _lock(folder: Path, take_over: bool) -> None:
     key = str(folder.resolve())
     folder.mkdir(parents=True, exist_ok=True)
-    if key in _locks:
+    if mine := _locks.get(key):
+        if not take_over:
+            raise ValueError(f'"{folder}" is in use by this process: wait for its end, or name another folder.')
+        _locks[key] = Lock(key, mine.file)
         return
     file = open(folder / LOCK, "ab+", buffering=0)
     try:
         if fcntl is None:
             raise OSError(errno.ENOTSUP, "no locks on this system")
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not `flock`: children must not keep it
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in HELD:
             file.seek(0)
@@ -179,16 +230,10 @@ def _lock(folder: Path) -> None:
             file.close()
             raise ValueError(f'"{folder}" is in use by {holder}: wait for its end, or name another folder.') from error
         logger.warning('"%s" cannot be locked (%s): see to it that one run at a time writes to it.', folder, error)
-    _locks[key] = file
+    _locks[key] = Lock(key, file)
     with naming_full_disks(folder / LOCK):
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
-
-
-def unlock_folder(folder: str | Path) -> None:
-    """For when the main process goes on to other things; its end, by any signal, unlocks all."""
-    if file := _locks.pop(str(Path(folder).resolve()), None):
-        file.close()
 
 
 def write_json(path: Path, content: dict | list) -> None:

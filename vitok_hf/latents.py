@@ -172,7 +172,7 @@ def encode_mode(vae: ModelMixin, pixels: torch.Tensor) -> torch.Tensor:
 
 
 def _check_autoencoder(vae: Any) -> None:
-    if not isinstance(vae, torch.nn.Module) or not hasattr(vae, "encode"):  # strings have one, too
+    if isinstance(vae, str) or not callable(getattr(vae, "encode", None)):  # strings have one, too
         refuse("vae", "an autoencoder with an `encode`", vae)
 
 
@@ -219,6 +219,7 @@ def compute_latent_statistics(
                 yield _mode(output), getattr(getattr(output, "latent_dist", None), "std", None)
 
     _check_autoencoder(vae)
-    if isinstance(batches, (torch.Tensor, str)) or not hasattr(batches, "__iter__"):
+    iterates = hasattr(batches, "__iter__") or hasattr(batches, "__getitem__")
+    if isinstance(batches, (torch.Tensor, str)) or not iterates:
         refuse("batches", "an iterable of uint8 batches, such as [pictures]", batches)
     return summarize_latents(moments())

@@ -215,8 +215,7 @@ def held_lock(folder: Path) -> Iterator[int]:
     end, begin = os.pipe()
     child = os.fork()
     if not child:  # without any computation, which might hang in a fork
-        disk._locks.clear()
-        disk._lock(folder)
+        disk._lock(folder, take_over=False)
         os.write(begin, b"x")
         signal.pause()
     os.read(end, 1)
@@ -230,7 +229,8 @@ def held_lock(folder: Path) -> Iterator[int]:
 def lock_cases(runs: Runs, cache_folder: Path) -> list[Case]:
     def beside(kind: str) -> str:
         output_dir = cache_folder / "cache" if kind == "cache" else runs.copy()
-        disk.unlock_folder(output_dir)
+        if lock := disk._locks.get(str(output_dir.resolve())):
+            lock.release()
         with held_lock(output_dir) as child:
             try:
                 if kind == "cache":

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler, LCMScheduler, PNDMScheduler
 from safetensors.torch import load_file, save_file
 
 from conversion.convert_vitok_v2 import main as convert
@@ -251,11 +251,23 @@ class TestConfigs:
         with pytest.raises(ValueError, match=f'"{path}" is damaged, or does not fit: '):
             ViTokDiTPipeline.from_pretrained(tmp_path)
 
-    def test_of_a_scheduler_made_in_python(self):
-        scheduler = DDIMScheduler(clip_sample=False, prediction_type="epsilom")
-        with pytest.raises(ValueError, match="DDIMScheduler does not work with its config .*epsilom"):
-            make_pipeline(scheduler=scheduler)
-        make_pipeline(scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True))
+    @pytest.mark.parametrize(
+        "scheduler",
+        [
+            DDIMScheduler(num_train_timesteps=5, clip_sample=False),
+            DDIMScheduler(num_train_timesteps=200_000, clip_sample=False),
+            DDPMScheduler(clip_sample=False),
+            FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+            LCMScheduler(original_inference_steps=4, clip_sample=False),
+            PNDMScheduler(),
+        ],
+    )
+    def test_of_schedulers_that_work(self, tmp_path, scheduler):
+        """And no random number is drawn."""
+        make_pipeline(scheduler=scheduler).save_pretrained(tmp_path)
+        state = torch.get_rng_state()
+        ViTokDiTPipeline.from_pretrained(tmp_path)
+        assert torch.equal(torch.get_rng_state(), state)
 
     @pytest.mark.parametrize(
         "values",

@@ -8,6 +8,7 @@ restores size and times is not seen where the system keeps no time of the last c
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Collection, Sequence
 from multiprocessing.pool import ThreadPool
@@ -55,7 +56,8 @@ def _make_record(settings: dict, files: Sequence[str | os.PathLike], known: dict
     with ThreadPool(16) as pool:  # most of the time goes by waiting for the disk
         described = pool.imap(lambda name: _describe(named[name], known.get(name, ""), read), named, 64)
         files = dict(zip(named, tqdm(described, "input files", len(named), delay=5)))
-    return {"settings": json.loads(json.dumps(settings, default=str)), "files": files}
+    finite = {name: str(x) if isinstance(x, float) and not math.isfinite(x) else x for name, x in settings.items()}
+    return {"settings": json.loads(json.dumps(finite, default=str)), "files": files}
 
 
 def _read_record(path: Path) -> dict:

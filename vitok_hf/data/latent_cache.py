@@ -25,10 +25,9 @@ from ..disk import (
     checksum,
     inside,
     is_sealed,
-    lock_folder,
+    locked,
     remove_leftovers,
     seal,
-    unlock_folder,
     write_json,
 )
 from ..latents import NO_STATISTICS
@@ -153,35 +152,34 @@ def write_latents(
             process writes to it.
     """
     folder, num_frames = Path(folder), vae.config.sample_frames
-    lock_folder(folder)
-    remove_leftovers(folder)
-    settings = {"format": FORMAT, "vae_sha256": fingerprint(vae), "classes": files.classes}
-    settings |= {"resolution": resolution, "num_frames": num_frames, "fps": fps}
-    settings |= {"dtype": str(dtype).removeprefix("torch."), "shard_size": shard_size}
-    index = {"vae": name} | settings | {"num_shards": -(-len(files) // shard_size), "shards": {}}
-    path, paths = folder / INDEX, [item.source for item in files.items]
-    if path.is_file():
-        index = read_index(folder)
-    skipped = {number for shard in index["shards"].values() for number in shard["skipped"]}
-    claim_folder(folder, settings, paths, [file for number, file in enumerate(paths) if number in skipped])
-    contents = claimed_contents(folder)
-    for number in tqdm(range(index["num_shards"]), desc="shards"):
-        part = range(number * shard_size, min(len(files), (number + 1) * shard_size))
-        digest = hashlib.sha256("".join(f"{files.labels[i]} {contents[i]}\n" for i in part).encode()).hexdigest()
-        shard = index["shards"].get(str(number))
-        if shard is not None and shard["files_sha256"] == digest and _is_kept(folder, shard):
-            squares = _Squares(files, shard["skipped"], resolution, num_frames, fps)
-            if all(clip is None for clip, _, _ in squares):  # what could not be read, still cannot
-                continue
-        squares = _Squares(files, part, resolution, num_frames, fps)
-        tensors, skipped = encode_shard(vae, squares, batch_size, dtype, num_workers)
-        for reason in skipped.values():
-            logger.warning("Skipped what cannot be read: %s", reason)
-        written = _write_shard(folder / f"latents-{number:05d}.safetensors", tensors)
-        index["shards"][str(number)] = written | {"skipped": [*skipped], "files_sha256": digest}
-        index = seal(index)
-        write_json(path, index)
-    unlock_folder(folder)
+    with locked(folder):
+        remove_leftovers(folder)
+        settings = {"format": FORMAT, "vae_sha256": fingerprint(vae), "classes": files.classes}
+        settings |= {"resolution": resolution, "num_frames": num_frames, "fps": fps}
+        settings |= {"dtype": str(dtype).removeprefix("torch."), "shard_size": shard_size}
+        index = {"vae": name} | settings | {"num_shards": -(-len(files) // shard_size), "shards": {}}
+        path, paths = folder / INDEX, [item.source for item in files.items]
+        if path.is_file():
+            index = read_index(folder)
+        skipped = {number for shard in index["shards"].values() for number in shard["skipped"]}
+        claim_folder(folder, settings, paths, [file for number, file in enumerate(paths) if number in skipped])
+        contents = claimed_contents(folder)
+        for number in tqdm(range(index["num_shards"]), desc="shards"):
+            part = range(number * shard_size, min(len(files), (number + 1) * shard_size))
+            digest = hashlib.sha256("".join(f"{files.labels[i]} {contents[i]}\n" for i in part).encode()).hexdigest()
+            shard = index["shards"].get(str(number))
+            if shard is not None and shard["files_sha256"] == digest and _is_kept(folder, shard):
+                squares = _Squares(files, shard["skipped"], resolution, num_frames, fps)
+                if all(clip is None for clip, _, _ in squares):  # what could not be read, still cannot
+                    continue
+            squares = _Squares(files, part, resolution, num_frames, fps)
+            tensors, skipped = encode_shard(vae, squares, batch_size, dtype, num_workers)
+            for reason in skipped.values():
+                logger.warning("Skipped what cannot be read: %s", reason)
+            written = _write_shard(folder / f"latents-{number:05d}.safetensors", tensors)
+            index["shards"][str(number)] = written | {"skipped": [*skipped], "files_sha256": digest}
+            index = seal(index)
+            write_json(path, index)
     return index
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 from torch.nn import functional as F
 
 from ..data.media import resize
-from ..disk import atomic_file, inside, lock_folder, unlock_folder
+from ..disk import atomic_file, inside, locked
 from .processes import gather_rows, share_of
 
 
@@ -46,19 +46,18 @@ def save_samples(
     """
     folders = {label: inside(folder, pipe.config.id2label[label]) for label in set(class_ids)}
     files = [folders[label] / f"{index:06}.png" for index, label in enumerate(class_ids)]
-    lock_folder(folder)
-    share = share_of(len(files))
-    for start in range(share.start, share.stop, batch_size):
-        batch = range(start, min(start + batch_size, share.stop))
-        if all(files[index].exists() for index in batch):
-            continue
-        images = generate_samples(pipe, [class_ids[index] for index in batch], batch_size, seed + start, **options)
-        for index, image in zip(batch, images):
-            files[index].parent.mkdir(parents=True, exist_ok=True)
-            with atomic_file(files[index]) as temporary:
-                Image.fromarray(image.permute(1, 2, 0).numpy()).save(temporary, "PNG")
-    PartialState().wait_for_everyone()
-    unlock_folder(folder)
+    with locked(folder):
+        share = share_of(len(files))
+        for start in range(share.start, share.stop, batch_size):
+            batch = range(start, min(start + batch_size, share.stop))
+            if all(files[index].exists() for index in batch):
+                continue
+            images = generate_samples(pipe, [class_ids[index] for index in batch], batch_size, seed + start, **options)
+            for index, image in zip(batch, images):
+                files[index].parent.mkdir(parents=True, exist_ok=True)
+                with atomic_file(files[index]) as temporary:
+                    Image.fromarray(image.permute(1, 2, 0).numpy()).save(temporary, "PNG")
+        PartialState().wait_for_everyone()
 
 
 def resize_all(images: torch.Tensor, side: int) -> torch.Tensor:

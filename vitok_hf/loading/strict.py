@@ -8,6 +8,7 @@ import json
 import math
 import numbers
 import os
+import pickle
 import types
 import typing
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -102,7 +103,7 @@ def check_types(config: dict[str, Any], constructor: Callable, simple: bool = Fa
     """
     for name, parameter in inspect.signature(constructor).parameters.items():
         kinds = typing.get_args(parameter.annotation) or (parameter.annotation,)
-        if name not in config or config[name] == parameter.default or (simple and not set(kinds) <= set(SIMPLE)):
+        if name not in config or config[name] is parameter.default or (simple and not set(kinds) <= set(SIMPLE)):
             continue
         if not has_type(config[name], parameter.annotation):
             kind = getattr(parameter.annotation, "__name__", str(parameter.annotation))
@@ -113,6 +114,8 @@ def to_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     """A dtype by its name, as "bfloat16", or the argument itself; raises `ValueError` for what is none."""
     if isinstance(dtype, str) and dtype.removeprefix("torch.") in DTYPES:
         return DTYPES[dtype.removeprefix("torch.")]
+    if isinstance(dtype, str) and dtype == "auto":
+        return None  # as saved
     if dtype is None or (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         return dtype
     raise ValueError(
@@ -120,8 +123,24 @@ def to_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     )
 
 
+def _read_pickle(path: str | os.PathLike) -> Header:
+    """As `read_header`, of a file that `torch.save` wrote; nothing in it is run."""
+    try:
+        tensors = torch.load(check_file(path), map_location="meta", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
+        raise ValueError(f"{path} cannot be read as weights ({type(error).__name__}): {DAMAGED}") from error
+    if not isinstance(tensors, dict):
+        raise ValueError(f"{path} holds a {type(tensors).__name__}, no weights by name: {DAMAGED}")
+    for key, tensor in tensors.items():
+        if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
+            raise ValueError(f'"{path}" holds "{key}" as {show(tensor)}, but weights are tensors of floats: {DAMAGED}')
+    return {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+
+
 def read_header(path: str | os.PathLike) -> Header:
-    """Names and shapes of the tensors in a safetensors file, which must be of floats."""
+    """Names and shapes of the tensors in a file of weights, which must be of floats."""
+    if not str(path).endswith(".safetensors"):
+        return _read_pickle(path)
     try:
         with safe_open(check_file(path), framework="pt") as file:
             slices = {key: file.get_slice(key) for key in file.keys()}
@@ -167,7 +186,9 @@ def check_folder(folder: Path, variant: str | None) -> None:
     names = sorted(path.name for path in folder.iterdir())
     if "config.json" not in names:
         raise OSError(f'"{folder}" has no config.json, but {names}: name the folder of a model.')
-    if read_object(folder / "config.json").get("quantization_config"):
+    if quantization := read_object(folder / "config.json").get("quantization_config"):
+        if not isinstance(quantization, dict):
+            raise ValueError(f'"{folder}/config.json" has `quantization_config` {show(quantization)}, no object.')
         return
     weight_map, files = read_index(folder, variant)
     if not files and _add_variant(WEIGHTS_NAME, variant) not in names:

@@ -13,7 +13,7 @@ from .layers import split_rotary_pairs
 
 # The largest values of entries by the end of their names: a model of a damaged config would fill all memory.
 MAX_VALUES = {
-    "_frames": 2**16,
+    "_frames": 2**24,
     "_size": 2**16,
     "_channels": 2**16,
     "_layers": 2**10,

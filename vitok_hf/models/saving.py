@@ -3,14 +3,19 @@
 import hashlib
 import inspect
 import json
+import os
 from contextlib import contextmanager
+from functools import wraps
+from pathlib import Path
 from typing import Any
 
+from diffusers import ModelMixin
 from diffusers.loaders import PeftAdapterMixin
+from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from diffusers.utils.torch_utils import is_compiled_module
 from torch import nn
 
-from ..loading.strict import check_config_file, check_shards, check_values
+from ..loading.strict import check_config_file, check_shards, check_values, read_header
 
 
 def plain_name(name: str) -> str:
@@ -30,6 +35,18 @@ def uncompiled(model: nn.Module):
     finally:
         for parent, name, child in wrapped:
             setattr(parent, name, child)
+
+
+def adapter_names(source: Any, weight_name: str | None, prefix: str | None) -> set[str]:
+    """Of the tensors of a local adapter in PEFT's layout; empty of others, which diffusers fetches or converts."""
+    names = set()
+    if isinstance(source, dict):
+        names = {*source}
+    elif os.path.exists(source):
+        path = Path(source, weight_name or LORA_WEIGHT_NAME_SAFE) if os.path.isdir(source) else Path(source)
+        names = {*read_header(path)} if path.suffix == ".safetensors" and path.exists() else names
+    names = {name.removeprefix(f"{prefix}.") for name in names}
+    return names if all(name.endswith((".lora_A.weight", ".lora_B.weight")) for name in names) else set()
 
 
 class SavingMixin(PeftAdapterMixin):
@@ -57,7 +74,7 @@ class SavingMixin(PeftAdapterMixin):
         shapes = {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
         if kwargs.get("ignore_mismatched_sizes"):
             shapes = {}
-        shards = [file for file in files if str(file).endswith(".safetensors")]
+        shards = [file for file in files if str(file).endswith((".safetensors", ".bin"))]
         check_shards(shards, loaded_keys, shapes)
         other_half = {"encoder": "decoder.", "decoder": "encoder."}.get(model.config.get("component"))
         if other_half:  # diffusers would list all of it in a warning
@@ -66,6 +83,7 @@ class SavingMixin(PeftAdapterMixin):
         check_values(model, name_or_path, shards)
         return loaded
 
+    @wraps(ModelMixin.save_pretrained)  # whose arguments pipelines look for
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         with uncompiled(self):
             super().save_pretrained(*args, **kwargs)
@@ -83,10 +101,37 @@ class SavingMixin(PeftAdapterMixin):
         with uncompiled(self):
             super().add_adapter(*args, **kwargs)
 
-    def load_lora_adapter(self, *args: Any, **kwargs: Any) -> None:
+    def load_lora_adapter(
+        self,
+        pretrained_model_name_or_path_or_dict: Any,
+        prefix: str | None = "transformer",
+        hotswap: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """As in diffusers, and raises `ValueError`, without the adapter, if one is damaged or of another model."""
+        source = pretrained_model_name_or_path_or_dict
         self.unfuse_qkv_projections()
+        before, saved = {*self._adapters()}, adapter_names(source, kwargs.get("weight_name"), prefix)
         with uncompiled(self):
-            super().load_lora_adapter(*args, **kwargs)
+            super().load_lora_adapter(source, prefix=prefix, hotswap=hotswap, **kwargs)
+            for adapter in {*self._adapters()} - before:
+                try:
+                    self._check_adapter(adapter, saved, "of the dictionary" if isinstance(source, dict) else source)
+                except ValueError:
+                    self.delete_adapters(adapter)
+                    raise
+
+    def _adapters(self) -> dict[str, Any]:
+        return getattr(self, "peft_config", {})
+
+    def _check_adapter(self, adapter: str, saved: set[str], source: str | os.PathLike) -> None:
+        names = {name.replace(f".{adapter}.", ".") for name, _ in self.named_parameters() if f".{adapter}." in name}
+        if saved and (different := sorted(saved ^ names)):
+            raise ValueError(
+                f'The LoRA adapter "{source}" does not fit this model: {len(different)} tensors are missing or '
+                f"unexpected ({', '.join(different[:5])}). Take the model that it was trained on."
+            )
+        check_values(self, source)
 
 
 def weights_checksum(module: nn.Module, config: dict | None = None) -> str:

@@ -15,6 +15,7 @@ from .checks import check_timesteps
 
 
 _lock = threading.Lock()  # of all pipelines: one of their own could not be pickled or copied
+_running: list["Call"] = []  # of all pipelines, which may share a scheduler
 
 
 @dataclass(eq=False)
@@ -100,14 +101,16 @@ class CallsMixin:
         threads = {thread.ident for thread in threading.enumerate()} - {call.thread}
         with _lock:
             self._calls[:] = [other for other in self._calls if other.is_running or other.thread in threads]
-            is_used = any(other.scheduler is self.scheduler for other in self._calls)
+            is_used = any(other.scheduler is self.scheduler for other in _running)
             # Shallow first: the other call must not change a dict that is being gone through.
             call.scheduler = copy.deepcopy(copy.copy(self.scheduler)) if is_used else self.scheduler
             self._calls.append(call)
+            _running.append(call)
         try:
             yield call
         finally:
             with _lock:
+                _running.remove(call)
                 call.is_running, call.scheduler, call.current_timestep = False, None, None
                 if any(other.is_running and other.thread == call.thread for other in self._calls):
                     self._calls.remove(call)

@@ -168,7 +168,8 @@ def why_unsupported(scheduler: SchedulerMixin) -> str | None:
     if not (hasattr(scheduler, "step") and hasattr(scheduler, "set_timesteps")):
         return "it has no `step` and `set_timesteps`"
     parameters = list(inspect.signature(type(scheduler).step).parameters.values())[1:]
-    needed = [parameter.name for parameter in parameters if parameter.default is parameter.empty]
+    variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    needed = [p.name for p in parameters if p.default is p.empty and p.kind not in variable]
     if needed[:3] != ["model_output", "timestep", "sample"] or len(needed) > 3:
         return f"its `step` needs {', '.join(needed)}, not model_output, timestep and sample alone"
     return None

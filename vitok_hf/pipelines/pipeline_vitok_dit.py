@@ -1,6 +1,6 @@
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -36,7 +36,7 @@ from .checks import (
     warn_of_clipping,
 )
 from .labels import label_table, to_label_ids
-from .loading import check_folder, check_scheduler_works
+from .loading import check_folder
 from .model_card import add_usage
 
 
@@ -97,8 +97,6 @@ class ViTokDiTPipeline(CallsMixin, DiffusionPipeline):
         id2label = check_id2label(id2label)
         if transformer is not None:
             check_models(transformer.config, vae, id2label)
-        if scheduler is not None:
-            check_scheduler_works(scheduler)
         self.register_modules(transformer=transformer, vae=vae, scheduler=scheduler)
         self.register_to_config(id2label=id2label)
         self.labels = label_table(id2label)
@@ -277,7 +275,7 @@ class ViTokDiTPipeline(CallsMixin, DiffusionPipeline):
         if callback is None:
             return latents
         changed = callback(self, step, timestep, {"latents": latents} if names else {})
-        if not isinstance(changed, (dict, type(None))):
+        if not isinstance(changed, (Mapping, type(None))):
             refuse("callback_on_step_end", "a function that returns a dict", changed)
         changed = (changed or {}).pop("latents", latents)
         if getattr(changed, "shape", None) != latents.shape:
@@ -378,7 +376,7 @@ class ViTokDiTPipeline(CallsMixin, DiffusionPipeline):
         with self._begin_call(guidance_scale=guidance_scale, guidance_rescale=guidance_rescale) as call:
             scheduler, device = call.scheduler, self._execution_device
             check_scheduler(scheduler, eta, self.transformer.out_channels == 2 * self.transformer.config.in_channels)
-            check_int("num_inference_steps", num_inference_steps, high=max_steps(scheduler))
+            num_inference_steps = check_int("num_inference_steps", num_inference_steps, high=max_steps(scheduler))
             count = len(ids) * num_images_per_label
             latents = self.prepare_latents(count, height, width, num_frames, generator, device, latents)
             class_ids = torch.tensor(ids, device=device).repeat_interleave(num_images_per_label)

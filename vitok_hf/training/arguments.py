@@ -55,6 +55,9 @@ def check_fields(arguments: Any) -> None:
         elif fits and kind in (int, float):
             fits = kind is int or math.isfinite(value) or limits.get("maximum") == math.inf
             fits = fits and all(LIMITS[name][1](value, limit) for name, limit in limits.items())
+        if fits and kind in (str, list):  # paths may be given, and the rest takes texts
+            text = [os.fspath(item) for item in value] if kind is list else os.fspath(value)
+            setattr(arguments, setting.name, text)
         if not fits:
             bounds = "".join(f", {LIMITS[name][0]} {limit}" for name, limit in limits.items())
             if limits.get("maximum") == math.inf:
@@ -322,9 +325,14 @@ def fit_types(settings: dict[str, Any], arguments_class: type) -> dict[str, Any]
     for setting in fields(arguments_class):
         if setting.name in settings:
             value = settings[setting.name]
+            kinds = get_args(setting.type) or (setting.type,)
             if setting.default_factory is not MISSING:
                 items = value if isinstance(value, list) else [] if value is None else [value]
                 value = [str(item) for item in items]
+            elif str in kinds and value is not None and not isinstance(value, (bool, list, dict)):
+                value = str(value)
+            elif int in kinds and isinstance(value, float) and value.is_integer():
+                value = int(value)
             fitted[setting.name] = "no" if setting.name == "mixed_precision" and value is False else value
     return fitted
 

@@ -25,7 +25,7 @@ from .run_state import find_program
 
 logger = logging.getLogger(__name__)
 
-MANIFEST = "state/manifest.json"  # of a checkpoint: name of each file -> size and SHA-256
+MANIFEST = "state/manifest.json"  # name of each file in state/ -> size and SHA-256; models may be edited or moved
 
 
 @contextmanager
@@ -58,7 +58,7 @@ def checkpoint_step(path: Path) -> int | None:
 
 def write_manifest(checkpoint: Path) -> None:
     """To be called when all files are written; `find_damage` compares them."""
-    files = sorted(path for path in checkpoint.rglob("*") if path.is_file())
+    files = sorted(path for path in (checkpoint / "state").rglob("*") if path.is_file())
     with ThreadPool(8) as pool:
         digests = pool.map(checksum, files)
     entries = {
@@ -79,6 +79,8 @@ def find_damage(checkpoint: Path) -> str | None:
     if not is_sealed(manifest):
         return f"{MANIFEST} is damaged"
     state = {path.relative_to(checkpoint).as_posix() for path in (checkpoint / "state").rglob("*") if path.is_file()}
+    # Hidden files are of the system that shows or keeps the folder.
+    state = {name for name in state if name in entries or not Path(name).name.startswith(".")}
     if strangers := sorted(state - entries.keys() - {MANIFEST}):
         return f"{strangers[0]} does not belong to it"
 

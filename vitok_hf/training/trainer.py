@@ -3,6 +3,7 @@
 import logging
 import math
 import time
+import weakref
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from ..data.claims import note_inputs
 from ..data.cropping import Batch
 from ..data.files import iterate_files
 from ..data.sources import parse_source
-from ..disk import lock_folder, remove_folder, remove_leftovers, unlock_folder, write_json
+from ..disk import lock_folder, remove_folder, remove_leftovers, write_json
 from ..loading.strict import read_json
 from ..models.saving import plain_name
 from ..precision import choose_mixed_precision
@@ -133,7 +134,7 @@ class Trainer:
     loader: BatchLoader
 
     def __init__(self, args: LoopArguments):
-        self.args, self.output_dir, self.step, self.num_skipped = args, Path(args.output_dir), 0, 0
+        self.args, self.output_dir, self.step, self.num_skipped = args, Path(args.output_dir).absolute(), 0, 0
         self.accelerator = Accelerator(
             mixed_precision=choose_mixed_precision(args.mixed_precision),
             gradient_accumulation_steps=args.gradient_accumulation_steps,
@@ -143,7 +144,9 @@ class Trainer:
         self._check_engine()
         if args.allow_tf32:
             torch.set_float32_matmul_precision("high")
-        lock_folder(self.output_dir)
+        self.lock = lock_folder(self.output_dir, take_over=True)
+        if self.lock is not None:
+            weakref.finalize(self, self.lock.release)
         if self.accelerator.is_main_process:
             for folder in (self.output_dir, self.output_dir / "samples"):
                 remove_leftovers(folder)
@@ -200,6 +203,16 @@ class Trainer:
 
     def train(self) -> None:
         """Trains to `max_train_steps`, or for `max_minutes`; ends with a checkpoint and, after all steps, `finish`."""
+        if self.lock is None:
+            return self._train()
+        if not self.lock.is_held():
+            raise ValueError(f'This trainer has ended, or a later one has "{self.output_dir}": make a new one.')
+        try:
+            self._train()
+        finally:
+            self.lock.release()
+
+    def _train(self) -> None:
         args = self.args
         settings = vars(args) | {"mixed_precision": self.accelerator.mixed_precision}  # what "auto" stands for
         log = Log(self.accelerator, self.output_dir, args.tracker_project_name, settings, self.step)
@@ -245,7 +258,6 @@ class Trainer:
         if finished:
             self.finish()
         self.accelerator.end_training()
-        unlock_folder(self.output_dir)
 
     def _evaluate(self, log: Log, replace: bool = False) -> None:
         metrics, pictures = self.evaluate()
