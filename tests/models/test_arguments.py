@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 from tests.conftest import assert_close, make_input, make_vae
 from tests.dit import TRANSFORMER, make_transformer
@@ -124,3 +125,25 @@ class TestIntegers:
         vae.enable_tiling(8 * value, value)
         assert vae.window_radius == 2 and vae.tiling.sizes == (1, 2, 2)
         assert checks.check_number("x", value if not isinstance(value, torch.Tensor) else 2, 0, 2) == 2.0
+
+
+class TestTransforms:
+    """A look at values has no place in these."""
+
+    def test_vmap(self):
+        vae, z = make_vae("v1"), torch.randn(2, 4, 2, 3)
+        with torch.no_grad():
+            mapped = torch.func.vmap(lambda item: vae.decode(item[None]).sample[0])(z)
+            assert_close(mapped, vae.decode(z).sample)
+
+    def test_fake_tensors(self):
+        vae = make_vae("v1")
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            assert vae(mode.from_tensor(make_input(vae))).sample.shape == (2, 3, 16, 24)
+
+    def test_numbers_without_dimensions(self):
+        dit = make_transformer(**TRANSFORMER)
+        latents = torch.zeros(1, 4, 4, 4)
+        expected = dit(latents, 5).sample
+        for timestep in (torch.tensor(5.0), np.array(5), np.float64(5)):
+            assert_close(dit(latents, timestep).sample, expected)

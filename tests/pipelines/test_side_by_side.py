@@ -9,6 +9,7 @@ from diffusers import (
     DDIMScheduler,
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
+    PNDMScheduler,
     UniPCMultistepScheduler,
 )
 
@@ -17,6 +18,7 @@ from tests.dit import make_pipeline, sample
 from tests.faults import check_counts, run_cases
 from tests.faults.side_by_side import cases, compare_pipelines
 from tests.threads import together
+from vitok_hf import ViTokDiTPipeline
 
 
 def job(does=None, at=1, seed=0, **arguments):
@@ -47,6 +49,24 @@ class TestThreads:
     def test_schedulers_that_remember_steps(self, scheduler):
         jobs = [job(seed=1), job(seed=2), job(num_inference_steps=6)]
         assert compare_pipelines(scheduler, jobs) == "harmless"
+
+    @pytest.mark.parametrize("scheduler", [DPMSolverMultistepScheduler, PNDMScheduler])
+    def test_pipelines_that_share_a_scheduler(self, scheduler):
+        first = make_pipeline(scheduler=scheduler())
+        second = ViTokDiTPipeline(**first.components, id2label=first.config.id2label)
+        second.set_progress_bar_config(disable=True)
+        steps = (4, 7)
+        expected = [sample(first, num_inference_steps=count) for count in steps]
+
+        def run(pipe, count, meet):
+            def callback(pipe, step, timestep, tensors):
+                meet()
+
+            return sample(pipe, callback_on_step_end=callback, num_inference_steps=count)
+
+        outputs = together([partial(run, pipe, count) for pipe, count in zip((first, second), steps)])
+        for output, alone in zip(outputs, expected):
+            assert_close(output, alone)
 
     def test_what_a_thread_reads(self):
         pipe, seen = make_pipeline(), {}

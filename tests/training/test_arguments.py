@@ -164,7 +164,7 @@ class TestDamagedFiles:
         "text, message",
         [
             ('{"patch_size": 16', 'config.json" is no JSON file, or damaged'),
-            ('{"patch_sise": 16}', "config.json\" does not fit: .*unexpected keyword argument 'patch_sise'"),
+            ('{"patch_sise": 16}', "config.json\" has entries that do not exist, .'patch_sise'."),
         ],
     )
     def test_model_config(self, tmp_path, text, message):
@@ -181,3 +181,12 @@ class TestDamagedFiles:
         (tmp_path / "run.yaml").write_text("stage: [1")
         with pytest.raises(ValueError, match='run.yaml" is no YAML file, or damaged'):
             parse("--config", tmp_path / "run.yaml")
+
+
+def test_what_yaml_and_python_have_for_texts(tmp_path):
+    (tmp_path / "settings.yaml").write_text("output_dir: 2024\nmax_train_steps: 10.0\ntracker_project_name: 42\n")
+    argv = ["--variant", "S-B/16", "--config", str(tmp_path / "settings.yaml")]
+    parsed = parse_arguments(AutoencoderArguments, argv=argv)
+    assert (parsed.output_dir, parsed.max_train_steps, parsed.tracker_project_name) == ("2024", 10, "42")
+    parsed = AutoencoderArguments(variant="S-B/16", output_dir=tmp_path, train_data_dir=[tmp_path])
+    assert (parsed.output_dir, parsed.train_data_dir) == (str(tmp_path), [str(tmp_path)])

@@ -50,14 +50,21 @@ class TestDamage:
 
     def test_latest_takes_the_newest_sound_one(self, resume, tmp_path, caplog):
         (tmp_path / "run" / "checkpoint-3" / "state" / "optimizer.bin").unlink()
-        (tmp_path / "run" / "checkpoint-2" / "vae" / "config.json").write_text("{")
+        (tmp_path / "run" / "checkpoint-2" / "state" / "data_0.json").write_text("{")
         (tmp_path / "run" / "checkpoint-3.damaged").mkdir()
         with caplog.at_level(logging.WARNING):
             assert resume().step == 1
         assert 'checkpoint-3" is damaged: state/optimizer.bin is missing. Going on from' in caplog.text
-        assert 'checkpoint-2" is damaged: vae/config.json has 1 bytes' in caplog.text
+        assert 'checkpoint-2" is damaged: state/data_0.json has 1 bytes' in caplog.text
         names = sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*"))
         assert names == ["checkpoint-1", "checkpoint-2.damaged", "checkpoint-3.damaged", "checkpoint-3.damaged1"]
+
+    def test_what_is_no_damage(self, resume, tmp_path):
+        """Models of a checkpoint may be edited or moved, and systems put hidden files beside."""
+        shutil.rmtree(tmp_path / "run" / "checkpoint-3" / "vae_ema")
+        (tmp_path / "run" / "checkpoint-3" / "vae" / "config.json").write_text("{}")
+        (tmp_path / "run" / "checkpoint-3" / "state" / ".DS_Store").write_bytes(b"x")
+        assert resume().step == 3
 
     def test_all_are_damaged(self, resume, tmp_path):
         for step in (1, 2, 3):
