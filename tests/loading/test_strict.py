@@ -344,7 +344,7 @@ class TestMistakes:
     def test_configs_of_others(self, folder, tmp_path):
         make_pipeline().transformer.save_pretrained(tmp_path / "transformer")
         (folder / "config.json").write_bytes((tmp_path / "transformer" / "config.json").read_bytes())
-        with pytest.raises(ValueError, match='config.json" is of a ViTokDiTModel, no AutoencoderViTok'):
+        with pytest.raises(ValueError, match='config.json" is of class ViTokDiTModel, not AutoencoderViTok'):
             AutoencoderViTok.from_pretrained(folder)
         with pytest.raises(OSError, match="has no model_index.json, but .*: name a pipeline"):
             ViTokDiTPipeline.from_pretrained(folder)

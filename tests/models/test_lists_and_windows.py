@@ -123,7 +123,7 @@ class TestLists:
         latents = [torch.zeros(4, 1, 1), torch.zeros(4, 2, 1)]
         with pytest.raises(ValueError, match="do not fit a list of latents"):
             make_vae("v1").decode(latents, sizes=sizes)
-        with pytest.raises(ValueError, match="do not fit a list of latents"):
+        with pytest.raises(ValueError, match="are for a list of latents, but `z` is a batch"):
             make_vae("v1").decode(torch.zeros(2, 4, 1, 1), sizes=[(8, 8)] * 2)
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests.conftest import ASSETS, TINY
+from tests.data.conftest import video as video
 from vitok_hf import AutoencoderViTok
 from vitok_hf.training.arguments import AutoencoderArguments
 from vitok_hf.training.autoencoder_trainer import AutoencoderTrainer

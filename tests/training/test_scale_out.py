@@ -116,10 +116,10 @@ class TestEngines:
     def test_resumes(self, folder, engine):
         """From the newest checkpoint that is sound: all processes from the same."""
         shutil.copytree(folder / "two", folder / "resumed")
-        (folder / "resumed" / "checkpoint-4" / "vae" / "config.json").write_text("{}")
+        (folder / "resumed" / "checkpoint-4" / "state" / "data_0.json").write_text("{}")
         process = launch(make_settings(folder, "resumed", resume_from_checkpoint="latest"), engine)
         assert process.returncode == 0, process.stderr[-3000:]
-        assert 'checkpoint-4" is damaged: vae/config.json has 2 bytes' in process.stderr
+        assert 'checkpoint-4" is damaged: state/data_0.json has 2 bytes' in process.stderr
         assert metrics(folder / "resumed") == pytest.approx(metrics(folder / "two"), rel=1e-6)
         assert (folder / "resumed" / "checkpoint-4.damaged").is_dir()
         names = {path.name for path in (folder / "two" / "checkpoint-2" / "state").rglob("*") if path.is_file()}

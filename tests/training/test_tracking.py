@@ -23,7 +23,7 @@ class Clock:
 
     def __init__(self, monkeypatch):
         self.now = 100.0
-        for module in ("loop", "tracking"):
+        for module in ("trainer", "tracking"):
             monkeypatch.setattr(f"vitok_hf.training.{module}.time", self)
 
     def monotonic(self) -> float:

@@ -286,7 +286,7 @@ def check_config_file(model_class: type, config: Any, path: str | os.PathLike, c
     check_private_entries(config, path)
     other = getattr(diffusers, str(config.get("_class_name")), None)
     if isinstance(other, type) and not issubclass(other, model_class):
-        raise ValueError(f'"{path}" is of a {other.__name__}, no {model_class.__name__}: load it by that.')
+        raise ValueError(f'"{path}" is of class {other.__name__}, not {model_class.__name__}: load it by that.')
     unknown = [name for name in config if not model_class.has_entry(name)]
     check_entries(config, unknown, defaults if complete else [""], path)
     try:

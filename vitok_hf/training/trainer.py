@@ -205,8 +205,8 @@ class Trainer:
         """Trains to `max_train_steps`, or for `max_minutes`; ends with a checkpoint and, after all steps, `finish`."""
         if self.lock is None:
             return self._train()
-        if not self.lock.is_held():
-            raise ValueError(f'This trainer has ended, or a later one has "{self.output_dir}": make a new one.')
+        if not self.lock.is_held():  # a later trainer has it, or had it and is gone
+            self.lock = lock_folder(self.output_dir)
         try:
             self._train()
         finally:
