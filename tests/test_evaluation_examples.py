@@ -94,7 +94,7 @@ class TestEvaluateReconstruction:
         """In the form of a local folder, which `datasets` loads alike."""
         monkeypatch.setattr(datasets_config, "HF_DATASETS_CACHE", models / "cache")
         (models / "photos").mkdir()
-        for name in ("coffee.png", "astronaut.png"):
+        for name in ("coffee.png", "chelsea.png"):
             (models / "photos" / name).symlink_to(ASSETS / name)
         out = run_example(
             *(

@@ -4,7 +4,6 @@ import argparse
 import json
 import os
 import re
-import sys
 from fractions import Fraction
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from tests.data.conftest import write_noise, write_video
 from tests.data.test_video import encode
 from tests.dit import make_pipeline
 from vitok_hf import AutoencoderViTok
+from vitok_hf.commands import start
 from vitok_hf.data.video import iterate_timed_frames
 from vitok_hf.evaluation.features import Classifier
 from vitok_hf.evaluation.results import load_results
@@ -304,13 +304,9 @@ class TestExportOnnx:
     def test_writes_nothing_that_differs(self, monkeypatch, tmp_path):
         make_vae("v1", component="decoder", decoder_num_layers=1).save_pretrained(tmp_path / "model")
         monkeypatch.chdir(tmp_path)
-        monkeypatch.syspath_prepend(str(EXAMPLES))
-        monkeypatch.setattr(sys, "argv", ["export_onnx.py", "--model", "model", "--sizes", "16x24", "--rounds", "1"])
-        import export_onnx
-
-        monkeypatch.setattr(export_onnx, "TOLERANCE", -1.0)
+        monkeypatch.setattr("vitok_hf.models.onnx.TOLERANCE", -1.0)
         with pytest.raises(ValueError, match=r"decoder.onnx differs from PyTorch by .* for \(1, 4, 2, 3\)"):
-            export_onnx.main()
+            start("export-onnx", ["--model", "model", "--sizes", "16x24", "--rounds", "1"])
         assert list((tmp_path / "onnx").iterdir()) == []
 
 

@@ -9,7 +9,19 @@ import vitok_hf
 ROOT = Path(vitok_hf.__file__).parent
 # Imports run down this list only; a file of the package itself is a floor of its own.
 FLOORS = [
-    *("commands", "training", "evaluation", "data", "pipelines", "models", "latents", "loading", "presets", "clips"),
+    *(
+        "commands",
+        "public",
+        "training",
+        "evaluation",
+        "data",
+        "pipelines",
+        "models",
+        "latents",
+        "loading",
+        "presets",
+        "clips",
+    ),
     *("disk", "checks", "precision"),
 ]
 DISTRIBUTIONS = {

@@ -1,19 +1,9 @@
 """ViTok, vision-transformer autoencoders for images and videos (arXiv 2501.09755), for diffusers."""
 
-import diffusers
-from diffusers import ModelMixin  # noqa: F401, whose subclasses diffusers' loader looks for in a registered package
-from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
+import sys
+from importlib import import_module
+from pathlib import Path
 
-from .latents import compute_latent_statistics, denormalize_latents, normalize_latents
-from .loading import list_bundled
-from .models import AutoencoderViTok, ViTokDiTModel
-from .pipelines import ViTokDiTPipeline
-
-
-# Saved pipelines then name the package, not the file, and load from folders and from the Hub.
-LOADABLE_CLASSES["vitok_hf"] = {"ModelMixin": ["save_pretrained", "from_pretrained"]}
-for _class in (AutoencoderViTok, ViTokDiTModel, ViTokDiTPipeline):
-    setattr(diffusers, _class.__name__, _class)  # where `AutoModel` and `DiffusionPipeline` look for classes
 
 __version__ = "0.1.0"
 __all__ = [
@@ -25,3 +15,25 @@ __all__ = [
     "list_bundled",
     "normalize_latents",
 ]
+
+# Whoever imports the package registers its classes with diffusers. Only the program `vitok` (its script or `python -m
+# vitok_hf.commands`, also under `accelerate launch`) does so after the arguments are parsed: `--help` must be quick.
+# Its names are there on first use. A process of workers that looks like another program imports all at once, too.
+if Path(sys.argv[0]).name in ("vitok", "vitok.exe") or "vitok_hf.commands" in sys.orig_argv:
+
+    def __getattr__(name: str):
+        if name in (*__all__, "ModelMixin"):
+            return getattr(import_module("vitok_hf.public"), name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+else:
+    from .public import (
+        AutoencoderViTok,
+        ModelMixin,  # noqa: F401, whose subclasses diffusers' loader looks for in a registered package
+        ViTokDiTModel,
+        ViTokDiTPipeline,
+        compute_latent_statistics,
+        denormalize_latents,
+        list_bundled,
+        normalize_latents,
+    )

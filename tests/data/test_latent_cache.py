@@ -228,7 +228,7 @@ class TestCache:
         monkeypatch.setattr(latent_cache, "encode_shard", interrupted)
         with pytest.raises(KeyboardInterrupt):
             write(files, tmp_path / "parts")
-        with pytest.raises(ValueError, match="has 1 of 3 shards: call `write_latents` again"):
+        with pytest.raises(ValueError, match="has 1 of 3 shards: run `vitok cache-latents` again"):
             LatentCache(tmp_path / "parts")
         before = state(tmp_path / "parts")
         write(files, tmp_path / "parts")

@@ -4,7 +4,7 @@ import pytest
 import torch
 from PIL import ExifTags, Image
 
-from tests.conftest import ASSETS
+from tests.conftest import ASSETS, ASTRONAUT
 from vitok_hf.data.items import load_evaluation_images
 from vitok_hf.data.media import evenly_spaced, load_image
 
@@ -48,7 +48,7 @@ class TestPictures:
     def test_evaluation_images(self):
         images = load_evaluation_images(ASSETS, 32, 3)
         assert images.shape == (3, 3, 32, 32) and images.dtype == torch.uint8
-        reference = Image.open(ASSETS / "astronaut.png").resize((32, 32), Image.Resampling.BICUBIC)
+        reference = Image.open(ASTRONAUT).resize((32, 32), Image.Resampling.BICUBIC)
         difference = images[0].permute(1, 2, 0).numpy().astype(int) - np.asarray(reference)
         assert np.abs(difference).mean() < 1.0
 

@@ -9,10 +9,10 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler, LCMScheduler, PNDMScheduler
 from safetensors.torch import load_file, save_file
 
-from conversion.convert_vitok_v2 import main as convert
 from tests.conftest import GOLDEN, make_input, make_vae
 from tests.dit import make_pipeline
 from vitok_hf import AutoencoderViTok, ViTokDiTModel, ViTokDiTPipeline
+from vitok_hf.commands import start
 from vitok_hf.loading.strict import read_header, to_dtype
 from vitok_hf.loading.vitok_v2 import guess_variant
 
@@ -90,7 +90,7 @@ class TestShards:
         path = tmp_path / "v2" / path.name
         change_json(path, weight_map={"encoder.proj_in.weight": "../x"})
         with pytest.raises(ValueError, match=f'"{path}" has "encoder.proj_in.weight" in "../x"'):
-            convert(["--to_vitok_v2", str(tmp_path / "v2"), str(tmp_path / "back")])
+            start("convert", ["--to_vitok_v2", str(tmp_path / "v2"), str(tmp_path / "back")])
 
 
 class TestTensors:

@@ -10,10 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from conversion import convert_vitok_v2
 from examples.benchmark_loading import measure_loading, write_random_weights
 from tests.conftest import GOLDEN, make_vae
 from vitok_hf import AutoencoderViTok
+from vitok_hf.commands import start
 from vitok_hf.loading.strict import read_header
 from vitok_hf.loading.vitok_v2 import find_variant, guess_variant
 from vitok_hf.presets import V2_REPOSITORIES, variant_to_config
@@ -58,7 +58,7 @@ def change(folder, file, edit):
 
 
 def convert(*arguments):
-    convert_vitok_v2.main([str(argument) for argument in arguments])
+    start("convert", [str(argument) for argument in arguments])
 
 
 class TestParity:

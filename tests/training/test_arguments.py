@@ -1,13 +1,17 @@
+import argparse
 import math
 from dataclasses import Field, fields
 from types import NoneType
 from typing import get_args, get_type_hints
 
 import pytest
+from transformers import HfArgumentParser
 
 from tests.conftest import ASSETS, make_vae
 from vitok_hf import AutoencoderViTok
-from vitok_hf.training.arguments import AutoencoderArguments, DiTArguments, parse_arguments
+from vitok_hf.commands import train
+from vitok_hf.commands.settings import add_settings
+from vitok_hf.training.arguments import AutoencoderArguments, DiTArguments
 from vitok_hf.training.autoencoder_trainer import load_model
 from vitok_hf.training.dit_trainer import make_transformer
 
@@ -16,7 +20,7 @@ CONFIGS = sorted(path for path in (ASSETS.parent / "configs").glob("*.yaml") if 
 
 
 def parse(*argv: object) -> AutoencoderArguments:
-    return parse_arguments(AutoencoderArguments, argv=[*map(str, argv)])
+    return AutoencoderArguments(**train.parse([*map(str, argv)], "vitok train"))
 
 
 class TestCommandLine:
@@ -45,6 +49,27 @@ class TestCommandLine:
     def test_freezing_follows_the_stage(self):
         source = ("--pretrained_model_name_or_path", "vitok-tiny-f8x8", "--train_data_dir", "a")
         assert [parse(*source, "--stage", stage).freeze_encoder for stage in (1, 2)] == [False, True]
+
+    @pytest.mark.parametrize("kind", [AutoencoderArguments, DiTArguments])
+    def test_spellings_are_those_of_transformers(self, kind):
+        """All that `HfArgumentParser` made of the fields, so that command lines of before go on working."""
+
+        class Theirs(HfArgumentParser):
+            def add_argument(self, *names, limits=None, **options):
+                return super().add_argument(*names, **options)
+
+        ours = argparse.ArgumentParser()
+        add_settings(ours, kind)
+        keys = ("option_strings", "dest", "nargs", "const", "default", "help")
+        actions = [[[getattr(action, key) for key in keys] for action in p._actions] for p in (ours, Theirs(kind))]
+        assert actions[0] == actions[1]
+
+    @pytest.mark.parametrize("text, value", [("Yes", True), ("f", False), ("0", False), ("TRUE", True)])
+    def test_words_for_flags(self, text, value, capsys):
+        assert parse(*self.REQUIRED, "--use-ema", text).use_ema is value
+        with pytest.raises(SystemExit):
+            parse(*self.REQUIRED, "--use_ema", "maybe")
+        assert '"maybe" must be one of yes, true' in capsys.readouterr().err
 
 
 class TestConfig:
@@ -87,7 +112,7 @@ class TestConfig:
         config.write_text(
             "mixed_precision: no\ntrain_data_dir: photos\nvariant: S-B/16\ncrop_sizes: [128, 64x256]\ntrain_shards:\n"
         )
-        args = parse_arguments(AutoencoderArguments, argv=["--config", str(config)])
+        args = parse("--config", config)
         assert args.mixed_precision == "no" and args.train_data_dir == ["photos"]
         assert args.crop_sizes == ["128", "64x256"] and args.train_shards == []
 
@@ -185,8 +210,7 @@ class TestDamagedFiles:
 
 def test_what_yaml_and_python_have_for_texts(tmp_path):
     (tmp_path / "settings.yaml").write_text("output_dir: 2024\nmax_train_steps: 10.0\ntracker_project_name: 42\n")
-    argv = ["--variant", "S-B/16", "--config", str(tmp_path / "settings.yaml")]
-    parsed = parse_arguments(AutoencoderArguments, argv=argv)
+    parsed = parse("--variant", "S-B/16", "--config", tmp_path / "settings.yaml")
     assert (parsed.output_dir, parsed.max_train_steps, parsed.tracker_project_name) == ("2024", 10, "42")
     parsed = AutoencoderArguments(variant="S-B/16", output_dir=tmp_path, train_data_dir=[tmp_path])
     assert (parsed.output_dir, parsed.train_data_dir) == (str(tmp_path), [str(tmp_path)])

@@ -10,11 +10,12 @@ from tests.data.conftest import write_noise
 from tests.training.conftest import read_log
 from tests.training.dit import MODEL, make_dit_arguments, run
 from vitok_hf import AutoencoderViTok, ViTokDiTModel, ViTokDiTPipeline
+from vitok_hf.commands import train_dit
 from vitok_hf.data.classes import LabelledFiles
 from vitok_hf.data.latent_cache import write_latents
 from vitok_hf.loading import resolve_bundled
 from vitok_hf.training import dit_trainer
-from vitok_hf.training.arguments import DiTArguments, parse_arguments
+from vitok_hf.training.arguments import DiTArguments
 from vitok_hf.training.dit_trainer import DiTTrainer
 
 
@@ -137,14 +138,14 @@ class TestArguments:
     def test_shipped_configs(self, name):
         path = ASSETS.parent / "configs" / f"{name}.yaml"
         argv = ["--config", str(path), "--vae_name_or_path", "x", "--train_data_dir", "y"]
-        args = parse_arguments(DiTArguments, argv=argv)
+        args = DiTArguments(**train_dit.parse(argv, "vitok train-dit"))
         assert args.variant == ("XL" if "xl" in name else "L") and args.train_batch_size * 8 == 256
         assert args.lr_scheduler == "constant" and args.learning_rate == 1e-4 and args.class_dropout == 0.1
 
     def test_config_of_the_bundled_generator(self):
         path = ASSETS.parent / "configs" / "dit-emoji.yaml"
         argv = ["--config", str(path), "--vae_name_or_path", "x", "--latents_dir", "y"]
-        args = parse_arguments(DiTArguments, argv=argv)
+        args = DiTArguments(**train_dit.parse(argv, "vitok train-dit"))
         config = json.loads((ASSETS.parent / "configs" / Path(args.model_config).name).read_text())
         bundled = ViTokDiTModel.load_config(resolve_bundled("vitok-dit-emoji"), subfolder="transformer")
         assert config.items() <= bundled.items()

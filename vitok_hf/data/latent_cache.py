@@ -66,8 +66,8 @@ def read_index(folder: Path) -> dict:
         )
     if not is_sealed(index):
         raise ValueError(
-            f'"{folder / INDEX}" has changed since it was written: restore it, or delete it and call `write_latents` '
-            "again, which then writes all shards anew."
+            f'"{folder / INDEX}" has changed since it was written: restore it, or delete it and run `vitok '
+            "cache-latents` again, which then writes all shards anew."
         )
     return index
 
@@ -77,7 +77,7 @@ def check_shard(folder: Path, shard: dict) -> None:
     path = inside(folder, shard["file"])
     if not path.is_file() or checksum(path) != shard["sha256"]:
         state = "has changed since it was written" if path.is_file() else "is missing"
-        raise ValueError(f'"{path}" {state}: delete it and call `write_latents` again, which restores it.')
+        raise ValueError(f'"{path}" {state}: delete it and run `vitok cache-latents` again, which restores it.')
 
 
 class _Squares(Dataset):
@@ -210,12 +210,12 @@ class LatentCache:
     def __init__(self, folder: str | Path, verify: bool = True):
         self.folder = Path(folder)
         if not (self.folder / INDEX).is_file():
-            raise ValueError(f'"{folder}" has no index.json: write the cache with `write_latents`.')
+            raise ValueError(f'"{folder}" has no index.json: write it with `vitok cache-latents`.')
         self.index = read_index(self.folder)
         found, expected = len(self.index["shards"]), self.index["num_shards"]
         if found < expected:
             raise ValueError(
-                f'"{folder}" has {found} of {expected} shards: call `write_latents` again, which goes on.'
+                f'"{folder}" has {found} of {expected} shards: run `vitok cache-latents` again, which goes on.'
             )
         shards = [self.index["shards"][str(number)] for number in range(expected)]
         self.shards = [shard for shard in shards if shard["file"] is not None]
@@ -239,7 +239,7 @@ class LatentCache:
         if not fits or len(shapes) > 1 or shapes.pop()[:2] != (count, 2):
             raise ValueError(
                 f'"{self.folder / self.shards[number]["file"]}" does not hold {count} latents of {len(self.classes)} '
-                "classes, as the index says: delete both and call `write_latents` again."
+                "classes, as the index says: delete both and run `vitok cache-latents` again."
             )
         return labels
 

@@ -1,27 +1,18 @@
-"""Settings of the training runs and their command line. Names are those of diffusers' training examples."""
+"""Settings of the training runs, the arguments of `vitok train` and `vitok train-dit`, named as in diffusers."""
 
 import math
 import operator
 import os
-import sys
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from numbers import Integral, Real
-from pathlib import Path
 from types import NoneType
 from typing import Any, get_args, get_origin, get_type_hints
-
-import yaml
-from accelerate.tracking import get_available_trackers
-from diffusers.optimization import SchedulerType
-from transformers import HfArgumentParser
-
-from ..precision import MIXED_PRECISIONS
 
 
 def argument(default: Any, help: str, **limits: float):
     """A setting; `limits` of a number are names of `LIMITS`. Infinity is allowed where it is the `maximum`."""
     if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata={"help": help, "nargs": "*"})
+        return field(default_factory=lambda: list(default), metadata={"help": help})
     return field(default=default, metadata={"help": help, "limits": limits})
 
 
@@ -156,6 +147,11 @@ class LoopArguments:
     hub_token: str | None = argument(None, "Token for the Hub; default: that of `hf auth login`.")
 
     def __post_init__(self):
+        from accelerate.tracking import get_available_trackers  # not for the defaults, which --help prints at once
+        from diffusers.optimization import SchedulerType
+
+        from ..precision import MIXED_PRECISIONS
+
         check_fields(self)
         check_choice(self, "mixed_precision", *MIXED_PRECISIONS)
         schedules = [kind.value for kind in SchedulerType if kind != SchedulerType.PIECEWISE_CONSTANT]
@@ -165,13 +161,13 @@ class LoopArguments:
         if self.report_to not in ("none", "all", *trackers):
             raise ValueError(
                 f'`report_to` is "{self.report_to}", but of the trackers {trackers or "none"} is installed: install '
-                'it, for example with pip install tensorboard, or pass "none"; metrics.jsonl is written in any case.'
+                'it (pip install "vitok-hf[train]" brings tensorboard), or pass "none"; metrics.jsonl comes anyway.'
             )
 
 
 @dataclass
 class AutoencoderArguments(DataArguments, LoopArguments):
-    """Settings of `AutoencoderTrainer`, which `parse_arguments` reads from a command line."""
+    """Settings of `AutoencoderTrainer`, the arguments of `vitok train`."""
 
     stage: int = argument(
         1, "1: reconstruction losses; 2: reconstruction and GAN losses, by default decoder only.", minimum=1, maximum=2
@@ -245,7 +241,7 @@ class AutoencoderArguments(DataArguments, LoopArguments):
 
 @dataclass
 class DiTArguments(LoopArguments):
-    """Settings of `DiTTrainer`, which `parse_arguments` reads from a command line."""
+    """Settings of `DiTTrainer`, the arguments of `vitok train-dit`."""
 
     lr_scheduler: str = argument("constant", "Schedule of `diffusers.optimization.get_scheduler`.")
     lr_warmup_steps: int = argument(0, "Steps of linear warm-up, if the schedule has any.", minimum=0)
@@ -258,7 +254,7 @@ class DiTArguments(LoopArguments):
     variant: str | None = argument(None, "Size of the transformer: S, B, L or XL.")
     model_config: str | None = argument(None, "Architecture by a JSON file; sizes and classes are those of the data.")
     train_data_dir: list[str] = argument([], "Folders of pictures (video models: videos); their folders are classes.")
-    latents_dir: str | None = argument(None, "Instead of `train_data_dir`, the folder that `write_latents` wrote.")
+    latents_dir: str | None = argument(None, "Instead of `train_data_dir`, what `vitok cache-latents` wrote.")
     class_file: str | None = argument(None, "Classes in the order of their ids, one a line; default: sorted.")
     resolution: int | None = argument(
         None, "Side of the central squares; default: the autoencoder's sample_size.", minimum=1
@@ -305,56 +301,3 @@ class DiTArguments(LoopArguments):
                 f"`snr_gamma` {self.snr_gamma}, but flow matching has none: leave it out, and choose a "
                 "`weighting_scheme`."
             )
-
-
-def read_config(path: str, known: set[str]) -> dict[str, Any]:
-    """The settings in a YAML file, `name: value`."""
-    try:
-        settings = yaml.safe_load(Path(path).read_text()) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f'"{path}" is no YAML file, or damaged: {error}') from error
-    if not isinstance(settings, dict) or not known.issuperset(settings):
-        unknown = sorted(set(settings) - known) if isinstance(settings, dict) else settings
-        raise ValueError(f'"{path}" has settings that do not exist: {unknown}. Known are {", ".join(sorted(known))}.')
-    return settings
-
-
-def fit_types(settings: dict[str, Any], arguments_class: type) -> dict[str, Any]:
-    """A single value for a list becomes a list of one; what YAML reads as numbers, and `no` as false, words again."""
-    fitted = {}
-    for setting in fields(arguments_class):
-        if setting.name in settings:
-            value = settings[setting.name]
-            kinds = get_args(setting.type) or (setting.type,)
-            if setting.default_factory is not MISSING:
-                items = value if isinstance(value, list) else [] if value is None else [value]
-                value = [str(item) for item in items]
-            elif str in kinds and value is not None and not isinstance(value, (bool, list, dict)):
-                value = str(value)
-            elif int in kinds and isinstance(value, float) and value.is_integer():
-                value = int(value)
-            fitted[setting.name] = "no" if setting.name == "mixed_precision" and value is False else value
-    return fitted
-
-
-class _Parser(HfArgumentParser):
-    def add_argument(self, *names, limits: dict | None = None, **options):
-        return super().add_argument(*names, **options)
-
-
-def parse_arguments(arguments_class: type, description: str | None = None, argv: list[str] | None = None):
-    """`arguments_class` from the command line and, where that is silent, from `--config settings.yaml`.
-
-    Raises:
-        ValueError: If the file has an unknown setting, or a setting has a value that is not allowed.
-    """
-    parser = _Parser(arguments_class, description=description, allow_abbrev=False)
-    parser.add_argument("--config", help="YAML file with settings; the command line takes precedence.")
-    argv = sys.argv[1:] if argv is None else argv
-    known, _ = parser.parse_known_args(argv)
-    if known.config is not None:
-        settings = read_config(known.config, {field.name for field in fields(arguments_class)})
-        parser.set_defaults(**fit_types(settings, arguments_class))
-    namespace = vars(parser.parse_args(argv))
-    del namespace["config"]
-    return arguments_class(**namespace)

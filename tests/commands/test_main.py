@@ -1,0 +1,100 @@
+"""The program `vitok`."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from PIL import Image
+
+from tests.conftest import EXAMPLES
+from vitok_hf.commands import COMMANDS, main, start
+
+
+def run(code: str) -> subprocess.CompletedProcess:
+    environment = os.environ | {"PYTHONPATH": str(EXAMPLES.parent)}
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+
+
+def test_the_list(capsys):
+    main("--help")
+    out = capsys.readouterr().out
+    assert all(f"\n  {name} " in out for name in COMMANDS)
+    files = {path.stem.replace("_", "-") for path in (EXAMPLES.parent / "vitok_hf" / "commands").glob("[a-z]*.py")}
+    assert files - {"settings"} == set(COMMANDS)
+
+
+def test_unknown_command(capsys):
+    with pytest.raises(SystemExit) as exit:
+        main("tran")
+    assert exit.value.code == 2
+    assert 'there is no command "tran": choose from reconstruct, generate, train,' in capsys.readouterr().err
+
+
+def test_help_needs_no_torch():
+    """Of the program and of each command, in one process that looks as the installed script makes it look."""
+    process = run(
+        "import sys\n"
+        "sys.argv = ['/usr/bin/vitok']\n"
+        "from vitok_hf.commands import COMMANDS, main\n"
+        "main('--help')\n"
+        "for name in COMMANDS:\n"
+        "    try:\n"
+        "        main(name, '--help')\n"
+        "    except SystemExit as end:\n"
+        "        assert end.code == 0\n"
+        "    else:\n"
+        "        raise AssertionError(name)\n"
+        "loaded = {'torch', 'diffusers', 'transformers', 'accelerate', 'numpy', 'PIL'} & set(sys.modules)\n"
+        "assert not loaded, loaded\n"
+    )
+    assert process.returncode == 0, process.stderr
+    assert all(f"usage: vitok {name} " in process.stdout for name in COMMANDS)
+
+
+def test_names_are_there_when_the_program_needs_them():
+    process = run(
+        "import sys\n"
+        "sys.argv = ['vitok']\n"
+        "import vitok_hf\n"
+        "assert 'torch' not in sys.modules and not hasattr(vitok_hf, 'nothing')\n"
+        "assert vitok_hf.ModelMixin and all(hasattr(vitok_hf, name) for name in vitok_hf.__all__)\n"
+        "import diffusers\n"
+        "assert diffusers.ViTokDiTPipeline is vitok_hf.ViTokDiTPipeline\n"
+    )
+    assert process.returncode == 0, process.stderr
+
+
+def test_importing_the_package_registers_its_classes():
+    process = run("import vitok_hf, diffusers; diffusers.AutoencoderViTok, diffusers.ViTokDiTPipeline")
+    assert process.returncode == 0, process.stderr
+
+
+def test_as_a_module_under_a_launcher():
+    process = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "vitok_hf.commands", "train", "--help"],
+        capture_output=True,
+        text=True,
+        cwd=EXAMPLES.parent,
+    )
+    assert process.returncode == 0 and "--config" in process.stdout
+    modules = {line.split("|")[-1].strip() for line in process.stderr.splitlines()}
+    assert "vitok_hf.commands.settings" in modules and "torch" not in modules
+
+
+def test_packages_name_the_extra_of_the_command(monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    monkeypatch.delenv("VITOK_TRACEBACK", raising=False)
+    with pytest.raises(SystemExit):
+        main("export-onnx", "--output_dir", str(tmp_path / "onnx"))
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("vitok export-onnx: ") and line.endswith('pip install "vitok-hf[onnx]" brings it')
+    assert not (tmp_path / "onnx").exists()
+
+
+def test_default_of_reconstruct(monkeypatch, tmp_path, capsys):
+    """A photograph of the package, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    start("reconstruct", [])
+    assert "astronaut.png: 512x512  PSNR" in capsys.readouterr().out
+    assert Image.open("reconstructions/astronaut_comparison.png").size == (1024, 512)

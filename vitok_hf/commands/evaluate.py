@@ -1,0 +1,106 @@
+"""How well autoencoders reconstruct: any that diffusers can load, on pictures or videos, next to PCA, JPEG and WebP.
+
+    vitok evaluate --models vitok-tiny-f8x8 stabilityai/sd-vae-ft-mse \
+        --data_dir data/test/film --resolution 256 --baselines pca jpeg webp --pca_data_dir data/train/film
+
+Prints a table and writes it to `output_dir`/<data>/ as table.md, table.csv and results.json, which holds the protocol
+(crop, filter, rounding, feature networks and the checksums of their weights); saves of each row some pictures and the
+worst ten beside their reconstructions and error maps, clips as mp4. Metrics: PSNR (dB), SSIM, MS-SSIM and LPIPS with
+95 % confidence intervals, rFID, rIS, rFDD (DINOv2) and, of clips, rFVD. The weights of the feature networks are
+downloaded, or read from the paths given; a metric whose weights cannot be had is left out, and the table says why.
+Costs, of pictures of several sizes means: GMACs, E (numbers in the code), compression (values a number), bytes (of
+latents at 16 bits, or as --latent_bits says; of JPEG and WebP whole files), seconds a picture with the given batch
+size, and by how much memory rises at most.
+`accelerate launch -m vitok_hf.commands evaluate ...` shares the pictures among processes.
+"""
+
+import argparse
+from dataclasses import fields
+from pathlib import Path
+
+from . import add_dtype, make_parser
+
+
+NETWORKS = ["inception", "dino", "i3d", "lpips"]
+
+
+def parse(argv: list[str], program: str) -> argparse.Namespace:
+    parser = make_parser(program, __doc__)
+    parser.add_argument("--models", nargs="+", required=True, help="folders, Hub ids or bundled names")
+    parser.add_argument("--subfolder", help="folder inside each model, as vae")
+    parser.add_argument(
+        "--variant", help="of the weights (fp16), or the architecture of the author's ViTok-v2 weights"
+    )
+    add_dtype(parser)
+    parser.add_argument("--latent_bits", type=int, help="adds a row of each model with latents quantized to so many")
+    parser.add_argument("--data_dir", nargs="*", default=[], help="folders or files, a table each")
+    parser.add_argument("--dataset_name", help="data set of the Hub")
+    parser.add_argument("--dataset_config_name")
+    parser.add_argument("--dataset_split", default="validation")
+    parser.add_argument("--data_column", help="default: image, or video for clips")
+    parser.add_argument("--limit", type=int, help="at most so many pictures of each, evenly spaced")
+    parser.add_argument("--resolution", type=int, default=256, help="side of the central square; 0: whole pictures")
+    parser.add_argument("--num_frames", type=int, default=1, help="more than 1: the first clip of each video")
+    parser.add_argument("--fps", type=float, help="of clips; default: every frame")
+    parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument("--baselines", nargs="*", default=[], choices=["pca", "jpeg", "webp"], help="of pictures")
+    parser.add_argument("--pca_data_dir", help="training pictures for PCA")
+    parser.add_argument("--pca_limit", type=int, default=1000, help="at most so many of them")
+    parser.add_argument("--networks", nargs="*", choices=NETWORKS, help="default: all that fit the data")
+    parser.add_argument("--inception_weights", help="weights-inception-2015-12-05-6726825d.pth of torch-fidelity")
+    parser.add_argument("--dino", help="folder or Hub id of a DINOv2; default: facebook/dinov2-large")
+    parser.add_argument("--i3d_weights", help="i3d_torchscript.pt of StyleGAN-V")
+    parser.add_argument("--lpips_weights", help="torchvision's weights of AlexNet")
+    parser.add_argument("--num_examples", type=int, default=8, help="pictures saved for each row")
+    parser.add_argument(
+        "--add_results", nargs="*", default=[], help="results.json whose rows go into the table as well"
+    )
+    parser.add_argument("--output_dir", type=Path, default=Path("evaluation"))
+    args = parser.parse_args(argv)
+    if bool(args.data_dir) == bool(args.dataset_name):
+        parser.error("give either --data_dir or --dataset_name")
+    if args.baselines and (args.num_frames > 1 or args.resolution == 0):
+        parser.error("--baselines are for pictures of one --resolution")
+    if "pca" in args.baselines and not args.pca_data_dir:
+        parser.error("--baselines pca needs --pca_data_dir")
+    if args.latent_bits is not None and not 1 <= args.latent_bits <= 16:
+        parser.error(f"--latent_bits must be from 1 to 16, but is {args.latent_bits}")
+    if args.networks is None:
+        args.networks = [name for name in NETWORKS if name != "i3d" or args.num_frames > 1]
+    return args
+
+
+def run(args: argparse.Namespace) -> None:
+    from accelerate import Accelerator
+
+    from ..data.files import short_names
+    from ..data.held_out import EvaluationData
+    from ..data.protocol import Protocol
+    from ..data.sources import FolderFiles, HubRows
+    from ..evaluation.evaluator import ReconstructionEvaluator
+    from ..evaluation.networks import load_networks
+    from ..evaluation.results import load_results
+    from ..evaluation.tables import TableSettings, write_table
+    from ..precision import choose_dtype
+
+    args.dtype = choose_dtype(args.dtype)
+    accelerator = Accelerator()
+    protocol = Protocol(args.resolution or None, args.num_frames, args.fps)
+    paths = {"inception": args.inception_weights, "dino": args.dino, "i3d": args.i3d_weights}
+    with accelerator.main_process_first():  # which downloads for all
+        networks, unavailable = load_networks(args.networks, paths | {"lpips": args.lpips_weights}, accelerator.device)
+    unavailable |= {name: "left out" for name in NETWORKS if name not in args.networks and name != "i3d"}
+    earlier = [result for path in args.add_results for result in load_results(path)]
+    settings = TableSettings(**{field.name: getattr(args, field.name) for field in fields(TableSettings)})
+    names = short_names(args.data_dir) if args.data_dir else [f"{args.dataset_name} {args.dataset_split}"]
+    for index, name in enumerate(names):
+        if args.data_dir:
+            source = FolderFiles(args.data_dir[index], args.num_frames)
+        else:
+            options = (args.dataset_name, args.dataset_config_name, args.dataset_split, args.data_column)
+            source = HubRows(*options, args.num_frames)
+        data = EvaluationData(source, protocol, args.limit)
+        evaluator = ReconstructionEvaluator(data, name, networks, unavailable, args.batch_size, accelerator.device)
+        table = write_table(settings, evaluator, args.output_dir, earlier)
+        if accelerator.is_main_process:
+            print(f"{name}, {len(data)} {'clips' if args.num_frames > 1 else 'pictures'}\n\n{table}", flush=True)

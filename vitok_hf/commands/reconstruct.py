@@ -1,0 +1,51 @@
+"""Sends pictures or videos through an autoencoder: reconstructions, comparisons side by side, PSNR and SSIM.
+
+    vitok reconstruct                                               # a bundled checkpoint on a shipped photograph
+    vitok reconstruct --input holiday.jpg film.mp4 folder/ --model MODEL --output_dir out
+
+MODEL is whatever `AutoencoderViTok.from_pretrained` takes. Sizes that do not fit the patches are padded by repeating
+the last rows and columns, and cropped back. Files that cannot be read are named at the end, and the exit code is 1.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from . import add_dtype, make_parser
+
+
+PHOTOGRAPH = Path(__file__).parents[1] / "assets" / "astronaut.png"
+
+
+def parse(argv: list[str], program: str) -> argparse.Namespace:
+    parser = make_parser(program, __doc__)
+    parser.add_argument("--input", nargs="+", type=Path, default=[PHOTOGRAPH], help="pictures, videos, folders")
+    parser.add_argument("--model", default="vitok-tiny-f8x8", help="folder, Hub id or bundled name")
+    parser.add_argument("--subfolder", help="folder of the model inside --model")
+    add_dtype(parser)
+    parser.add_argument("--output_dir", type=Path, default=Path("reconstructions"))
+    return parser.parse_args(argv)
+
+
+def run(args: argparse.Namespace) -> None:
+    import torch
+    from accelerate import PartialState
+
+    from ..data.files import read_each
+    from ..evaluation.reconstruct_files import name_targets, reconstruct_file
+    from ..models import AutoencoderViTok
+    from ..precision import choose_dtype
+
+    files = name_targets(args.input, args.output_dir)
+    dtype = getattr(torch, choose_dtype(args.dtype))
+    vae = AutoencoderViTok.from_pretrained(args.model, subfolder=args.subfolder, dtype=dtype)
+    vae = vae.to(PartialState().default_device)
+    config = vae.config
+    values = config.in_channels * config.temporal_patch_size * config.patch_size**2
+    parameters = sum(parameter.numel() for parameter in vae.parameters()) / 1e6
+    ratio = values / config.latent_channels
+    print(f"{args.model}: {parameters:.1f} M parameters; {values} values become {config.latent_channels}, {ratio:g}:1")
+    failures = read_each(files, lambda target: print(reconstruct_file(vae, files[target], target)))
+    print(f"Reconstructions and comparisons (original left) are in {args.output_dir}/")
+    if failures:
+        sys.exit("\n".join([f"{len(failures)} of {len(files)} files failed:", *failures]))

@@ -1,0 +1,115 @@
+"""Files sent through an autoencoder: reconstructions, comparisons side by side, a line with PSNR and SSIM of each."""
+
+import time
+from contextlib import ExitStack
+from fractions import Fraction
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from ..clips import fold_frames
+from ..data.files import VIDEO_SUFFIXES, list_files, printable, suffix_of
+from ..data.media import load_image
+from ..data.video import iterate_timed_frames, probe_rate
+from ..models import AutoencoderViTok
+from .metrics import SSIM_MIN_SIZE, psnr, ssim
+from .reconstruction import reconstruct, save_comparison, side_by_side
+from .visuals import VideoWriter
+
+
+def timed_reconstruction(vae: AutoencoderViTok, images: torch.Tensor) -> tuple[torch.Tensor, float]:
+    began = time.perf_counter()
+    reconstructions = reconstruct(vae, images)  # on the CPU, hence complete
+    return reconstructions, time.perf_counter() - began
+
+
+def report(name: str, size: torch.Size, scores: list[tuple[torch.Tensor, ...]], seconds: float, p: int) -> str:
+    height, width = size
+    padded = " (padded)" if height % p or width % p else ""
+    mean_psnr, mean_ssim = (torch.cat(values).mean() for values in zip(*scores))
+    similarity = f"{mean_ssim:.4f}" if min(height, width) >= SSIM_MIN_SIZE else f"needs {SSIM_MIN_SIZE} pixels a side"
+    return f"{printable(name)}: {width}x{height}{padded}  PSNR {mean_psnr:.2f} dB  SSIM {similarity}  {seconds:.2f} s"
+
+
+def measure(reconstructions: torch.Tensor, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """PSNR and SSIM of each picture, (B,); no numbers for the SSIM of pictures that are too small for it."""
+    psnrs = psnr(reconstructions, images)
+    fits = min(images.shape[2:]) >= SSIM_MIN_SIZE
+    return psnrs, ssim(reconstructions, images) if fits else torch.full_like(psnrs, torch.nan)
+
+
+def reconstruct_image(vae: AutoencoderViTok, path: Path, target: str) -> str:
+    image = torch.from_numpy(load_image(path).copy()).permute(2, 0, 1)[None]  # (1, 3, H, W)
+    reconstruction, seconds = timed_reconstruction(vae, image)
+    Image.fromarray(reconstruction[0].permute(1, 2, 0).numpy()).save(f"{target}_reconstruction.png")
+    save_comparison(f"{target}_comparison.png", image, reconstruction)
+    scores = [measure(reconstruction, image)]
+    return report(path.name, image.shape[2:], scores, seconds, vae.spatial_compression_ratio)
+
+
+def reconstruct_video(vae: AutoencoderViTok, path: Path, target: str) -> str:
+    """Clip by clip, so that the memory does not grow with the length of the video."""
+    clip_frames = 8 if vae.is_image_model else max(vae.config.sample_frames, vae.temporal_compression_ratio)
+    scores, seconds = [], 0.0
+    rate = Fraction(probe_rate(path)).limit_denominator(1001)  # which also tells what is no video
+    with ExitStack() as stack:
+        names = (f"{target}_{name}.mp4" for name in ("reconstruction", "comparison"))
+        writers = [stack.enter_context(VideoWriter(name, rate)) for name in names]
+        frames = iterate_timed_frames(path)
+        while clip := list(islice(frames, clip_frames)):
+            times, pictures = zip(*clip)
+            video = torch.from_numpy(np.stack(pictures)).permute(3, 0, 1, 2)[None]  # (1, 3, T, H, W)
+            reconstruction, elapsed = timed_reconstruction(vae, video)
+            seconds += elapsed
+            pair = fold_frames(video), fold_frames(reconstruction)  # (T, 3, H, W)
+            scores.append(measure(pair[1], pair[0]))
+            writers[0].write(pair[1].permute(0, 2, 3, 1), times)
+            writers[1].write(side_by_side(*pair), times)
+        if not scores:
+            raise ValueError(f'"{path}" holds no video frames: remove or replace it.')
+    name = f"{path.name}, {sum(len(values) for values, _ in scores)} frames"
+    return report(name, video.shape[3:], scores, seconds, vae.spatial_compression_ratio)
+
+
+def name_targets(inputs: list[Path], output_dir: Path) -> dict[str, Path]:
+    """Beginnings of the names of results, and the files that they are made from.
+
+    Results of an earlier run, in an output folder inside of an input folder, are left out.
+
+    Raises:
+        ValueError: If a result would have the name of another result, or of an input.
+    """
+    targets, results = {}, output_dir.resolve()
+    for path in inputs:
+        for file in list_files(path):
+            if path.resolve() in results.parents and results in file.resolve().parents:
+                continue
+            relative = file.relative_to(path) if path.is_dir() else Path(file.name)
+            target = output_dir / relative.with_suffix("")
+            if str(target) in targets:  # another format, or another folder's
+                target = output_dir / relative
+            if str(target) in targets:
+                raise ValueError(f'"{file}" has the name of another input: name another --output_dir for it.')
+            targets[str(target)] = file
+    if not targets:
+        raise ValueError(f'There is nothing in {", ".join(map(str, inputs))} but results in "{output_dir}".')
+    files = {file.resolve() for file in targets.values()}
+    for target in targets:
+        for name in ("reconstruction.png", "comparison.png", "reconstruction.mp4", "comparison.mp4"):
+            if (result := Path(f"{target}_{name}").resolve()) in files:
+                raise ValueError(f'"{result}" is an input and may not be replaced: name another --output_dir.')
+    return targets
+
+
+def reconstruct_file(vae: AutoencoderViTok, path: Path, target: str) -> str:
+    """Writes the files whose names begin with `target`; returns a line of numbers.
+
+    Raises:
+        ValueError, OSError: If the file cannot be read.
+    """
+    Path(target).parent.mkdir(parents=True, exist_ok=True)
+    is_video = suffix_of(path.name) in VIDEO_SUFFIXES
+    return (reconstruct_video if is_video else reconstruct_image)(vae, path, target)
