@@ -249,7 +249,7 @@ class TestCache:
             with pytest.raises(ValueError, match='latents-00001.safetensors" has changed since it was written'):
                 read(tmp_path / "cache")
         path.unlink()
-        with pytest.raises(ValueError, match='latents-00001.safetensors" is missing: delete it and call `write_lat'):
+        with pytest.raises(ValueError, match='latents-00001.safetensors" is missing: delete it and run `vitok'):
             LatentCache(tmp_path / "cache")
         write(files, tmp_path / "cache")
         assert path.read_bytes() == good and len(LatentCache(tmp_path / "cache")) == 11
@@ -302,7 +302,7 @@ class TestCache:
             write(files, tmp_path / "cache", resolution=32, dtype=torch.float16)
         with pytest.raises(ValueError, match=r"has results with vae_sha256 \w{64}, not \w{64}: name another"):
             write(files, tmp_path / "cache", make_vae("v1", qk_norm=True))
-        with pytest.raises(ValueError, match="has no index.json: write the cache"):
+        with pytest.raises(ValueError, match="has no index.json: write it with `vitok cache-latents`"):
             LatentCache(tmp_path)
 
     def test_fingerprint(self):

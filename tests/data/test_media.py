@@ -46,8 +46,9 @@ class TestPictures:
             load_image(data[:100], "a sample")
 
     def test_evaluation_images(self):
-        images = load_evaluation_images(ASSETS, 32, 3)
-        assert images.shape == (3, 3, 32, 32) and images.dtype == torch.uint8
+        images = load_evaluation_images(ASSETS, 32, 2)
+        assert images.shape == (2, 3, 32, 32) and images.dtype == torch.uint8
+        images = load_evaluation_images(ASTRONAUT, 32, 3)
         reference = Image.open(ASTRONAUT).resize((32, 32), Image.Resampling.BICUBIC)
         difference = images[0].permute(1, 2, 0).numpy().astype(int) - np.asarray(reference)
         assert np.abs(difference).mean() < 1.0
