@@ -18,7 +18,6 @@ from vitok_hf import AutoencoderViTok, precision
 GOLDEN = Path(__file__).parent / "golden" / "vitok_v2_tiny"
 EXAMPLES = Path(__file__).parents[1] / "examples"
 ASSETS = EXAMPLES / "assets"
-ASTRONAUT = EXAMPLES.parent / "vitok_hf" / "assets" / "astronaut.png"
 
 TINY = {
     "latent_channels": 4,

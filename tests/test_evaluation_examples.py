@@ -61,10 +61,10 @@ class TestEvaluateReconstruction:
         assert result["protocol"]["resolution"] == 176 and len(result["data_sha256"]) == 64
         with Image.open(folder / "model" / "worst.png") as picture:
             worst = np.array(picture)
-        assert worst.shape == (3 * 176, 3 * 176, 3) and (folder / "model" / "examples.png").is_file()
+        assert worst.shape == (4 * 176, 3 * 176, 3) and (folder / "model" / "examples.png").is_file()
         difference = np.abs(worst[:, :176].astype(float) - worst[:, 176:352]).mean(axis=2)
         np.testing.assert_allclose(worst[:, 352:, 0], np.minimum(4 * difference, 255), atol=0.51)
-        errors = np.square(worst[:, :176].astype(float) - worst[:, 176:352]).reshape(3, -1).mean(axis=1)
+        errors = np.square(worst[:, :176].astype(float) - worst[:, 176:352]).reshape(4, -1).mean(axis=1)
         assert list(errors) == sorted(errors, reverse=True)
 
     def test_other_autoencoders_and_stored_results(self, run_example, models):
@@ -94,7 +94,7 @@ class TestEvaluateReconstruction:
         """In the form of a local folder, which `datasets` loads alike."""
         monkeypatch.setattr(datasets_config, "HF_DATASETS_CACHE", models / "cache")
         (models / "photos").mkdir()
-        for name in ("coffee.png", "chelsea.png"):
+        for name in ("coffee.png", "astronaut.png"):
             (models / "photos" / name).symlink_to(ASSETS / name)
         out = run_example(
             *(

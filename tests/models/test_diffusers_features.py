@@ -17,7 +17,7 @@ from torch._dynamo.testing import CompileCounter
 from torch.export import Dim
 from torchao.quantization import Int8Tensor, Int8WeightOnlyConfig
 
-from tests.conftest import ASTRONAUT, assert_close, make_input, make_vae
+from tests.conftest import ASSETS, assert_close, make_input, make_vae
 from vitok_hf import AutoencoderViTok
 from vitok_hf.data.media import load_image
 from vitok_hf.evaluation.metrics import psnr
@@ -331,7 +331,7 @@ class TestPrecision:
 
     @pytest.mark.parametrize("precision, loss", [("float16", 0.01), ("bfloat16", 0.05), ("int8", 0.1), ("fp8", 0.1)])
     def test_decibels_that_it_costs_the_bundled_model(self, precision, loss):
-        image = torch.from_numpy(load_image(ASTRONAUT)[128:384, 128:384].copy()).permute(2, 0, 1)[None]
+        image = torch.from_numpy(load_image(ASSETS / "astronaut.png")[128:384, 128:384].copy()).permute(2, 0, 1)[None]
         arguments = {"int8": INT8, "fp8": {}}.get(precision) or {"torch_dtype": getattr(torch, precision, None)}
         reference = AutoencoderViTok.from_pretrained("vitok-tiny-f8x8")
         vae = AutoencoderViTok.from_pretrained("vitok-tiny-f8x8", **arguments)

@@ -10,7 +10,7 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
-from tests.conftest import ASSETS, ASTRONAUT, TINY
+from tests.conftest import ASSETS, TINY
 from tests.data.conftest import write_video
 from tests.training.conftest import read_log
 from tests.training.dit import CLASSES, make_dit_arguments, next_batches, run
@@ -362,7 +362,7 @@ def test_example(arguments, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_overfits_eight_pictures(arguments, tmp_path):
     """Crops of photographs, each a class of its own: samples are the pictures, as far as the autoencoder has them."""
-    source = load_image(ASTRONAUT)
+    source = load_image(ASSETS / "astronaut.png")
     pictures = [source[row : row + 128, column : column + 128] for row in (0, 192) for column in (0, 128, 256, 384)]
     for index, picture in enumerate(pictures):
         folder = tmp_path / "crops" / str(index)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.conftest import ASSETS, ASTRONAUT, TINY
+from tests.conftest import ASSETS, TINY
 from tests.training.conftest import read_log, run
 from vitok_hf.training.autoencoder_trainer import AutoencoderTrainer
 
@@ -14,7 +14,7 @@ CONFIG = TINY | {"encoder_hidden_size": 128, "decoder_hidden_size": 128, "qk_nor
 def held_out(tmp_path):
     """Settings of a run on three photographs that measures a fourth."""
     (tmp_path / "held_out").mkdir()
-    (tmp_path / "held_out" / "astronaut.png").write_bytes((ASTRONAUT).read_bytes())
+    (tmp_path / "held_out" / "astronaut.png").write_bytes((ASSETS / "astronaut.png").read_bytes())
     return {
         "train_data_dir": [str(ASSETS / name) for name in ("chelsea.png", "coffee.png", "rocket.jpg")],
         "validation_data_dir": [str(tmp_path / "held_out")],
