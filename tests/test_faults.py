@@ -6,7 +6,7 @@ from tests.faults import check_counts, run_cases
 
 
 @pytest.mark.parametrize(
-    "part, count", [("checkpoints", 300), ("arguments", 400), ("state", 60), ("code", 48), ("side_by_side", 12)]
+    "part, count", [("checkpoints", 300), ("arguments", 400), ("state", 60), ("code", 48), ("side_by_side", 40)]
 )
 def test_some_of_the_campaign(part, count, tmp_path):
     """`python -m tests.faults` runs all of it."""

@@ -109,14 +109,18 @@ def check_tensor(name: str, value: Any, ndims: tuple[int, ...] = ()) -> None:
         refuse(name, f"a tensor of {' or '.join(map(str, ndims))} dimensions", value)
 
 
-def is_readable(tensor: torch.Tensor) -> bool:
-    """Whether its values can be looked at without waiting for a device, or breaking a compilation or a transform."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or tensor.device.type != "cpu":
+def has_values(tensor: torch.Tensor) -> bool:
+    """Whether there are values to look at, and no compilation, transform or mode that this would break."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or tensor.device.type == "meta":
         return False
-    is_plain = type(tensor) in (torch.Tensor, torch.nn.Parameter)  # and no fake one
-    return (
-        is_plain and not torch._C._len_torch_dispatch_stack() and torch._C._functorch.peek_interpreter_stack() is None
-    )
+    if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or torch._C._len_torch_dispatch_stack():
+        return False  # as fake ones
+    return torch._C._functorch.peek_interpreter_stack() is None
+
+
+def is_readable(tensor: torch.Tensor) -> bool:
+    """Whether there are values, and a look at them does not wait for a device."""
+    return has_values(tensor) and tensor.device.type == "cpu"
 
 
 def check_finite(name: str, tensor: torch.Tensor) -> tuple[float, float]:

@@ -5,7 +5,7 @@ import torch
 from diffusers.configuration_utils import FrozenDict
 from torch import nn
 
-from ..checks import check_finite, check_int, check_tensor, refuse, warn_once
+from ..checks import check_finite, check_int, check_tensor, has_values, refuse, warn_once
 from ..loading.strict import check_types
 from .compat import ViTokConfig
 from .layers import split_rotary_pairs
@@ -176,9 +176,9 @@ def check_sizes(sizes: Any, z: torch.Tensor | list[torch.Tensor], patch_size: in
 
 def warn_of_range(model: nn.Module, x: torch.Tensor, low: float, high: float) -> None:
     """Of pixels from 0 to 255. Off the CPU only the first call of a model looks, because the host has to wait."""
-    if torch.compiler.is_compiling():
+    if not has_values(x):
         return
-    if x.device.type not in ("cpu", "meta") and not model._has_seen_pixels:
+    if x.device.type != "cpu" and not model._has_seen_pixels:
         model._has_seen_pixels = True
         low, high = (extreme.item() for extreme in x.detach().aminmax())
     if low >= 0 and high > 2:
