@@ -1,9 +1,59 @@
-"""Pictures as uint8 and as models take them. Needs nothing but PyTorch: `import vitok_hf` comes here."""
+"""Runs, the one form that pictures and clips have inside the package: a list of (n, C, T, H, W), one for each size.
+
+A batch is one run, a picture has T = 1, and pictures of their own sizes are several runs. `to_runs` makes them from
+what a user passes, and `Form` gives back what was passed. Needs nothing but PyTorch: `import vitok_hf` comes here.
+"""
 
 import hashlib
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch.nn import functional as F
+
+
+Runs = list[torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Form:
+    """What `to_runs` was given: a batch, a list of items of any sizes, or runs.
+
+    `items` are, of a list, the indices of the items in each run, else `None`; `has_time`, for each run, whether its
+    clips came with the dimension T.
+    """
+
+    is_batch: bool
+    items: list[list[int]] | None
+    has_time: list[bool]
+
+    def give_back(self, runs: Runs) -> torch.Tensor | list[torch.Tensor]:
+        """The runs, which may have other numbers of channels, frames, rows and columns, in the form of what came."""
+        runs = [run if has_time else run.squeeze(2) for run, has_time in zip(runs, self.has_time)]
+        if self.is_batch:
+            return runs[0]
+        if self.items is None:
+            return runs
+        items = dict(zip(itertools.chain(*self.items), itertools.chain(*runs)))
+        return [items[index] for index in range(len(items))]
+
+
+def to_runs(x: torch.Tensor | Sequence[torch.Tensor]) -> tuple[Runs, Form]:
+    """Runs of a batch, (B, C, H, W) or (B, C, T, H, W), of a list of (C, H, W) or (C, T, H, W), or of runs."""
+    if isinstance(x, torch.Tensor):
+        batches, items = [x], None
+    elif x[0].ndim == 5:
+        batches, items = list(x), None
+    else:
+        groups: dict[torch.Size, list[int]] = {}  # equal sizes make a run
+        for index, item in enumerate(x):
+            groups.setdefault(item.shape, []).append(index)
+        items = list(groups.values())
+        batches = [torch.stack([x[index] for index in indices]) for indices in items]
+    has_time = [batch.ndim == 5 for batch in batches]
+    runs = [batch if timed else batch.unsqueeze(2) for batch, timed in zip(batches, has_time)]  # (n, C, T, H, W)
+    return runs, Form(isinstance(x, torch.Tensor), items, has_time)
 
 
 def to_float(pixels: torch.Tensor) -> torch.Tensor:
