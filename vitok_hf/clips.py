@@ -6,8 +6,9 @@ what a user passes, after `check_clips`, and `Form` gives back what was passed: 
 
 import hashlib
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -31,6 +32,10 @@ class Form:
     items: list[list[int]] | None
     has_time: list[bool]
 
+    def of_runs(self, values: list) -> list:
+        """Of values for the items of a list, those for each run; others are for each run already."""
+        return values if self.items is None else [values[indices[0]] for indices in self.items]
+
     def give_back(self, runs: Runs) -> torch.Tensor | list[torch.Tensor]:
         """The runs, which may have other numbers of channels, frames, rows and columns, in the form of what came."""
         runs = [run if has_time else run.squeeze(2) for run, has_time in zip(runs, self.has_time)]
@@ -42,10 +47,13 @@ class Form:
         return [items[index] for index in range(len(items))]
 
 
-def to_runs(x: torch.Tensor | Sequence[torch.Tensor], multiple: int = 1) -> tuple[Runs, Form]:
+def to_runs(
+    x: torch.Tensor | Sequence[torch.Tensor], multiple: int = 1, kinds: Sequence[Any] = ()
+) -> tuple[Runs, Form]:
     """Runs of a batch, (B, C, H, W) or (B, C, T, H, W), of a list of (C, H, W) or (C, T, H, W), or of runs.
 
-    What is in a list is padded with zeros at the bottom and on the right to a `multiple` of height and width.
+    What is in a list is padded with zeros at the bottom and on the right to a `multiple` of height and width. Items of
+    other `kinds`, of which each has one, are not in one run.
     """
     if isinstance(x, torch.Tensor):
         batches, items = [x], None
@@ -53,9 +61,9 @@ def to_runs(x: torch.Tensor | Sequence[torch.Tensor], multiple: int = 1) -> tupl
         x = [F.pad(item, (0, -item.shape[-1] % multiple, 0, -item.shape[-2] % multiple)) for item in x]
         batches, items = list(x), None
         if x[0].ndim < 5:
-            groups: dict[torch.Size, list[int]] = {}  # equal sizes make a run
+            groups: dict[Any, list[int]] = {}  # equal sizes make a run
             for index, item in enumerate(x):
-                groups.setdefault(item.shape, []).append(index)
+                groups.setdefault((item.shape, kinds[index] if kinds else None), []).append(index)
             items = list(groups.values())
             batches = [torch.stack([x[index] for index in indices]) for indices in items]
     has_time = [batch.ndim == 5 for batch in batches]
@@ -63,10 +71,24 @@ def to_runs(x: torch.Tensor | Sequence[torch.Tensor], multiple: int = 1) -> tupl
     return runs, Form(isinstance(x, torch.Tensor), items, has_time)
 
 
-def to_batches(items: list[torch.Tensor]) -> tuple[list[torch.Tensor], bool]:
-    """Items of a list, (C, ...) -> batches of one, (1, C, ...), or runs as they are; and whether they are runs."""
-    are_runs = items[0].ndim == 5
-    return items if are_runs else [item.unsqueeze(0) for item in items], are_runs
+def to_batches(x: torch.Tensor | list) -> tuple[list[torch.Tensor], Callable[[list], Any]]:
+    """Batches of one, (1, C, ...), for the items of a list, else what is given; and how to give back what came."""
+    if isinstance(x, torch.Tensor):
+        return [x], itemgetter(0)
+    if x[0].ndim == 5:  # runs
+        return x, list
+    return [item.unsqueeze(0) for item in x], lambda batches: [batch.squeeze(0) for batch in batches]
+
+
+def add_row(latents: torch.Tensor) -> torch.Tensor:
+    """A 1-D code (B, c, l) -> (B, c, 1, l); latents on a grid stay as they are."""
+    return latents.unsqueeze(2) if latents.ndim == 3 else latents
+
+
+def item_sizes(x: torch.Tensor | list[torch.Tensor]) -> list[tuple[int, int, int]]:
+    """(T, H, W) of every item of a batch, a list or runs."""
+    batches, _ = to_batches(x)
+    return [(batch.shape[2] if batch.ndim == 5 else 1, *batch.shape[-2:]) for batch in batches for _ in batch]
 
 
 def sizes_of(x: torch.Tensor | list[torch.Tensor]) -> list[tuple[int, int]] | None:
@@ -159,15 +181,19 @@ def check_shape(name: str, shape: torch.Size, forms: list[str], expected: Expect
         raise ValueError(f"`{name}` is empty: it has shape {numbers}.")
 
 
-def check_sizes(sizes: Any, z: torch.Tensor | list[torch.Tensor], patch_size: int) -> None:
-    """Raises `ValueError` unless they are the heights and widths of pictures with the latents `z`, a list."""
+def check_size_list(sizes: Any, lengths: tuple[int, ...] = (2,)) -> None:
     is_list = isinstance(sizes, (list, tuple))
-    if not is_list or any(not isinstance(size, (list, tuple)) or len(size) != 2 for size in sizes):
-        refuse("sizes", "a list of (height, width)", sizes)
+    if not is_list or any(not isinstance(size, (list, tuple)) or len(size) not in lengths for size in sizes):
+        refuse("sizes", "a list of (height, width)" + " or (frames, height, width)" * (3 in lengths), sizes)
     if not torch.compiler.is_compiling():
         for index, size in enumerate(sizes):
             for side in size:
                 check_int(f"sizes[{index}]", side)
+
+
+def check_sizes(sizes: Any, z: torch.Tensor | list[torch.Tensor], patch_size: int) -> None:
+    """Raises `ValueError` unless they are the heights and widths of pictures with the latents `z`, a list."""
+    check_size_list(sizes)
     if isinstance(z, torch.Tensor):
         raise ValueError(f"`sizes` {sizes} are for a list of latents, but `z` is a batch: leave them out, and crop.")
     grids = [tuple(item.shape[-2:]) for item in z]

@@ -24,7 +24,10 @@ def _statistics(vae: ModelMixin, latents: torch.Tensor) -> tuple[torch.Tensor, t
         refuse("vae", "an autoencoder with a `config`", vae)
     mean, std = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
     counts = {len(values) for values in (mean, std) if values is not None} - {1}
-    if counts and (latents.ndim not in (4, 5) or latents.shape[1] not in counts):
+    prefixes = getattr(config, "channel_counts", None) or ()  # whose statistics are a prefix
+    are_sequences = any(getattr(config, name, None) for name in ("token_counts", "num_latent_tokens"))
+    ranks = (3, 4, 5) if are_sequences else (4, 5)
+    if counts and (latents.ndim not in ranks or latents.shape[1] not in counts | {*prefixes}):
         raise ValueError(
             f"Latents must be (B, {max(counts)}, h, w) or (B, {max(counts)}, t, h, w), but have shape "
             f"{tuple(latents.shape)}; add a batch dimension to items of a list."
@@ -32,8 +35,8 @@ def _statistics(vae: ModelMixin, latents: torch.Tensor) -> tuple[torch.Tensor, t
     if std is not None and not all(value > 0 for value in std):
         raise ValueError(f"`latents_std` of the config must be positive, but is {std}.")
     shift = getattr(config, "shift_factor", None) or 0.0
-    mean = [shift] if mean is None else mean
-    std = [1.0] if std is None else std
+    mean = [shift] if mean is None else mean[: latents.shape[1]]
+    std = [1.0] if std is None else std[: latents.shape[1]]
     shape = (1, -1) + (1,) * (latents.ndim - 2)
     mean, std = (
         torch.tensor(values, device=latents.device, dtype=torch.float32).view(shape) for values in (mean, std)

@@ -16,16 +16,17 @@ from ..clips import Expected, Runs, check_clips, check_sizes, sizes_of, to_batch
 from ..loading import check_place, load_strictly, resolve_bundled
 from ..loading.vitok_v2 import HUB_ARGUMENTS, is_vitok_v2, load_vitok_v2
 from ..presets import V2_PATTERN, variant_to_config
+from .codes import CodesMixin
 from .compat import CompatMixin, ViTokConfig, is_derived
 from .configuration import check_config, check_fits, warn_of_range
-from .layers import TowerSettings, ViTokTower, patchify, unpatchify
+from .layers import Grid, TowerSettings, ViTokTower, patchify, unpatchify
 from .posterior import PosteriorList, ViTokOutput, ViTokPosterior
 from .saving import SavingMixin
 from .tiling import MemoryMixin, MemorySettings, Steps, Tiling, make_tiling
 
 
 class AutoencoderViTok(
-    CompatMixin, SavingMixin, ModelMixin, MemoryMixin, AutoencoderMixin, AttentionMixin, ConfigMixin
+    CompatMixin, SavingMixin, ModelMixin, CodesMixin, MemoryMixin, AutoencoderMixin, AttentionMixin, ConfigMixin
 ):
     r"""
     Vision-transformer autoencoder for images and videos (ViTok, arXiv 2501.09755).
@@ -61,6 +62,12 @@ class AutoencoderViTok(
         use_bias (`bool`, defaults to `False`): Biases in the linear layers of attention and MLP.
         final_norm (`bool`, defaults to `True`): RMSNorm after the last block of each tower (v1).
         latent_norm (`bool`, defaults to `False`): LayerNorm without weights on the latents of a token (v2).
+        channel_counts (`list[int]`, *optional*): Increasing, up to `latent_channels`: so many of the first channels
+            are a code, too (nested channels).
+        token_counts (`list[int]`, *optional*): Increasing: so many of the first tokens are a code, too (the appendix's
+            Masked ViTok); the decoder has a learned mask token for the rest.
+        num_latent_tokens (`int`, *optional*): Codes are sequences of so many tokens, (B, c, l), for pictures of any
+            size (the appendix's Latent ViTok); `None`: tokens on a grid.
         component (`str`, *optional*): `"encoder"` or `"decoder"`: that half alone; the other cannot be used.
 
     Raises:
@@ -104,6 +111,9 @@ class AutoencoderViTok(
         use_bias: bool = False,
         final_norm: bool = True,
         latent_norm: bool = False,
+        channel_counts: list[int] | None = None,
+        token_counts: list[int] | None = None,
+        num_latent_tokens: int | None = None,
         component: str | None = None,
     ):
         super().__init__()
@@ -111,11 +121,13 @@ class AutoencoderViTok(
         self.is_image_model = self.config.is_image_model
         pixels = in_channels * temporal_patch_size * patch_size**2
         parameters = latent_channels * (2 if variational else 1)
-        blocks = mlp_ratio, parallel_blocks, qk_norm, layer_scale_init, use_bias, final_norm
+        blocks = mlp_ratio, parallel_blocks, qk_norm, layer_scale_init, use_bias, final_norm, num_latent_tokens or 0
         encoder = TowerSettings(encoder_hidden_size, encoder_num_layers, encoder_num_attention_heads, *blocks)
         decoder = TowerSettings(decoder_hidden_size, decoder_num_layers, decoder_num_attention_heads, *blocks)
         self.encoder = ViTokTower(pixels, parameters, encoder) if component != "decoder" else None
-        self.decoder = ViTokTower(latent_channels, pixels, decoder) if component != "encoder" else None
+        self.decoder = ViTokTower(latent_channels, pixels, decoder, True) if component != "encoder" else None
+        if self.decoder is not None and token_counts is not None:
+            self.decoder.mask_token = nn.Parameter(torch.zeros(latent_channels))
         self.use_slicing = self.use_tiling = self._has_seen_pixels = False
         self.tiling: Tiling = make_tiling(self.config)
         self.window_radius: int | None = None
@@ -205,23 +217,43 @@ class AutoencoderViTok(
             )
         return tower
 
-    def _run_tower(self, tower: ViTokTower, runs: Runs, radius: int | None, steps_in: Steps, steps_out: Steps) -> Runs:
-        """Cut into patches of `steps_in`, (n, C, T, H, W) each, and put together from patches of `steps_out`."""
+    def _run_tower(
+        self,
+        tower: ViTokTower,
+        runs: Runs,
+        radius: int | None,
+        steps_in: Steps,
+        steps_out: Steps,
+        pixel_grids: list[Grid] | None = None,
+    ) -> Runs:
+        """Cut into patches of `steps_in`, (n, C, T, H, W) each, and put together from patches of `steps_out`.
+
+        `pixel_grids` are, of 1-D codes, those of the patches that they are decoded to.
+        """
         (q, p, _), (q_out, p_out, _) = steps_in, steps_out
-        sequences, grids = [], []
+        sequences: list[torch.Tensor] = []
+        grids: list[Grid] = []
         for run in runs:
             # An image model sees each frame alone.
             frames = 1 if self.is_image_model else run.shape[2]
             sequences.append(patchify(run, q, p, frames))  # (n * items, L, C * q * p * p)
             grids.append((frames // q, run.shape[3] // p, run.shape[4] // p))
+        grids = pixel_grids or grids
         outputs = tower(sequences, [grid[1:] if self.is_image_model else grid for grid in grids], radius)
+        if self.config.num_latent_tokens and not tower.is_decoder:
+            grids = [(1, 1, self.config.num_latent_tokens)] * len(runs)
         return [
             unpatchify(tokens, grid, q_out, p_out, num_items=tokens.shape[0] // run.shape[0])
             for tokens, grid, run in zip(outputs, grids, runs)
         ]
 
     def encode(
-        self, x: torch.Tensor | list[torch.Tensor], return_dict: bool = True
+        self,
+        x: torch.Tensor | list[torch.Tensor],
+        return_dict: bool = True,
+        num_tokens: int | list[int] | None = None,
+        num_channels: int | list[int] | None = None,
+        min_psnr: float | None = None,
     ) -> AutoencoderKLOutput | tuple[ViTokPosterior]:
         """Encodes a batch of images or videos, or a list of images or videos of any sizes.
 
@@ -230,17 +262,27 @@ class AutoencoderViTok(
                 size, which are padded with grey (zeros) at the bottom and on the right to multiples of the patch size
                 and encoded together; no item depends on the others.
             return_dict: `False`: a tuple.
+            num_tokens: The first tokens alone, (B, c, num_tokens), row by row: one of `token_counts`, or a list with
+                any number for each item.
+            num_channels: The first channels alone: one of `channel_counts`, or a list with one for each item.
+            min_psnr: The shortest code of each item whose decoded mode is so near to it, in decibels (clipped to
+                [-1, 1], peak 2), else the longest: of `token_counts` or, where these or `num_tokens` are given, of
+                `channel_counts`. Takes log2 of their number of decoding passes.
 
         Returns:
             `AutoencoderKLOutput` whose `latent_dist` has `mode()` and `sample(generator)` of shape (B, c, H/p, W/p) or
             (B, c, T/q, H/p, W/p), and `kl()`, (B,), summed over all latents of an item. For a list, `mode` and
-            `sample` give a list of (c, ceil(H/p), ceil(W/p)) or (c, T/q, ceil(H/p), ceil(W/p)).
+            `sample` give a list of (c, ceil(H/p), ceil(W/p)) or (c, T/q, ceil(H/p), ceil(W/p)); so they do for a
+            batch whose items have numbers of their own, or `min_psnr`. 1-D codes are (B, c, l), in a list (c, l).
 
         Raises:
-            ValueError: If a size, the dtype or the device does not fit, or, on a CPU, a value is not finite.
+            ValueError: If a size, a number of tokens or channels, the dtype or the device does not fit, or, on a CPU,
+                a value is not finite.
         """
         check_bool(return_dict=return_dict)
         posterior = self._posterior(self._encode("x", x, self._memory_settings()))
+        num_tokens, num_channels = self._choose(x, posterior, num_tokens, num_channels, min_psnr)
+        posterior = self._cut(x, posterior, num_tokens, num_channels)
         return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
 
     @apply_forward_hook
@@ -257,8 +299,8 @@ class AutoencoderViTok(
     def _posterior(self, parameters: torch.Tensor | list[torch.Tensor]) -> ViTokPosterior | PosteriorList:
         """Of a batch, (B, 2 c, ...), or (B, c, ...) if it is deterministic; or of a list, of items or of runs."""
         if isinstance(parameters, list):
-            batches, are_runs = to_batches(parameters)
-            return PosteriorList([self._batch_posterior(batch) for batch in batches], are_runs)
+            batches, give_back = to_batches(parameters)
+            return PosteriorList([self._batch_posterior(batch) for batch in batches], give_back)
         return self._batch_posterior(parameters)
 
     def _batch_posterior(self, parameters: torch.Tensor) -> ViTokPosterior:
@@ -301,25 +343,40 @@ class AutoencoderViTok(
             )
         check_bool(return_dict=return_dict)
         check_generator(generator)
-        sample = self._decode("z", z, self._memory_settings(), sizes)
+        grids = None
+        if self._has_codes:
+            z, grids, sizes = self._make_whole(z, sizes)
+        sample = self._decode("z", z, self._memory_settings(), sizes, grids)
         return DecoderOutput(sample=sample) if return_dict else (sample,)
 
     @apply_forward_hook
     def _decode(
-        self, name: str | None, z: Any, settings: MemorySettings, sizes: list[tuple[int, int]] | None = None
+        self,
+        name: str | None,
+        z: Any,
+        settings: MemorySettings,
+        sizes: list[tuple[int, int]] | None = None,
+        grids: list[Grid] | None = None,
     ) -> torch.Tensor | list[torch.Tensor]:
-        """`name` is that of the argument `z`; `None`: our own latents, which are not checked."""
+        """`name` is that of the argument `z`; `None`: our own latents, which are not checked.
+
+        `grids` are those of the pixels of 1-D codes, one for each item of a list, run, or for the batch.
+        """
         tower, (q, p, _) = self._tower("decoder"), self._pixel_steps
         if name is not None:
             check_clips(name, z, Expected(self.config.latent_channels, needs_frames=q > 1, axes="cthw"))
-        if sizes is not None:
+        if sizes is not None and not self._has_codes:
             check_sizes(sizes, z, p)
-        runs, form = to_runs(z)
+        runs, form = to_runs(z, kinds=grids or ())
+        grids = form.of_runs(grids) if grids else None
         if name is not None:
             check_fits(name, runs[0], self, tower, tower.proj_in)
-        sample = form.give_back(self._run_batches(tower, runs, settings, (1, 1, 1), self._pixel_steps))
+        runs = self._run_batches(tower, runs, settings, (1, 1, 1), self._pixel_steps, grids)
+        if sizes is not None and form.is_batch:
+            return form.give_back([runs[0][..., : sizes[0][-2], : sizes[0][-1]]])
+        sample = form.give_back(runs)
         if sizes is not None:
-            sample = [item[..., :height, :width] for item, (height, width) in zip(sample, sizes)]
+            sample = [item[..., : size[-2], : size[-1]] for item, size in zip(sample, sizes)]
         return sample
 
     def forward(
@@ -328,6 +385,8 @@ class AutoencoderViTok(
         sample_posterior: bool = False,
         return_dict: bool = True,
         generator: torch.Generator | list[torch.Generator] | None = None,
+        num_tokens: int | list[int] | None = None,
+        num_channels: int | list[int] | None = None,
     ) -> ViTokOutput | tuple[torch.Tensor]:
         """Encodes and decodes `sample`, (B, C, H, W) or (B, C, T, H, W) in [-1, 1], or a list; see `encode`, `decode`.
 
@@ -336,6 +395,8 @@ class AutoencoderViTok(
                 (n, C, T, H, W), T = 1 for pictures. Then `sample` of the output is such a list, and `kl` is (N,).
             sample_posterior: Decode a sample of the posterior, drawn with `generator`, not its mode.
             generator: One, or a list of one for each item, of all runs.
+            num_tokens, num_channels: What is kept of the codes, one number for all, or a list of one for each item, of
+                all runs.
         """
         check_bool(sample_posterior=sample_posterior, return_dict=return_dict)
         settings = self._memory_settings()
@@ -343,5 +404,7 @@ class AutoencoderViTok(
         kl = posterior.kl()
         check_generator(generator, len(kl))
         latents = posterior.sample(generator) if sample_posterior else posterior.mode()
-        decoded = self._decode(None, latents, settings, sizes_of(sample))
+        if num_tokens is not None or num_channels is not None:
+            latents = self._fill(sample, latents, num_tokens, num_channels)
+        decoded = self._decode(None, latents, settings, sizes_of(sample), self._grids(sample))
         return ViTokOutput(sample=decoded, kl=kl) if return_dict else (decoded,)

@@ -7,6 +7,7 @@ from torch import nn
 
 from ..checks import has_values, warn_once
 from ..loading.strict import check_types
+from .codes import check_counts
 from .compat import ViTokConfig
 from .layers import split_rotary_pairs
 
@@ -19,6 +20,7 @@ MAX_VALUES = {
     "_layers": 2**10,
     "_heads": 2**10,
     "_classes": 2**24,
+    "_tokens": 2**16,
     "mlp_ratio": 2**6,
 }
 
@@ -61,6 +63,7 @@ def check_config(config: ViTokConfig, constructor: Callable) -> None:
             raise ValueError(
                 f"`{name}` has {len(config[name])} entries, but `latent_channels` is {config.latent_channels}."
             )
+    check_counts(config)
     if config.latent_norm and config.variational:
         raise ValueError("`latent_norm=True` normalises the latents themselves: set `variational=False` with it.")
     if config.component not in (None, "encoder", "decoder"):

@@ -8,7 +8,7 @@ tokens belong together.
 import itertools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -17,6 +17,7 @@ from diffusers.models.attention import AttentionModuleMixin, FeedForward
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry, dispatch_attention_fn
 from einops import rearrange
 from torch import nn
+from torch.nn import functional as F
 
 
 VARLEN_DEVICES = ("cuda",)
@@ -39,7 +40,7 @@ def patchify(video: torch.Tensor, temporal_patch_size: int, patch_size: int, fra
 
 
 def unpatchify(
-    tokens: torch.Tensor, grid: tuple[int, int, int], temporal_patch_size: int, patch_size: int, num_items: int
+    tokens: torch.Tensor, grid: Grid, temporal_patch_size: int, patch_size: int, num_items: int
 ) -> torch.Tensor:
     """Inverse of `patchify`: `grid` is the (t, h, w) of one item, `num_items` the number of items per video."""
     pattern = "(b n) (t h w) (c q p r) -> b c (n t q) (h p) (w r)"
@@ -81,6 +82,12 @@ def rotary_embedding(
     return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 
 
+def sincos_embedding(grid: Grid, dim: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """(L, dim): sines and cosines of the positions on `grid`, for tokens that have nothing else."""
+    cos, sin = (table.squeeze(1).chunk(2, dim=-1)[1] for table in rotary_embedding(grid, dim, device, dtype))
+    return torch.cat([cos, sin], dim=-1)
+
+
 def apply_rotary_embedding(hidden_states: torch.Tensor, rotary_emb: Tables) -> torch.Tensor:
     """Rotates the pairs (i, i + head_dim / 2) of (B, L, heads, head_dim) by the tables of `rotary_embedding`."""
     cos, sin = rotary_emb
@@ -95,6 +102,7 @@ class Packing:
 
     Args:
         counts, grids: Number and grid of the equal sequences of each run; one entry for an ordinary batch.
+        num_latent_tokens: Tokens of each sequence that come before those of its grid.
         window_radius: How far attention sees; `None`: everything.
         boundaries: (sequences + 1,) int32, where each begins and the last ends, if one kernel may take all of them.
     """
@@ -102,19 +110,24 @@ class Packing:
     counts: list[int]
     grids: list[Grid]
     window_radius: int | None = None
+    num_latent_tokens: int = 0
     boundaries: torch.Tensor | None = None
 
     @property
     def lengths(self) -> list[int]:
-        return [math.prod(grid) for grid in self.grids]
+        return [self.num_latent_tokens + math.prod(grid) for grid in self.grids]
 
 
-def make_packing(sequences: list[torch.Tensor], grids: list[Grid], window_radius: int | None = None) -> Packing:
-    counts, boundaries, device = [run.shape[0] for run in sequences], None, sequences[0].device
+def make_packing(
+    sequences: list[torch.Tensor], grids: list[Grid], window_radius: int | None = None, num_latent_tokens: int = 0
+) -> Packing:
+    packing = Packing([run.shape[0] for run in sequences], grids, window_radius, num_latent_tokens)
+    device = sequences[0].device
     if len(sequences) > 1 and window_radius is None and device.type in VARLEN_DEVICES and varlen_attn is not None:
-        lengths = [math.prod(grid) for count, grid in zip(counts, grids) for _ in range(count)]
+        lengths = [length for count, length in zip(packing.counts, packing.lengths) for _ in range(count)]
         boundaries = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
-    return Packing(counts, grids, window_radius, boundaries)
+        return replace(packing, boundaries=boundaries)
+    return packing
 
 
 def pack(sequences: list[torch.Tensor]) -> torch.Tensor:
@@ -308,6 +321,7 @@ class TowerSettings:
     layer_scale_init: float | None
     bias: bool
     final_norm: bool
+    num_latent_tokens: int = 0
 
 
 class ViTokBlock(nn.Module):
@@ -339,8 +353,10 @@ class ViTokTower(nn.Module):
 
     _gradient_checkpointing_func: Callable
 
-    def __init__(self, in_features: int, out_features: int, settings: TowerSettings):
+    def __init__(self, in_features: int, out_features: int, settings: TowerSettings, is_decoder: bool = False):
         super().__init__()
+        self.num_latent_tokens, self.is_decoder = settings.num_latent_tokens, is_decoder
+        self.mask_token: nn.Parameter | None = None
         self.head_dim = settings.hidden_size // settings.num_heads
         self.proj_in = nn.Linear(in_features, settings.hidden_size)
         self.transformer_blocks = nn.ModuleList([ViTokBlock(settings) for _ in range(settings.num_layers)])
@@ -348,10 +364,28 @@ class ViTokTower(nn.Module):
         self.proj_out = nn.Linear(settings.hidden_size, out_features)
         self.gradient_checkpointing = False
 
+    def _embed(self, sequences: list[torch.Tensor], grids: list[Grid]) -> torch.Tensor:
+        """The packed hidden states. With latent tokens, these come first, and what has no input has its position."""
+        if not self.num_latent_tokens:
+            # A copy, because dynamo would compile the first block apart for a view: the others do not get one.
+            return self.proj_in(pack(sequences)).clone()  # (B, L, D), or (1, sum of n * L, D)
+        embedded = []
+        for sequence, grid in zip(sequences, grids):
+            tokens = self.proj_in(sequence)  # (n, L, D), of latent tokens in a decoder, else of patches
+            size = self.num_latent_tokens, tokens.shape[-1]
+            latents = sincos_embedding(size[:1], size[1], tokens.device, tokens.dtype)
+            patches = sincos_embedding(grid, size[1], tokens.device, tokens.dtype)
+            parts = (tokens + latents, patches) if self.is_decoder else (latents, tokens)
+            embedded.append(torch.cat([part.expand(len(tokens), -1, -1) for part in parts], dim=1))
+        return pack(embedded)
+
     def rotary_embedding(self, hidden_states: torch.Tensor, packing: Packing) -> Tables:
         """Tables (L, 1, head_dim), for all sequences of a batch or for those that are packed into one."""
         device, dtype = hidden_states.device, hidden_states.dtype
         tables = [rotary_embedding(grid, self.head_dim, device, dtype) for grid in packing.grids]
+        if self.num_latent_tokens:  # which do not turn
+            added = (0, 0, 0, 0, self.num_latent_tokens, 0)
+            tables = [(F.pad(cos, added, value=1.0), F.pad(sin, added)) for cos, sin in tables]
         if len(tables) == 1:
             return tables[0]
         cos, sin = (torch.cat([x.repeat(n, 1, 1) for n, x in zip(packing.counts, part)]) for part in zip(*tables))
@@ -361,13 +395,16 @@ class ViTokTower(nn.Module):
         self, sequences: list[torch.Tensor], grids: list[Grid], window_radius: int | None = None
     ) -> list[torch.Tensor]:
         """Runs of equal sequences, (n, L, in_features), and the grid of each run -> (n, L, out_features)."""
-        packing = make_packing(sequences, grids, window_radius)
-        # A copy, because dynamo would compile the first block apart for a view: the others do not get one.
-        hidden_states = self.proj_in(pack(sequences)).clone()  # (B, L, D), or (1, sum of n * L, D)
+        packing = make_packing(sequences, grids, window_radius, self.num_latent_tokens)
+        hidden_states = self._embed(sequences, grids)
         rotary_emb = self.rotary_embedding(hidden_states, packing)
         for block in self.transformer_blocks:
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 hidden_states = self._gradient_checkpointing_func(block, hidden_states, rotary_emb, packing)
             else:
                 hidden_states = block(hidden_states, rotary_emb, packing)
-        return unpack(self.proj_out(self.norm_out(hidden_states)), packing)
+        hidden_states = self.norm_out(hidden_states)
+        if not self.num_latent_tokens:
+            return unpack(self.proj_out(hidden_states), packing)
+        kept = slice(self.num_latent_tokens, None) if self.is_decoder else slice(self.num_latent_tokens)
+        return [self.proj_out(sequences[:, kept]) for sequences in unpack(hidden_states, packing)]

@@ -1,5 +1,6 @@
 import itertools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -70,17 +71,14 @@ class ViTokPosterior(DiagonalGaussianDistribution):
 class PosteriorList:
     """Posteriors of a list: of items, whose latents come without a batch dimension, or of runs, (n, c, t, h, w)."""
 
-    def __init__(self, posteriors: list[ViTokPosterior], are_runs: bool = False):
-        self.posteriors, self.are_runs = posteriors, are_runs
+    def __init__(self, posteriors: list[ViTokPosterior], give_back: Callable[[list], list]):
+        self.posteriors, self.give_back = posteriors, give_back
 
     def __len__(self) -> int:
         return len(self.posteriors)
 
     def __getitem__(self, index: int) -> ViTokPosterior:
         return self.posteriors[index]
-
-    def _give_back(self, latents: list[torch.Tensor]) -> list[torch.Tensor]:
-        return latents if self.are_runs else [item.squeeze(0) for item in latents]
 
     def sample(self, generator: torch.Generator | list[torch.Generator] | None = None) -> list[torch.Tensor]:
         """Samples (c, ...); a list holds one generator for each item, also of runs."""
@@ -90,10 +88,10 @@ class PosteriorList:
         if isinstance(generator, list):
             rest = iter(generator)
             generators = [list(itertools.islice(rest, count)) for count in counts]
-        return self._give_back([posterior.sample(g) for posterior, g in zip(self.posteriors, generators)])
+        return self.give_back([posterior.sample(g) for posterior, g in zip(self.posteriors, generators)])
 
     def mode(self) -> list[torch.Tensor]:
-        return self._give_back([posterior.mode() for posterior in self.posteriors])
+        return self.give_back([posterior.mode() for posterior in self.posteriors])
 
     def kl(self) -> torch.Tensor:
         """(N,), of all items."""

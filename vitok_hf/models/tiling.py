@@ -9,7 +9,7 @@ import torch
 from ..checks import check_int, check_number, check_tensor, refuse
 from ..clips import Runs
 from .compat import ViTokConfig
-from .layers import ViTokTower
+from .layers import Grid, ViTokTower
 
 
 Steps = tuple[int, int, int]  # what a token measures: frames, rows and columns
@@ -151,10 +151,31 @@ def make_tiling(
     return Tiling(sizes, (0 if config.is_image_model else t, h, w))
 
 
+def check_whole(
+    runs: Runs, pixel_grids: list[Grid] | None, settings: MemorySettings, steps: Steps, is_image_model: bool
+) -> None:
+    """Raises `ValueError` where a 1-D code, which is of a whole picture, would be of tiles, a window or frames."""
+    grids = pixel_grids or [tuple(side // step for side, step in zip(run.shape[2:], steps)) for run in runs]
+    if settings.window_radius is not None:
+        raise ValueError("1-D codes are of whole pictures: `disable_sliding_window()` for a model with them.")
+    sizes = settings.tiling.sizes if settings.tiling is not None else (None, None, None)
+    for grid in grids:
+        if any(size is not None and length > size for length, size in zip(grid, sizes)):
+            raise ValueError(
+                f"1-D codes are of whole pictures, but one of {grid} tokens is larger than a tile of {sizes}: "
+                "`disable_tiling()`, or encode its parts apart."
+            )
+        if is_image_model and grid[0] > 1:
+            raise ValueError(
+                f"1-D codes of an image model are of pictures, but a clip has {grid[0]} frames: fold them."
+            )
+
+
 class MemoryMixin:
     """What keeps the memory of an autoencoder bounded: tiles, streams of frames, local attention."""
 
     config: ViTokConfig
+    is_image_model: bool
     use_slicing: bool
     use_tiling: bool
     tiling: Tiling
@@ -189,24 +210,32 @@ class MemoryMixin:
         self.use_tiling = True
 
     def _run_batches(
-        self, tower: ViTokTower, runs: Runs, settings: MemorySettings, steps_in: Steps, steps_out: Steps
+        self,
+        tower: ViTokTower,
+        runs: Runs,
+        settings: MemorySettings,
+        steps_in: Steps,
+        steps_out: Steps,
+        pixel_grids: list[Grid] | None = None,
     ) -> Runs:
         """As `_run_tower`, in slices and tiles if these are on."""
         tiling, radius = settings.tiling, settings.window_radius
+        steps = steps_in, steps_out
         if settings.use_slicing and sum(run.shape[0] for run in runs) > 1:
+            grids = [None] * len(runs) if pixel_grids is None else [[grid] for grid in pixel_grids]
             return [
-                torch.cat(
-                    [self._run_batches(tower, [item], settings, steps_in, steps_out)[0] for item in run.split(1)]
-                )
-                for run in runs
+                torch.cat([self._run_batches(tower, [item], settings, *steps, grid)[0] for item in run.split(1)])
+                for run, grid in zip(runs, grids)
             ]
-        if tiling is None:
-            return self._run_tower(tower, runs, radius, steps_in, steps_out)
+        if tower.num_latent_tokens:
+            check_whole(runs, pixel_grids, settings, steps_in, self.is_image_model)
+        if tiling is None or tower.num_latent_tokens:
+            return self._run_tower(tower, runs, radius, *steps, pixel_grids)
 
         def run_tile(tile: torch.Tensor) -> torch.Tensor:
-            return self._run_tower(tower, [tile], radius, steps_in, steps_out)[0]
+            return self._run_tower(tower, [tile], radius, *steps)[0]
 
-        parts = (apply_tiled(run_tile, [run], tiling, steps_in, steps_out) for run in runs)
+        parts = (apply_tiled(run_tile, [run], tiling, *steps) for run in runs)
         return [torch.cat(list(part), dim=2) for part in parts]
 
     def encode_stream(self, pieces: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:

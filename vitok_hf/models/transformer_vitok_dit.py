@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..checks import check_bool, check_number, check_tensor, is_readable, refuse, show
-from ..clips import Expected, check_clips, to_runs
+from ..clips import Expected, add_row, check_clips, to_runs
 from ..loading import load_strictly
 from ..presets import dit_variant_to_config
 from .configuration import check_fits, check_numbers
@@ -261,7 +261,8 @@ class ViTokDiTModel(SavingMixin, ModelMixin, AttentionMixin, CacheMixin, ConfigM
         """Predicts the noise, velocity, flow or clean latents, whichever it was trained for.
 
         Args:
-            hidden_states: Noisy latents, normalised by `vitok_hf.normalize_latents`, (B, c, h, w) or (B, c, t, h, w).
+            hidden_states: Noisy latents, normalised by `vitok_hf.normalize_latents`, (B, c, h, w) or (B, c, t, h, w);
+                or 1-D codes, (B, c, l), of which each latent is a token.
             timestep: A number, or (B,), int or float, on the scale of the scheduler (0 to 1000 for diffusers').
             class_labels: (B,) int64 from 0 to `num_classes`, which stands for no class; `None`: no class for all.
             return_dict: `False`: a tuple.
@@ -274,11 +275,12 @@ class ViTokDiTModel(SavingMixin, ModelMixin, AttentionMixin, CacheMixin, ConfigM
         """
         p = self.config.patch_size
         check_tensor("hidden_states", hidden_states)
+        latents = add_row(hidden_states) if p == 1 else hidden_states
         expected = Expected(self.config.in_channels, (1, p), axes="cthw", channels_of="in_channels=")
-        check_clips("hidden_states", hidden_states, expected)
+        check_clips("hidden_states", latents, expected)
         check_fits("hidden_states", hidden_states, self, self.patch_embed)
         check_bool(return_dict=return_dict)
-        (video,), form = to_runs(hidden_states)  # (B, c, t, h, w)
+        (video,), form = to_runs(latents)  # (B, c, t, h, w)
         frames = 1 if self.is_image_model else video.shape[2]
         items = video.shape[2] // frames
         grid = (frames, video.shape[3] // p, video.shape[4] // p)
@@ -300,5 +302,5 @@ class ViTokDiTModel(SavingMixin, ModelMixin, AttentionMixin, CacheMixin, ConfigM
         shift, scale = self.modulation_out(temb).unsqueeze(1).chunk(2, dim=-1)  # (B * items, 1, D)
         tokens = self.proj_out(modulate(self.norm_out(tokens), shift, scale))  # (B * items, L, out_channels * p * p)
         sample = unpatchify(tokens, grid, 1, p, items)  # (B, out_channels, t, h, w)
-        output = form.give_back([sample])
+        output = form.give_back([sample]).view(hidden_states.shape[0], -1, *hidden_states.shape[2:])
         return Transformer2DModelOutput(sample=output) if return_dict else (output,)

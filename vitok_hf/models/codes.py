@@ -1,0 +1,250 @@
+"""Codes that can be cut: a prefix of the channels, of the token sequence, or of both, is a code, too.
+
+A cut keeps the first channels or tokens of a whole code. The decoder gets a whole code again: the channels that are
+missing are 0, the mean of the prior, the tokens that are missing are the learned mask token.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, TypeAlias
+
+import torch
+from torch.nn import functional as F
+
+from ..checks import check_int, check_number, check_tensor
+from ..clips import check_size_list, item_sizes, sizes_of, to_batches
+from .compat import ViTokConfig
+from .layers import Grid
+from .posterior import PosteriorList, ViTokPosterior
+
+
+Clips: TypeAlias = torch.Tensor | list[torch.Tensor]
+Counts: TypeAlias = int | list[int] | None
+Posterior: TypeAlias = ViTokPosterior | PosteriorList
+
+
+def check_counts(config: ViTokConfig) -> None:
+    """Raises `ValueError` for entries of a config by which its codes cannot be cut."""
+    for name, last in (("channel_counts", config.latent_channels), ("token_counts", config.num_latent_tokens)):
+        counts = config[name]
+        if counts is None:
+            continue
+        if not counts or counts[0] < 1 or any(low >= high for low, high in zip(counts, counts[1:])):
+            raise ValueError(f"`{name}` must be an increasing list of positive numbers, but is {counts}.")
+        if last is not None and counts[-1] != last:
+            whole = "latent_channels" if name == "channel_counts" else "num_latent_tokens"
+            raise ValueError(f"`{name}` must end with `{whole}`, {last}, but is {counts}.")
+
+
+def cut(posterior: ViTokPosterior, num_tokens: int | None, num_channels: int | None) -> ViTokPosterior:
+    """Of (B, c, ...) the first channels; with `num_tokens`, the first tokens of the sequence, (B, c, tokens)."""
+    parameters, halves = posterior.parameters, 1 if posterior.deterministic else 2  # means and log-variances
+    if num_channels is not None:
+        parameters = parameters.unflatten(1, (halves, -1))[:, :, :num_channels].flatten(1, 2)
+    if num_tokens is not None:
+        parameters = parameters.flatten(2)[..., :num_tokens]
+    return ViTokPosterior(parameters, posterior.deterministic)
+
+
+def split(posterior: ViTokPosterior) -> list[ViTokPosterior]:
+    """Of the items of a batch."""
+    return [ViTokPosterior(item, posterior.deterministic) for item in posterior.parameters.split(1)]
+
+
+def fill(
+    latents: torch.Tensor, mask_token: torch.Tensor | None, tokens: list[int] | None, channels: list[int] | None
+) -> torch.Tensor:
+    """(B, c, ...) -> the same but for what is beyond the numbers of tokens and channels that each item keeps."""
+    whole, places = latents.flatten(2), partial(torch.arange, device=latents.device)  # (B, c, L)
+    if channels is not None:
+        kept = places(whole.shape[1]) < torch.tensor(channels, device=latents.device)[:, None]
+        whole = torch.where(kept.unsqueeze(2), whole, torch.zeros_like(whole))
+    if tokens is not None and mask_token is not None:
+        kept = places(whole.shape[2]) < torch.tensor(tokens, device=latents.device)[:, None]
+        whole = torch.where(kept.unsqueeze(1), whole, mask_token.to(whole.dtype)[:, None])
+    return whole.view(latents.shape)
+
+
+def psnr(sample: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """(B,), both clipped to [-1, 1]."""
+    error = (sample.float().clamp(-1, 1) - x.float().clamp(-1, 1)).square().flatten(1).mean(dim=1)
+    return 10 * torch.log10(4 / error)
+
+
+class CodesMixin:
+    """Cuts codes, and makes them whole again."""
+
+    config: ViTokConfig
+    is_image_model: bool
+    decoder: Any  # a `ViTokTower`, or `None`
+    _decode: Callable
+    _memory_settings: Callable
+
+    @property
+    def _has_codes(self) -> bool:
+        return any(self.config[name] is not None for name in ("channel_counts", "token_counts", "num_latent_tokens"))
+
+    def _grid(self, size: tuple[int, ...]) -> Grid:
+        """(t, h, w) in tokens of a clip, (T, H, W); of (H, W), one of `sample_frames` frames."""
+        q, p = self.config.temporal_patch_size, self.config.patch_size
+        frames = size[0] if len(size) == 3 else max(self.config.sample_frames, q)
+        return (frames // q, -(-size[-2] // p), -(-size[-1] // p))
+
+    def _length(self, size: tuple[int, ...]) -> int:
+        return self.config.num_latent_tokens or math.prod(self._grid(size))
+
+    def _grids(self, x: Clips) -> list[Grid] | None:
+        """The grids of pixels that 1-D codes are decoded to, one for each batch of `to_batches`."""
+        if self.config.num_latent_tokens is None:
+            return None
+        ends = itertools.accumulate(batch.shape[0] for batch in to_batches(x)[0])
+        return [self._grid(item_sizes(x)[end - 1]) for end in ends]
+
+    def _check_count(self, name: str, value: Any, longest: int, is_for_one: bool) -> int:
+        """Raises `ValueError` unless codes may be cut to this number; of one item, to any number of tokens."""
+        field = "token_counts" if name == "num_tokens" else "channel_counts"
+        if (allowed := self.config[field]) is None:
+            raise ValueError(f"`{name}` is {value}, but the model has no `{field}` in its config: leave it out.")
+        count, is_any = check_int(name, value), is_for_one and name == "num_tokens"
+        if count > longest or (count not in allowed and not is_any):
+            wanted = f"from 1 to {longest}" if is_any else f"one of {[n for n in allowed if n <= longest]}"
+            raise ValueError(f"`{name}` must be {wanted}, but is {count}.")
+        return count
+
+    def _counts(self, name: str, counts: Counts, sizes: Sequence[tuple[int, ...]]) -> list[int] | None:
+        """One for each item, of these sizes in pixels; `None` if there are none."""
+        if counts is None:
+            return None
+        longest = [self.config.latent_channels] * len(sizes)
+        if name == "num_tokens":
+            longest = [self._length(size) for size in sizes]
+        if not isinstance(counts, (list, tuple)):
+            return [self._check_count(name, counts, length, False) for length in longest]
+        if len(counts) != len(sizes):
+            raise ValueError(f"`{name}` has {len(counts)} entries for {len(sizes)} items: pass one for each, or one.")
+        return [self._check_count(name, count, length, True) for count, length in zip(counts, longest)]
+
+    def _cut(self, x: Clips, posterior: Posterior, num_tokens: Counts, num_channels: Counts) -> Posterior:
+        """What `encode` gives: the posterior of `x` cut, for a batch with numbers for each item that of a list."""
+        sizes = item_sizes(x)
+        whole: list[int | None] = [self.config.num_latent_tokens] * len(sizes)
+        tokens = self._counts("num_tokens", num_tokens, sizes) or whole
+        all_channels: list[int | None] = [None] * len(sizes)
+        channels = self._counts("num_channels", num_channels, sizes) or all_channels
+        is_for_all = not any(isinstance(counts, (list, tuple)) for counts in (num_tokens, num_channels))
+        if isinstance(posterior, ViTokPosterior) and is_for_all:
+            return cut(posterior, tokens[0], channels[0])
+        items = posterior.posteriors if isinstance(posterior, PosteriorList) else split(posterior)
+        cuts = [cut(*item) for item in zip(items, tokens, channels)]
+        return PosteriorList(cuts, lambda batches: [batch.squeeze(0) for batch in batches])
+
+    def _fill(self, x: Clips, latents: Clips, num_tokens: Counts, num_channels: Counts) -> Clips:
+        """The latents of `x`, of which each item keeps so many tokens and channels."""
+        sizes = item_sizes(x)
+        kept = self._counts("num_tokens", num_tokens, sizes), self._counts("num_channels", num_channels, sizes)
+        batches, give_back = to_batches(latents)
+        ends = [0, *itertools.accumulate(batch.shape[0] for batch in batches)]
+        mask_token = None if self.decoder is None else self.decoder.mask_token
+        filled = [
+            fill(batch, mask_token, *(counts and counts[start:end] for counts in kept))
+            for batch, start, end in zip(batches, ends, ends[1:])
+        ]
+        return give_back(filled)
+
+    def _make_whole(self, z: Clips, sizes: Any) -> tuple[Clips, list[Grid] | None, Any]:
+        """What `_decode` takes: whole codes on a grid, the grids of the pixels of 1-D codes, and sizes to crop to.
+
+        `z` is a batch or a list, of latents on the grid or of sequences, (B, c, tokens) or (c, tokens).
+        """
+        is_batch, side = isinstance(z, torch.Tensor), self.config.sample_size
+        if sizes is not None:
+            check_size_list(sizes, (2, 3))
+        if sizes is not None and len(sizes) != len(z):
+            raise ValueError(f"`sizes` has {len(sizes)} entries for {len(z)} codes: pass one for each.")
+        if is_batch and sizes is not None and len(set(map(tuple, sizes))) > 1:
+            raise ValueError(f"`sizes` of a batch must be equal, but are {sizes}: pass a list of codes.")
+        names = ["z"] if is_batch else [f"z[{index}]" for index in range(len(z))]
+        for name, item in zip(names, [z] if is_batch else z):
+            check_tensor(name, item)
+        batches, give_back = to_batches(z)
+        all_sizes = [tuple(size) for size in sizes or [(side, side)] * len(batches)]
+        whole = [self._add_channels(batch) for batch in batches]
+        whole = [
+            self._add_tokens(name, batch, size) if batch.ndim == 3 else batch
+            for name, batch, size in zip(names, whole, all_sizes)
+        ]
+        grids = [self._grid(size) for size in all_sizes[: len(whole)]]
+        return give_back(whole), grids if self.config.num_latent_tokens else None, sizes
+
+    def _add_channels(self, z: torch.Tensor) -> torch.Tensor:
+        """(B, k, ...) -> (B, c, ...), if k is one of `channel_counts`."""
+        missing = self.config.latent_channels - z.shape[1]
+        if z.shape[1] not in (self.config.channel_counts or ()) or not missing:
+            return z
+        return torch.cat([z, z.new_zeros(z.shape[0], missing, *z.shape[2:])], dim=1)
+
+    def _add_tokens(self, name: str, z: torch.Tensor, size: tuple[int, ...]) -> torch.Tensor:
+        """(B, c, tokens) of pictures of this size -> the latents on their grid, or the whole 1-D code as a grid."""
+        config, length, count = self.config, self._length(size), z.shape[2]
+        if config.token_counts is None and config.num_latent_tokens is None:
+            raise ValueError(f"`{name}` is a sequence, but the codes of this model are on grids: pass (B, c, h, w).")
+        if not 0 < count <= length or (count < length and config.token_counts is None):
+            wanted = f"1 to {length}" if config.token_counts else str(length)
+            raise ValueError(
+                f"`{name}` must have {wanted} tokens for {' x '.join(map(str, size))} pixels, but has {count}: pass "
+                "the `sizes` that it was encoded from."
+            )
+        if count < length:
+            z = fill(F.pad(z, (0, length - count)), self.decoder.mask_token, [count] * z.shape[0], None)
+        grid = (1, 1, length) if config.num_latent_tokens else self._grid(size)
+        return z.unflatten(2, grid if not self.is_image_model or grid[0] > 1 else grid[1:])
+
+    def _shortest(self, x: Clips, posterior: Posterior, name: str, min_psnr: float, other: Counts) -> list[int]:
+        """The least number of `name` for each item with which its decoded mode reaches `min_psnr`, else the largest.
+
+        Found by bisection, all items of the batch at once.
+        """
+        sizes, modes = item_sizes(x), posterior.mode()
+        counts = self.config.token_counts if name == "num_tokens" else self.config.channel_counts
+        lengths = [self._length(size) if name == "num_tokens" else self.config.latent_channels for size in sizes]
+        options = [[count for count in counts if count < length] + [length] for length in lengths]
+        low, high = [0] * len(sizes), [len(option) - 1 for option in options]
+        while any(start < end for start, end in zip(low, high)):
+            middle = [(start + end) // 2 for start, end in zip(low, high)]
+            tried = [option[place] for option, place in zip(options, middle)]
+            tokens, channels = (tried, other) if name == "num_tokens" else (other, tried)
+            latents = self._fill(x, modes, tokens, channels)
+            sample = self._decode(None, latents, self._memory_settings(), sizes_of(x), self._grids(x))
+            pairs = zip(to_batches(sample)[0], to_batches(x)[0])
+            reached = (torch.cat([psnr(*pair) for pair in pairs]) >= min_psnr).tolist()
+            for index, (place, enough) in enumerate(zip(middle, reached)):
+                if low[index] < high[index]:
+                    low[index], high[index] = (low[index], place) if enough else (place + 1, high[index])
+        return [option[place] for option, place in zip(options, low)]
+
+    def _choose(
+        self, x: Clips, posterior: Posterior, num_tokens: Counts, num_channels: Counts, min_psnr: float | None
+    ) -> tuple[Counts, Counts]:
+        """The numbers that `encode` cuts to, with those that `min_psnr` stands for."""
+        if min_psnr is None:
+            return num_tokens, num_channels
+        min_psnr = check_number("min_psnr", min_psnr, 0.0, 1000.0)
+        free = [
+            name
+            for name, count, allowed in zip(
+                ("num_tokens", "num_channels"),
+                (num_tokens, num_channels),
+                (self.config.token_counts, self.config.channel_counts),
+            )
+            if count is None and allowed is not None
+        ]
+        if not free:
+            raise ValueError(
+                f"`min_psnr` {min_psnr:g} chooses `num_tokens` or `num_channels`: leave one out, of a model with "
+                "`token_counts` or `channel_counts` in its config."
+            )
+        if free[0] == "num_tokens":
+            return self._shortest(x, posterior, free[0], min_psnr, num_channels), num_channels
+        return num_tokens, self._shortest(x, posterior, free[0], min_psnr, num_tokens)
