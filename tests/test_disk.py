@@ -29,6 +29,7 @@ class TestWholeFiles:
         events.clear()
         (tmp_path / "a" / "b").mkdir(parents=True)
         (tmp_path / "a" / "b" / "c").write_text("2")
+        (tmp_path / "a" / "nowhere").symlink_to("missing")
         disk.replace_durably(tmp_path / "a", tmp_path / "d")
         assert sorted(events[:3]) == [str(tmp_path / name) for name in ("a", "a/b", "a/b/c")]
         assert events[3:] == ["replace", str(tmp_path)] and (tmp_path / "d" / "b" / "c").read_text() == "2"

@@ -92,8 +92,9 @@ def _sync(path: str | os.PathLike) -> None:
 def replace_durably(temporary: Path, path: Path) -> None:
     """Renames a file or a folder when its content is on the disk: also after a power cut, `path` is whole."""
     for folder, _, names in os.walk(temporary):
-        for name in names:
-            _sync(os.path.join(folder, name))
+        for file in (os.path.join(folder, name) for name in names):
+            if not os.path.islink(file):  # which may lead nowhere, as in packages of Debian
+                _sync(file)
         _sync(folder)
     if not temporary.is_dir():
         _sync(temporary)
