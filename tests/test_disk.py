@@ -47,12 +47,7 @@ class TestWholeFiles:
         assert first != second and (tmp_path / "x").read_text() == "1"
 
     def test_leftovers(self, tmp_path):
-        for name in (
-            "checkpoint-3.incomplete",
-            "checkpoint-3.removed",
-            ".vae.0a1b2c3d.incomplete",
-            ".x.0a1b2c3d.removed",
-        ):
+        for name in (".vae.0a1b2c3d.incomplete", ".x.0a1b2c3d.removed"):
             (tmp_path / name).mkdir()
         (tmp_path / ".metrics.jsonl.0a1b2c3d.incomplete").write_text("x")
         kept = [".lock", "checkpoint-3", "checkpoint-4.damaged", "my.incomplete", ".x.incomplete"]

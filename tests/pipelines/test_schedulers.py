@@ -3,14 +3,21 @@
 import inspect
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 from diffusers import (
     DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    HeunDiscreteScheduler,
     PNDMScheduler,
     SchedulerMixin,
+    UniPCMultistepScheduler,
 )
 
 from tests.conftest import assert_close
@@ -88,6 +95,26 @@ def by_hand(pipe, scheduler: SchedulerMixin) -> torch.Tensor:
     return latents
 
 
+def make_oracle(scheduler, clean):
+    """The forward of a model that knows the clean latents, for whatever the scheduler wants predicted."""
+    kind = scheduler.config.get("prediction_type") or "flow_prediction"
+    sigmas = None
+    if kind != "flow_prediction":
+        sigmas = ((1 - scheduler.alphas_cumprod) / scheduler.alphas_cumprod).sqrt().double().numpy()
+
+    def forward(hidden_states, timestep, class_labels, return_dict):
+        t, x = timestep.double().numpy(), hidden_states.double()
+        shape = (-1,) + (1,) * (x.ndim - 1)
+        if kind == "flow_prediction":
+            return ((x - clean) / torch.from_numpy(t / 1000).view(shape),)
+        sigma = torch.from_numpy(np.interp(t, np.arange(1000), sigmas)).view(shape)
+        alpha, sigma = 1 / (1 + sigma**2).sqrt(), sigma / (1 + sigma**2).sqrt()
+        noise = (x - alpha * clean) / sigma
+        return ({"epsilon": noise, "v_prediction": alpha * noise - sigma * clean, "sample": clean + 0 * x}[kind],)
+
+    return forward
+
+
 @pytest.fixture(scope="module")
 def pipe():
     return make_pipeline()
@@ -123,6 +150,63 @@ def test_all_are_there():
     assert len(names) > 40 and names >= set(REFUSED)
 
 
+class TestPredictions:
+    @pytest.mark.parametrize(
+        "scheduler",
+        [
+            DDIMScheduler(clip_sample=False),
+            DDIMScheduler(clip_sample=False, prediction_type="v_prediction", timestep_spacing="trailing"),
+            DDPMScheduler(clip_sample=False, prediction_type="sample"),
+            DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++"),
+            EulerAncestralDiscreteScheduler(prediction_type="v_prediction"),
+            HeunDiscreteScheduler(),
+            UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True),
+            FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+            FlowMatchHeunDiscreteScheduler(shift=3.0),
+        ],
+        ids=lambda scheduler: type(scheduler).__name__,
+    )
+    def test_the_truth_is_found(self, kind, scheduler, monkeypatch):
+        pipe = make_pipeline(kind, scheduler)
+        clean = torch.randn(pipe.get_latent_shape(1), dtype=torch.float64) * 3
+        monkeypatch.setattr(pipe.transformer, "forward", make_oracle(scheduler, clean))
+        output = sample(pipe, num_inference_steps=10)
+        assert output.dtype == torch.float32
+        assert_close(output, clean.float().expand_as(output), atol=2e-2)  # some schedulers round timesteps
+
+    def test_timesteps_are_not_rounded(self):
+        pipe, seen = make_pipeline(scheduler=EulerDiscreteScheduler()), []
+        pipe.transformer.register_forward_pre_hook(
+            lambda _, args, kwargs: seen.append(kwargs["timestep"]), with_kwargs=True
+        )
+        sample(pipe, guidance_scale=1.0, num_inference_steps=5)
+        assert torch.cat(seen).tolist() == pytest.approx(
+            [999, 999, 749.25, 749.25, 499.5, 499.5, 249.75, 249.75, 0, 0]
+        )
+
+    def test_dynamic_shift_follows_the_number_of_tokens(self):
+        pipe = make_pipeline(scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), patch_size=2)
+        shifts, set_timesteps = [], pipe.scheduler.set_timesteps
+        pipe.scheduler.set_timesteps = lambda *args, mu, **kwargs: (
+            shifts.append(mu) or set_timesteps(*args, mu=mu, **kwargs)
+        )
+        sample(pipe, height=256, width=256, num_inference_steps=1)  # 32 x 32 latents, 16 x 16 tokens
+        sample(pipe, height=1024, width=1024, num_inference_steps=1, guidance_scale=1.0, labels="cat")
+        assert shifts == pytest.approx([0.5, 1.15])
+
+    def test_clipping_is_warned_of(self, monkeypatch):
+        messages = []
+        monkeypatch.setattr("vitok_hf.pipelines.checks.logger.warning", messages.append)
+        make_pipeline(scheduler=DDIMScheduler())
+        assert len(messages) == 1 and "clip_sample=False" in messages[0]
+        pipe = make_pipeline(scheduler=FlowMatchEulerDiscreteScheduler())
+        sample(pipe)
+        assert len(messages) == 1
+        pipe.scheduler = DDIMScheduler.from_config(DDPMScheduler().config)
+        sample(pipe)
+        assert len(messages) == 2
+
+
 class TestNoise:
     @pytest.mark.parametrize("steps, factor", [(4, 17.4), (8, 48.6), (25, 107.0), (50, 130.1)])
     def test_factor_of_euler(self, pipe, steps, factor):
@@ -150,10 +234,8 @@ class TestLimits:
         assert_close(sample(pipe, None), by_hand(pipe, DDIMScheduler(clip_sample=False)))
 
     def test_subclasses(self):
-        class Mine(diffusers.SCMScheduler):
-            pass
-
-        assert "TrigFlow" in why_unsupported(Mine()) and why_unsupported(FlowMatchEulerDiscreteScheduler()) is None
+        mine = type("Mine", (diffusers.SCMScheduler,), {})()
+        assert "TrigFlow" in why_unsupported(mine) and why_unsupported(FlowMatchEulerDiscreteScheduler()) is None
 
     def test_too_few_steps(self, pipe):
         pipe.scheduler = PNDMScheduler()

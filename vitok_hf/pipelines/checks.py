@@ -1,8 +1,10 @@
 """What `ViTokDiTPipeline` does not take: each check raises a `ValueError` that says what to do."""
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
+import torch
 from diffusers import DDPMParallelScheduler, DDPMScheduler, FasterCacheConfig, SchedulerMixin
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.configuration_utils import FrozenDict
@@ -61,10 +63,8 @@ def check_size(num_tokens: int, **sizes: int | None) -> None:
 
 def check_components(transformer: Any, vae: Any, scheduler: Any) -> None:
     """Each may be missing (`None`), but must else be of its kind."""
-    for name, model, entry in (
-        ("transformer", transformer, "num_classes"),
-        ("vae", vae, "temporal_compression_ratio"),
-    ):
+    entries = {"transformer": "num_classes", "vae": "temporal_compression_ratio"}
+    for (name, entry), model in zip(entries.items(), (transformer, vae)):
         if model is not None and not hasattr(getattr(model, "config", None), entry):
             refuse(name, f"a model with `{entry}` in its config", type(model))
     if scheduler is not None and not isinstance(getattr(scheduler, "config", None), dict):
@@ -84,14 +84,15 @@ def check_models(config: FrozenDict, vae: AutoencoderViTok | None, id2label: dic
         raise ValueError(f"`id2label` has ids {unknown}, but the transformer num_classes={config.num_classes}.")
 
 
-def check_cache(cache: Any, guided: bool, is_image: bool) -> None:
+def check_cache(cache: Any, guided: bool, is_video: bool) -> None:
     """FasterCache guesses one half of every batch from the other."""
     if not isinstance(cache, FasterCacheConfig):
         return
-    if is_image != (cache.tensor_format == "BCHW"):
+    kind, wanted = ("clips", "BCFHW") if is_video else ("pictures", "BCHW")
+    if is_video == (cache.tensor_format == "BCHW"):
         raise ValueError(
-            f'FasterCache has tensor_format="{cache.tensor_format}", but these latents are '
-            f'{"pictures" if is_image else "clips"}: make it with "{"BCHW" if is_image else "BCFHW"}".'
+            f'FasterCache has tensor_format="{cache.tensor_format}", but these latents are {kind}: make it with '
+            f'"{wanted}".'
         )
     if not cache.is_guidance_distilled and not guided:
         raise ValueError(
@@ -102,11 +103,12 @@ def check_cache(cache: Any, guided: bool, is_image: bool) -> None:
 
 def check_id2label(id2label: Any) -> dict[int, str]:
     """With integers for keys, of which JSON makes strings."""
-    wanted = "a dict of class ids and names"
-    if not isinstance(id2label, (dict, type(None))):
+    wanted, table = "a dict of class ids and names", dict[int, str]()
+    if id2label is None:
+        return table
+    if not isinstance(id2label, dict):
         refuse("id2label", wanted, id2label)
-    table = {}
-    for index, text in (id2label or {}).items():
+    for index, text in id2label.items():
         if not isinstance(text, str):
             refuse("id2label", wanted, id2label)
         is_text = isinstance(index, str) and index.isdecimal() and len(index) < 10
@@ -130,6 +132,16 @@ def check_callback(callback: Any, tensor_inputs: Any, known: list[str]) -> list[
     if unknown := [name for name in tensor_inputs or [] if name not in known]:
         raise ValueError(f"`callback_on_step_end_tensor_inputs` has {unknown}, not of {known}.")
     return list(tensor_inputs or [])
+
+
+def check_changes(changes: Any, latents: torch.Tensor) -> torch.Tensor:
+    """The latents in what a callback returns, or those that there are."""
+    if not isinstance(changes, (Mapping, type(None))):
+        refuse("callback_on_step_end", "a function that returns a dict", changes)
+    changed = (changes or {}).get("latents", latents)
+    if getattr(changed, "shape", None) != latents.shape:
+        refuse("latents", f"of shape {tuple(latents.shape)} in what `callback_on_step_end` returns", changed)
+    return changed
 
 
 def check_output_type(output_type: Any, has_decoder: bool) -> None:

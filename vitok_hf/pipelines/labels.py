@@ -14,7 +14,7 @@ def label_names(text: str) -> list[str]:
 
 def label_table(id2label: dict[int, str]) -> dict[str, int]:
     """Name -> id, in alphabetical order; the first id of a name that several classes have."""
-    table = {}
+    table: dict[str, int] = {}
     for name, index in sorted((name, index) for index, text in id2label.items() for name in label_names(text)):
         table.setdefault(name, index)
     return table

@@ -29,7 +29,8 @@ def check_folder(folder: str | os.PathLike, constructor: Callable) -> None:
     check_private_entries({"_class_name": None} | config, path)
     check_entries(config, config.keys() - parameters, sorted(parameters), path)
     for name in sorted(parameters - {"id2label"}):
-        if not has_type(value := config.get(name), list[str | None]) or len(value) != 2:
+        value = config.get(name)
+        if not isinstance(value, list) or not has_type(value, list[str | None]) or len(value) != 2:
             raise ValueError(f'"{path}" must have library and class of "{name}", but has {value!r}.')
         cls, kind = getattr(sys.modules.get(value[0]), value[1] or "", None), KINDS[name]
         if value != [None, None] and not (isinstance(cls, type) and issubclass(cls, kind)):
