@@ -279,7 +279,7 @@ class TestErrors:
             ({"height": 30}, "`height` must be a positive multiple of 8, but is 30"),
             ({"num_frames": 4}, "`num_frames` is 4, but this model makes images"),
             ({"generator": seeds(1)}, "`generator` has 1 entries for 2 samples"),
-            ({"latents": torch.zeros(2, 4, 2, 4, 4)}, r"shape \(2, 4, 4, 4\), but have \(2, 4, 2, 4, 4\)"),
+            ({"latents": torch.zeros(2, 4, 2, 4, 4)}, r"must have shape .*, but have \(2, 4, 2, 4, 4\)"),
             ({"latents": torch.full((2, 4, 4, 4), torch.nan)}, "`latents` must be finite, .* are NaN"),
             ({"height": 10_000_000}, "`height` 10000000, .* make 10000000 tokens, more than 4194304 in a call"),
             ({"num_images_per_label": 10**9}, "`num_images_per_label` 2000000000 make .* tokens, more than 4194304"),

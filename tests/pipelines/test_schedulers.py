@@ -22,7 +22,7 @@ from diffusers import (
 
 from tests.conftest import assert_close
 from tests.dit import make_pipeline, sample
-from vitok_hf.pipelines.checks import why_unsupported
+from vitok_hf.pipelines.schedulers import why_unsupported
 
 
 STEPS = 4
@@ -196,7 +196,7 @@ class TestPredictions:
 
     def test_clipping_is_warned_of(self, monkeypatch):
         messages = []
-        monkeypatch.setattr("vitok_hf.pipelines.checks.logger.warning", messages.append)
+        monkeypatch.setattr("vitok_hf.pipelines.schedulers.logger.warning", messages.append)
         make_pipeline(scheduler=DDIMScheduler())
         assert len(messages) == 1 and "clip_sample=False" in messages[0]
         pipe = make_pipeline(scheduler=FlowMatchEulerDiscreteScheduler())

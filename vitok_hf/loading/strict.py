@@ -21,7 +21,7 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import ModelMixin
-from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME
 from diffusers.utils.hub_utils import _add_variant
 from safetensors import SafetensorError, safe_open
 from torch import nn
@@ -204,12 +204,10 @@ def check_folder(folder: Path, variant: str | None) -> None:
             raise ValueError(f'"{folder}/config.json" has `quantization_config` {show(quantization)}, no object.')
         return
     weight_map, files = read_index(folder, variant)
-    if not files and _add_variant(WEIGHTS_NAME, variant) not in names:
-        if any(name.startswith("diffusion_pytorch_model") for name in names):  # diffusers has more names for some
-            names = [name for name in names if name.startswith("diffusion_pytorch_model")]
-        wanted = _add_variant(SAFETENSORS_WEIGHTS_NAME, variant)
-        if not any(name.endswith(".index.json") or name.endswith(".bin") for name in names):
-            raise OSError(f'"{folder}" has no {wanted}, but {names}: name its `variant`, or fetch what is missing.')
+    weights = [name for name in names if name.startswith("diffusion_pytorch_model")]
+    if not files and not any(name.endswith((".index.json", ".bin")) for name in weights or names):
+        wanted = _add_variant(SAFETENSORS_WEIGHTS_NAME, variant)  # diffusers has more names for some
+        raise OSError(f'"{folder}" has no {wanted}, but {weights or names}: name its `variant`, or fetch it.')
     for file in files:
         for name in read_header(file):
             if weight_map.get(name, file.name) != file.name:

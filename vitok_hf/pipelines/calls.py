@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from diffusers import SchedulerMixin
 
-from .checks import check_timesteps
+from .schedulers import check_timesteps
 
 
 _lock = threading.Lock()  # of all pipelines: one of their own could not be pickled or copied
@@ -86,13 +86,20 @@ class CallField:
 
 
 class CallsMixin:
-    """Of a pipeline with a `scheduler`."""
+    """Of a pipeline with a `scheduler`: what diffusers' callbacks and caches read and set of a call."""
 
     scheduler: SchedulerMixin
     _calls: list[Call]
 
-    _guidance_scale, _guidance_rescale, _interrupt = CallField(), CallField(), CallField()
-    _num_timesteps, _current_timestep = CallField(), CallField()
+    guidance_scale, _guidance_scale, _guidance_rescale = CallField(), CallField(), CallField()
+    interrupt, _interrupt = CallField(), CallField()  # `True` ends the call with the latents of its step
+    num_timesteps, _num_timesteps = CallField(), CallField()
+    current_timestep, _current_timestep = CallField(), CallField()  # of the step that is being computed
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        """Read at every step, so that a callback may set `_guidance_scale`."""
+        return self._guidance_scale > 1
 
     def __init__(self):
         super().__init__()

@@ -26,18 +26,14 @@ from .checks import (
     check_changes,
     check_components,
     check_guidance,
-    check_id2label,
     check_models,
     check_output_type,
-    check_scheduler,
     check_size,
-    max_steps,
-    takes_variance,
-    warn_of_clipping,
 )
-from .labels import label_table, to_label_ids
+from .labels import check_id2label, label_table, to_label_ids
 from .loading import check_folder
 from .model_card import add_usage
+from .schedulers import check_scheduler, max_steps, takes_variance, warn_of_clipping
 
 
 def rescale_guidance(guided: torch.Tensor, conditional: torch.Tensor, rescale: float) -> torch.Tensor:
@@ -139,29 +135,6 @@ class ViTokDiTPipeline(CallsMixin, DiffusionPipeline):
     def is_video(self) -> bool:
         """Whether the output is `frames`: the model was trained on clips, or a latent stands for several frames."""
         return self.transformer.config.sample_frames > 1 or self.vae.temporal_compression_ratio > 1
-
-    @property
-    def guidance_scale(self) -> float:
-        return self._guidance_scale
-
-    @property
-    def do_classifier_free_guidance(self) -> bool:
-        """Read at every step, so that a callback may set `_guidance_scale`."""
-        return self._guidance_scale > 1
-
-    @property
-    def num_timesteps(self) -> int:
-        return self._num_timesteps
-
-    @property
-    def current_timestep(self) -> torch.Tensor | None:
-        """Of the step that is being computed, which diffusers' caches ask for."""
-        return self._current_timestep
-
-    @property
-    def interrupt(self) -> bool:
-        """A callback that sets `_interrupt = True` ends the call with the latents of its step."""
-        return self._interrupt
 
     def get_label_ids(self, labels: str | int | list[str | int] | torch.Tensor) -> list[int]:
         """Ids of classes given by name, by one of several names, or by id, one or a list.
