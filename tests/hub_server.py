@@ -165,13 +165,13 @@ class HubServer(ThreadingHTTPServer):
         paths = [path.partition("/resolve/") for method, path in self.requests if method == "GET"]
         return [path.partition("/")[2] for _, found, path in paths if found]
 
-    def environment(self, offline: bool = False) -> dict[str, str]:
+    def environment(self) -> dict[str, str]:
         """The environment of a process that uses this server, and shares the cache of the fixture."""
         inherited = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
         return inherited | {
             "HF_ENDPOINT": self.endpoint,
             "HF_HOME": str(self.home),
-            "HF_HUB_OFFLINE": str(int(offline)),
+            "HF_HUB_OFFLINE": "0",
             "HF_HUB_DISABLE_TELEMETRY": "1",
             "NO_PROXY": "127.0.0.1",
         }

@@ -3,8 +3,6 @@
 import errno
 import logging
 import os
-import subprocess
-import sys
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -130,12 +128,19 @@ class TestLock:
             run_on_two_processes(lock_on_two, str(tmp_path), child)
 
 
-def ask_another_process(folder) -> None:
-    """Raises what a process gets that asks for the lock of a folder, as by `locked`."""
-    code = "import sys; from vitok_hf.disk import locked\nwith locked(sys.argv[1]): pass"
-    process = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True)
-    if process.returncode:
-        raise ValueError(process.stderr.splitlines()[-1])
+def ask_another_process(folder: Path) -> None:
+    """Raises what a process gets that asks for the lock of a folder."""
+    begin, end = os.pipe()
+    if not (child := os.fork()):  # without any computation, which might hang in a fork
+        try:
+            disk._lock(folder, take_over=False)
+        except ValueError as error:
+            os.write(end, str(error).encode())
+        os._exit(0)
+    os.close(end)
+    os.waitpid(child, 0)
+    if message := os.read(begin, 1000).decode():
+        raise ValueError(message)
 
 
 def lock_on_two(folder: str, holder: int) -> None:

@@ -6,13 +6,14 @@ import sys
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler, LCMScheduler, PNDMScheduler
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, LCMScheduler, PNDMScheduler
 from safetensors.torch import load_file, save_file
 
-from tests.conftest import GOLDEN, make_input, make_vae
+from tests.conftest import GOLDEN, make_vae
 from tests.dit import make_pipeline
 from vitok_hf import AutoencoderViTok, ViTokDiTModel, ViTokDiTPipeline
 from vitok_hf.commands import start
+from vitok_hf.loading import strict
 from vitok_hf.loading.strict import read_header, to_dtype
 from vitok_hf.loading.vitok_v2 import guess_variant
 
@@ -56,10 +57,6 @@ class TestShards:
         change_header(shards[1], lambda header: header.update({name[:-1] + "s": header.pop(name)}))
         self.check(shards, f'The index in "{shards[0].parent}" lists {name}, which no file has: .* Fetch it again')
 
-    def test_a_shard_over_another(self, shards):
-        shards[1].write_bytes(shards[0].read_bytes())
-        self.check(shards, f'"{shards[1]}" holds "[a-z0-9_.]+", which is in "{shards[0].name}" by the index')
-
     def test_a_tensor_of_two_shards(self, shards):
         name = next(iter(read_header(shards[0])))
         save_file(load_file(shards[1]) | {name: load_file(shards[0])[name] + 1}, shards[1])
@@ -71,7 +68,7 @@ class TestShards:
         os.mkfifo(shards[0]) if target is None else shards[0].symlink_to(shards[0] if target == "loop" else target)
         self.check(shards, f'"{shards[0]}" is no regular file: put the file in its place')
 
-    @pytest.mark.parametrize("weight_map", [{}, [], {"a": 1}, None, {"a": ["b"]}])
+    @pytest.mark.parametrize("weight_map", [{}, None, {"a": ["b"]}])
     def test_index(self, shards, weight_map):
         path = shards[0].with_name(FILE + ".index.json")
         change_json(path, weight_map=weight_map)
@@ -94,21 +91,20 @@ class TestShards:
 
 
 class TestTensors:
-    @pytest.mark.parametrize("dtype", ["U32", "I32"])
-    def test_dtype(self, folder, dtype):
+    @pytest.mark.parametrize(
+        "dtype, message",
+        [("I32", 'holds "decoder.proj_in.weight" as I32'), ("BF16", "holds tensors as F16 and as BF16, and one must")],
+    )
+    def test_dtype(self, folder, dtype, message):
+        save_file(
+            {name: x.float() if dtype == "I32" else x.half() for name, x in load_file(folder / FILE).items()},
+            folder / FILE,
+        )
         change_header(folder / FILE, lambda header: header["decoder.proj_in.weight"].update(dtype=dtype))
-        with pytest.raises(ValueError, match=f'"{folder / FILE}" holds "decoder.proj_in.weight" as {dtype}'):
+        with pytest.raises(ValueError, match=f'"{folder / FILE}" {message}'):
             AutoencoderViTok.from_pretrained(folder)
 
-    def test_one_letter_of_the_dtype(self, folder):
-        weights = {name: weight.half() for name, weight in load_file(folder / FILE).items()}
-        save_file(weights, folder / FILE)
-        change_header(folder / FILE, lambda header: header["decoder.proj_in.weight"].update(dtype="BF16"))
-        with pytest.raises(ValueError, match="holds tensors as F16 and as BF16, and one must be wrong"):
-            AutoencoderViTok.from_pretrained(folder)
-
-    @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-    @pytest.mark.parametrize("layout", ["file", "shards", "author"])
+    @pytest.mark.parametrize("layout, value", [("file", torch.nan), ("shards", torch.inf), ("author", -torch.inf)])
     def test_not_finite(self, folder, tmp_path, value, layout):
         options, key, name = {}, "decoder.proj_out.weight", "decoder.proj_out.weight"
         if layout == "shards":
@@ -153,8 +149,7 @@ class TestTensors:
 
 
 class TestDtype:
-    @pytest.mark.parametrize("dtype", ["float16", "torch.bfloat16", torch.float16])
-    @pytest.mark.parametrize("argument", ["dtype", "torch_dtype"])
+    @pytest.mark.parametrize("argument, dtype", [("dtype", "float16"), ("torch_dtype", "torch.bfloat16")])
     def test_by_name(self, folder, tmp_path, dtype, argument):
         expected = getattr(torch, str(dtype).removeprefix("torch."))
         assert AutoencoderViTok.from_pretrained(folder, **{argument: dtype}).dtype == expected
@@ -167,7 +162,7 @@ class TestDtype:
             ViTokDiTPipeline.from_pretrained(tmp_path / "pipeline", **{argument: dtype}).transformer.dtype == expected
         )
 
-    @pytest.mark.parametrize("dtype", ["half", "int8", torch.int8, 16, ""])
+    @pytest.mark.parametrize("dtype", ["half", torch.int8, 16])
     def test_others(self, folder, dtype):
         with pytest.raises(
             ValueError, match=f"`dtype` must be a dtype, as torch.bfloat16, .*{re.escape(repr(dtype))}"
@@ -182,17 +177,12 @@ class TestConfigs:
         "values, message",
         [
             ({"scaling_factor": 0}, "`scaling_factor` and `latents_std` must be positive, but are 0 and"),
-            ({"scaling_factor": float("nan")}, "`scaling_factor` must be float .* is nan"),
             ({"latents_std": [1.0, 0.0, 1.0, 1.0]}, r"must be positive, but are 1.0 and \[1.0, 0.0"),
-            ({"latents_std": [1.0, -1.0, 1.0, 1.0]}, "must be positive"),
             ({"latents_std": [1.0, 1.0, 1.0, float("nan")]}, "`latents_std` must be"),
             ({"latents_mean": "0123"}, "`latents_mean` must be .* is '0123'"),
-            ({"sample_frames": 1.5}, "`sample_frames` must be int .* is 1.5"),
             ({"patch_size": True}, "`patch_size` must be int .* is True"),
-            ({"use_bias": 1}, "`use_bias` must be bool"),
             ({"decoder_num_layers": 10**9}, "`decoder_num_layers` must be at most 1024, but is 1000000000"),
             ({"mlp_ratio": float("inf")}, "`mlp_ratio` must be float"),
-            ({"variational": None}, "`variational` must be bool"),
             (
                 {"latents_stb": [1.0] * 4, "latents_std": "left out"},
                 r"entries that do not exist, \['latents_stb'\], and not those that do, \['latents_std'\]: it is",
@@ -210,7 +200,7 @@ class TestConfigs:
         change_json(folder / "config.json", decay=0.99, note="mine", quantization_config=None)
         assert AutoencoderViTok.from_pretrained(folder).config.patch_size == 8
 
-    @pytest.mark.parametrize("text", ["", "[]", "7", '{"patch_size": 8', "[" * 100_000])
+    @pytest.mark.parametrize("text", ["[]", '{"patch_size": 8', "[" * 100_000])
     def test_json(self, folder, text):
         (folder / "config.json").write_text(text)
         with pytest.raises(ValueError, match=f'"{folder / "config.json"}"'):
@@ -218,11 +208,7 @@ class TestConfigs:
 
     @pytest.mark.parametrize(
         "values, message",
-        [
-            ({"num_layers": 0}, "`num_layers` must be positive"),
-            ({"hidden_size": "32"}, "`hidden_size` must be int"),
-            ({"num_classes": 10**12}, "`num_classes` must be at most"),
-        ],
+        [({"num_layers": 0}, "`num_layers` must be positive"), ({"hidden_size": "32"}, "`hidden_size` must be int")],
     )
     def test_of_a_transformer(self, tmp_path, values, message):
         make_pipeline().transformer.save_pretrained(tmp_path)
@@ -234,11 +220,8 @@ class TestConfigs:
         "values",
         [
             {"beta_end": -7},
-            {"beta_start": "x"},
             {"num_train_timesteps": 10**9},
-            {"num_train_timesteps": 0.5},
             {"prediction_type": "epsilom"},
-            {"timestep_spacing": "leeding"},
             {"beta_schedule": ""},
             {"clip_sample": 3},
             {"steps_offset": None, "_class_name": []},
@@ -255,8 +238,6 @@ class TestConfigs:
         "scheduler",
         [
             DDIMScheduler(num_train_timesteps=5, clip_sample=False),
-            DDIMScheduler(num_train_timesteps=200_000, clip_sample=False),
-            DDPMScheduler(clip_sample=False),
             FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
             LCMScheduler(original_inference_steps=4, clip_sample=False),
             PNDMScheduler(),
@@ -272,12 +253,9 @@ class TestConfigs:
     @pytest.mark.parametrize(
         "values",
         [
-            {"vae": "left out"},
             {"vae": ["vitok_hf"]},
             {"vea": [None, None], "vae": "left out"},
-            {"id2label": {"a": "cat"}},
             {"id2label": {"0": 7}},
-            {"id2label": ["cat"]},
             {"_class_name": "left out"},
         ],
     )
@@ -288,11 +266,7 @@ class TestConfigs:
             ViTokDiTPipeline.from_pretrained(tmp_path)
 
     def test_whole_numbers_are_numbers(self):
-        vae = make_vae("everything", layer_scale_init=1, scaling_factor=2, mlp_ratio=2)
-        assert (
-            vae(make_input(vae)).sample.isfinite().all()
-            and vae.encoder.transformer_blocks[0].residual1.gamma.sum() == 32
-        )
+        assert make_vae("everything", layer_scale_init=1, scaling_factor=2, mlp_ratio=2).config.mlp_ratio == 2
 
 
 @pytest.mark.parametrize("name", [None, 7, "", b"vitok-tiny-f8x8"])
@@ -352,7 +326,6 @@ class TestMistakes:
     @pytest.mark.parametrize(
         "values",
         [
-            {"vae": ["diffusers", "AutoencoderKL"]},
             {"scheduler": ["os", "system"]},
             {"scheduler": ["antigravity", "fly"]},
             {"transformer": ["vitok_hf", "AutoencoderViTok"]},
@@ -373,9 +346,18 @@ class TestMistakes:
 
 
 @pytest.mark.parametrize("shape", [(), (0,), (5,), (2, 0)])
-@pytest.mark.parametrize("key", ["patch_embed.weight", "encoder_blocks.0.attn.norm_q.weight", "to_code.weight"])
-def test_variant_of_misshapen_weights(shape, key):
+def test_variant_of_misshapen_weights(shape):
     header = read_header(GOLDEN / "encoder.safetensors")
     assert guess_variant({"encoder": header}) is not None
-    guess_variant({"encoder": header | {key: shape}})
+    for key in ("patch_embed.weight", "encoder_blocks.0.attn.norm_q.weight", "to_code.weight"):
+        guess_variant({"encoder": header | {key: shape}})
     assert guess_variant({"encoder": {"patch_embed.weight": shape}}) is None
+
+
+def test_headers_are_read_once(folder, monkeypatch):
+    """In a call, and in the next again."""
+    reads, read = [], strict._read_safetensors
+    monkeypatch.setattr(strict, "_read_safetensors", lambda path: reads.append(path.name) or read(path))
+    for count in (1, 2):
+        AutoencoderViTok.from_pretrained(folder)
+        assert reads == [FILE] * count

@@ -7,7 +7,6 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
-    FlowMatchEulerDiscreteScheduler,
     HeunDiscreteScheduler,
 )
 from diffusers.callbacks import PipelineCallback
@@ -156,12 +155,7 @@ class TestGuidance:
 class TestRandomness:
     @pytest.mark.parametrize(
         "scheduler",
-        [
-            DDIMScheduler(clip_sample=False),
-            DDPMScheduler(clip_sample=False),
-            EulerAncestralDiscreteScheduler(),
-            FlowMatchEulerDiscreteScheduler(),
-        ],
+        [DDIMScheduler(clip_sample=False), DDPMScheduler(clip_sample=False), EulerAncestralDiscreteScheduler()],
     )
     def test_a_seed_gives_the_same_sample_in_any_batch(self, kind, scheduler):
         pipe = make_pipeline(kind, scheduler)
@@ -271,22 +265,17 @@ class TestErrors:
     @pytest.mark.parametrize(
         "arguments, message",
         [
-            ({"guidance_scale": float("nan")}, "`guidance_scale` must be a number from 0 to 1e\\+06, but is nan"),
             ({"num_inference_steps": 4.0}, "`num_inference_steps` must be an integer from 1 to 10000, but is 4.0"),
-            ({"num_images_per_label": 0}, "`num_images_per_label` must be an integer from 1 .*, but is 0"),
             ({"guidance_interval": (0.5, 0.2)}, r"0 <= start <= stop <= 1, but is \(0.5, 0.2\)"),
-            ({"output_type": "png"}, "one of pil, np, pt, latent, but is 'png'"),
             ({"height": 30}, "`height` must be a positive multiple of 8, but is 30"),
             ({"num_frames": 4}, "`num_frames` is 4, but this model makes images"),
             ({"generator": seeds(1)}, "`generator` has 1 entries for 2 samples"),
             ({"latents": torch.zeros(2, 4, 2, 4, 4)}, r"must have shape .*, but have \(2, 4, 2, 4, 4\)"),
-            ({"latents": torch.full((2, 4, 4, 4), torch.nan)}, "`latents` must be finite, .* are NaN"),
-            ({"height": 10_000_000}, "`height` 10000000, .* make 10000000 tokens, more than 4194304 in a call"),
             ({"num_images_per_label": 10**9}, "`num_images_per_label` 2000000000 make .* tokens, more than 4194304"),
-            ({"eta": 5.0}, "`eta` must be a number from 0 to 1, but is 5.0"),
         ],
     )
     def test_arguments(self, arguments, message):
+        """All others are in tests/faults/arguments.py."""
         with pytest.raises(ValueError, match=message):
             make_pipeline()(["cat", "dog"], **arguments)
 

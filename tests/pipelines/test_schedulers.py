@@ -3,21 +3,14 @@
 import inspect
 
 import diffusers
-import numpy as np
 import pytest
 import torch
 from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
-    DPMSolverMultistepScheduler,
-    EulerAncestralDiscreteScheduler,
-    EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
-    FlowMatchHeunDiscreteScheduler,
-    HeunDiscreteScheduler,
     PNDMScheduler,
     SchedulerMixin,
-    UniPCMultistepScheduler,
 )
 
 from tests.conftest import assert_close
@@ -95,26 +88,6 @@ def by_hand(pipe, scheduler: SchedulerMixin) -> torch.Tensor:
     return latents
 
 
-def make_oracle(scheduler, clean):
-    """The forward of a model that knows the clean latents, for whatever the scheduler wants predicted."""
-    kind = scheduler.config.get("prediction_type") or "flow_prediction"
-    sigmas = None
-    if kind != "flow_prediction":
-        sigmas = ((1 - scheduler.alphas_cumprod) / scheduler.alphas_cumprod).sqrt().double().numpy()
-
-    def forward(hidden_states, timestep, class_labels, return_dict):
-        t, x = timestep.double().numpy(), hidden_states.double()
-        shape = (-1,) + (1,) * (x.ndim - 1)
-        if kind == "flow_prediction":
-            return ((x - clean) / torch.from_numpy(t / 1000).view(shape),)
-        sigma = torch.from_numpy(np.interp(t, np.arange(1000), sigmas)).view(shape)
-        alpha, sigma = 1 / (1 + sigma**2).sqrt(), sigma / (1 + sigma**2).sqrt()
-        noise = (x - alpha * clean) / sigma
-        return ({"epsilon": noise, "v_prediction": alpha * noise - sigma * clean, "sample": clean + 0 * x}[kind],)
-
-    return forward
-
-
 @pytest.fixture(scope="module")
 def pipe():
     return make_pipeline()
@@ -150,40 +123,7 @@ def test_all_are_there():
     assert len(names) > 40 and names >= set(REFUSED)
 
 
-class TestPredictions:
-    @pytest.mark.parametrize(
-        "scheduler",
-        [
-            DDIMScheduler(clip_sample=False),
-            DDIMScheduler(clip_sample=False, prediction_type="v_prediction", timestep_spacing="trailing"),
-            DDPMScheduler(clip_sample=False, prediction_type="sample"),
-            DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++"),
-            EulerAncestralDiscreteScheduler(prediction_type="v_prediction"),
-            HeunDiscreteScheduler(),
-            UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True),
-            FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
-            FlowMatchHeunDiscreteScheduler(shift=3.0),
-        ],
-        ids=lambda scheduler: type(scheduler).__name__,
-    )
-    def test_the_truth_is_found(self, kind, scheduler, monkeypatch):
-        pipe = make_pipeline(kind, scheduler)
-        clean = torch.randn(pipe.get_latent_shape(1), dtype=torch.float64) * 3
-        monkeypatch.setattr(pipe.transformer, "forward", make_oracle(scheduler, clean))
-        output = sample(pipe, num_inference_steps=10)
-        assert output.dtype == torch.float32
-        assert_close(output, clean.float().expand_as(output), atol=2e-2)  # some schedulers round timesteps
-
-    def test_timesteps_are_not_rounded(self):
-        pipe, seen = make_pipeline(scheduler=EulerDiscreteScheduler()), []
-        pipe.transformer.register_forward_pre_hook(
-            lambda _, args, kwargs: seen.append(kwargs["timestep"]), with_kwargs=True
-        )
-        sample(pipe, guidance_scale=1.0, num_inference_steps=5)
-        assert torch.cat(seen).tolist() == pytest.approx(
-            [999, 999, 749.25, 749.25, 499.5, 499.5, 249.75, 249.75, 0, 0]
-        )
-
+class TestSettings:
     def test_dynamic_shift_follows_the_number_of_tokens(self):
         pipe = make_pipeline(scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), patch_size=2)
         shifts, set_timesteps = [], pipe.scheduler.set_timesteps
@@ -205,25 +145,6 @@ class TestPredictions:
         pipe.scheduler = DDIMScheduler.from_config(DDPMScheduler().config)
         sample(pipe)
         assert len(messages) == 2
-
-
-class TestNoise:
-    @pytest.mark.parametrize("steps, factor", [(4, 17.4), (8, 48.6), (25, 107.0), (50, 130.1)])
-    def test_factor_of_euler(self, pipe, steps, factor):
-        """After any call before."""
-        pipe.scheduler = EulerDiscreteScheduler.from_config(DDIMScheduler(timestep_spacing="leading").config)
-        seen = []
-        handle = pipe.transformer.register_forward_pre_hook(
-            lambda _, args, kwargs: seen.append(kwargs["hidden_states"]), with_kwargs=True
-        )
-        noise = torch.ones(1, 4, 4, 4)
-        sample(pipe, None, num_inference_steps=3)
-        seen.clear()
-        sample(pipe, None, latents=noise, num_inference_steps=steps)
-        handle.remove()
-        sigma = pipe.scheduler.sigmas[0]
-        assert pipe.scheduler.init_noise_sigma == pytest.approx(factor, abs=0.05)
-        assert_close(seen[0], noise * factor / (sigma**2 + 1) ** 0.5, atol=1e-2)
 
 
 class TestLimits:
