@@ -135,14 +135,12 @@ def damage(folder: Path, rng: random.Random) -> tuple[Path, Callable]:
     """Damages a file, and says which and how."""
     files = sorted(path for path in folder.rglob("*") if path.suffix in (".json", ".safetensors"))
     weights = [path for path in files if path.suffix == ".safetensors"]
+    any_damage = rng.choice(ALL_DAMAGES)
     if rng.random() < 0.35 or len(files) == len(weights):
-        path, how = (
-            rng.choice(weights),
-            rng.choice([damage_header, damage_header, damage_values, rng.choice(ALL_DAMAGES)]),
-        )
+        path, how = rng.choice(weights), rng.choice([damage_header, damage_header, damage_values, any_damage])
     else:
         path = rng.choice([path for path in files if path not in weights])
-        how = rng.choice([damage_json, damage_json, damage_json, rng.choice(ALL_DAMAGES)])
+        how = rng.choice([damage_json, damage_json, damage_json, any_damage])
     content = path.read_bytes()
     path.unlink()  # it is a hard link
     path.write_bytes(content)

@@ -1,7 +1,6 @@
 import json
 import os
 import re
-import struct
 import sys
 
 import pytest
@@ -11,6 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from tests.conftest import GOLDEN, make_vae
 from tests.dit import make_pipeline
+from tests.faults.checkpoints import GOLDEN_VARIANT as VARIANT
+from tests.faults.checkpoints import read_parts, write_parts
 from vitok_hf import AutoencoderViTok, ViTokDiTModel, ViTokDiTPipeline
 from vitok_hf.commands import start
 from vitok_hf.loading import strict
@@ -19,7 +20,6 @@ from vitok_hf.loading.vitok_v2 import guess_variant
 
 
 FILE = "diffusion_pytorch_model.safetensors"
-VARIANT = json.loads((GOLDEN / "variant.json").read_text())["variant"]
 
 
 def change_json(path, **values):
@@ -28,12 +28,9 @@ def change_json(path, **values):
 
 
 def change_header(path, change):
-    content = path.read_bytes()
-    (size,) = struct.unpack("<Q", content[:8])
-    header = json.loads(content[8 : 8 + size])
+    header, data = read_parts(path)
     change(header)
-    text = json.dumps(header).encode()
-    path.write_bytes(struct.pack("<Q", len(text)) + text + content[8 + size :])
+    write_parts(path, header, data)
 
 
 @pytest.fixture

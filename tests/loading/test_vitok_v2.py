@@ -1,6 +1,5 @@
 """The author's ViTok-v2 weights: golden numbers, loading from folders and from the Hub, errors, conversion."""
 
-import json
 import shutil
 import subprocess
 import sys
@@ -12,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from examples.benchmark_loading import measure_loading, write_random_weights
 from tests.conftest import GOLDEN, make_vae
+from tests.faults.checkpoints import GOLDEN_VARIANT as VARIANT
 from vitok_hf import AutoencoderViTok
 from vitok_hf.commands import start
 from vitok_hf.loading.strict import read_header
@@ -21,7 +21,6 @@ from vitok_hf.training.arguments import AutoencoderArguments
 from vitok_hf.training.autoencoder_trainer import load_model
 
 
-VARIANT = json.loads((GOLDEN / "variant.json").read_text())["variant"]
 FILES = ["encoder.safetensors", "decoder.safetensors"]
 
 
