@@ -7,9 +7,7 @@ from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
-from accelerate import PartialState
 
-from tests.conftest import run_on_two_processes
 from tests.faults.state import file_size_limit, held_lock
 from vitok_hf import disk
 from vitok_hf.disk import atomic_file, inside, lock_folder, locked, naming_full_disks, remove_leftovers
@@ -122,10 +120,15 @@ class TestLock:
             lock_folder(tmp_path, take_over=True).release()
         assert caplog.text.count("cannot be locked") == 1
 
-    def test_processes_of_one_run(self, tmp_path):
+    def test_other_processes_of_a_run(self, tmp_path, monkeypatch):
         """The main one asks for the lock; if it does not get it, all end."""
-        with held_lock(tmp_path) as child:
-            run_on_two_processes(lock_on_two, str(tmp_path), child)
+        monkeypatch.setattr(disk, "PartialState", lambda: Mock(is_main_process=False))
+        monkeypatch.setattr(disk, "broadcast_object_list", lambda outcome: None)
+        assert lock_folder(tmp_path) is None and not any(tmp_path.iterdir())
+        error = ValueError("is in use by process 1")
+        monkeypatch.setattr(disk, "broadcast_object_list", lambda outcome: outcome.__setitem__(1, error))
+        with pytest.raises(ValueError, match="is in use by process 1"):
+            lock_folder(tmp_path)
 
 
 def ask_another_process(folder: Path) -> None:
@@ -141,12 +144,6 @@ def ask_another_process(folder: Path) -> None:
     os.waitpid(child, 0)
     if message := os.read(begin, 1000).decode():
         raise ValueError(message)
-
-
-def lock_on_two(folder: str, holder: int) -> None:
-    PartialState(cpu=True)
-    with pytest.raises(ValueError, match=f"is in use by process {holder}"):
-        lock_folder(folder)
 
 
 def test_names_inside(tmp_path):

@@ -139,11 +139,6 @@ class TestTensors:
             ViTokDiTPipeline.from_pretrained(tmp_path)
         assert ViTokDiTPipeline.from_pretrained(tmp_path, check_finite=False).transformer.proj_out.bias.isnan().all()
 
-    def test_shape(self, folder):
-        change_json(folder / "config.json", patch_size=16)
-        with pytest.raises(ValueError, match=rf'"{folder / FILE}" does not fit .*" is \(.*192.*\), not \(.*768.*\)'):
-            AutoencoderViTok.from_pretrained(folder)
-
 
 class TestDtype:
     @pytest.mark.parametrize("argument, dtype", [("dtype", "float16"), ("torch_dtype", "torch.bfloat16")])
@@ -161,9 +156,8 @@ class TestDtype:
 
     @pytest.mark.parametrize("dtype", ["half", torch.int8, 16])
     def test_others(self, folder, dtype):
-        with pytest.raises(
-            ValueError, match=f"`dtype` must be a dtype, as torch.bfloat16, .*{re.escape(repr(dtype))}"
-        ):
+        message = f"`dtype` must be a dtype, as torch.bfloat16, .*{re.escape(repr(dtype))}"
+        with pytest.raises(ValueError, match=message):
             AutoencoderViTok.from_pretrained(folder, dtype=dtype)
         with pytest.raises(ValueError, match="`dtype` must be a dtype"):
             to_dtype(dtype)
@@ -171,26 +165,55 @@ class TestDtype:
 
 class TestConfigs:
     @pytest.mark.parametrize(
-        "values, message",
+        "file, values, message",
         [
-            ({"scaling_factor": 0}, "`scaling_factor` and `latents_std` must be positive, but are 0 and"),
-            ({"latents_std": [1.0, 0.0, 1.0, 1.0]}, r"must be positive, but are 1.0 and \[1.0, 0.0"),
-            ({"latents_std": [1.0, 1.0, 1.0, float("nan")]}, "`latents_std` must be"),
-            ({"latents_mean": "0123"}, "`latents_mean` must be .* is '0123'"),
-            ({"patch_size": True}, "`patch_size` must be int .* is True"),
-            ({"decoder_num_layers": 10**9}, "`decoder_num_layers` must be at most 1024, but is 1000000000"),
-            ({"mlp_ratio": float("inf")}, "`mlp_ratio` must be float"),
+            ("vae", {"scaling_factor": 0}, "`scaling_factor` and `latents_std` must be positive, but are 0 and"),
+            ("vae", {"latents_std": [1.0, 0.0, 1.0, 1.0]}, r"must be positive, but are 0.7 and \[1.0, 0.0"),
+            ("vae", {"latents_std": [1.0, 1.0, 1.0, float("nan")]}, "`latents_std` must be"),
+            ("vae", {"latents_mean": "0123"}, "`latents_mean` must be .* is '0123'"),
+            ("vae", {"patch_size": True}, "`patch_size` must be int .* is True"),
+            ("vae", {"decoder_num_layers": 10**9}, "`decoder_num_layers` must be at most 1024, but is 1000000000"),
+            ("vae", {"mlp_ratio": float("inf")}, "`mlp_ratio` must be float"),
             (
-                {"latents_stb": [1.0] * 4, "latents_std": "left out"},
-                r"entries that do not exist, \['latents_stb'\], and not those that do, \['latents_std'\]: it is",
+                "vae",
+                {"latents_stb": [], "latents_std": "left out"},
+                r"not exist, .*latents_stb.* \['latents_std'\]",
             ),
-            ({"_class_name": 7}, "has `_class_name` 7"),
+            ("vae", {"_class_name": 7}, "has `_class_name` 7"),
+            ("vae", {"_class_name": "ViTokDiTModel"}, "is of class ViTokDiTModel, not AutoencoderViTok"),
+            ("vae", {"patch_size": 16}, r'does not fit its config: .*" is \(.*192.*\), not \(.*768.*\)'),
+            ("transformer", {"num_layers": 0}, "does not fit: `num_layers` must be positive"),
+            ("transformer", {"hidden_size": "32"}, "does not fit: `hidden_size` must be int"),
+            ("scheduler", {"beta_end": -7}, "is damaged, or does not fit: "),
+            ("scheduler", {"num_train_timesteps": 10**9}, "is damaged, or does not fit: "),
+            ("scheduler", {"prediction_type": "epsilom"}, "is damaged, or does not fit: "),
+            ("scheduler", {"beta_schedule": ""}, "is damaged, or does not fit: "),
+            ("scheduler", {"clip_sample": 3}, "is damaged, or does not fit: "),
+            ("scheduler", {"steps_offset": None, "_class_name": []}, "is damaged, or does not fit: "),
+            ("scheduler", {"_use_default_values": 7}, "is damaged, or does not fit: "),
+            ("scheduler", {"_class_name": "PNDMScheduler"}, "is of a PNDMScheduler, but model_index.json has a DDIM"),
+            ("pipeline", {"vea": [None, None], "vae": "left out"}, "has entries that do not exist"),
+            ("pipeline", {"id2label": {"0": 7}}, "is damaged, or does not fit: `id2label`"),
+            ("pipeline", {"_class_name": "left out"}, "has `_class_name` None"),
+            ("pipeline", {"vae": ["vitok_hf"]}, 'must have library and class of "vae"'),
+            ("pipeline", {"scheduler": ["os", "system"]}, 'has .* for "scheduler"'),
+            ("pipeline", {"scheduler": ["antigravity", "fly"]}, 'has .* for "scheduler"'),
+            ("pipeline", {"transformer": ["vitok_hf", "AutoencoderViTok"]}, 'has .* for "transformer"'),
         ],
     )
-    def test_of_an_autoencoder(self, folder, values, message):
-        change_json(folder / "config.json", **values)
-        with pytest.raises(ValueError, match=f'"{folder}.*{message}'):
-            AutoencoderViTok.from_pretrained(folder)
+    def test_damage(self, tmp_path, file, values, message):
+        """Of a model, alone and in a pipeline, and of the pipeline."""
+        make_pipeline().save_pretrained(tmp_path)
+        names = {"scheduler": "scheduler/scheduler_config.json", "pipeline": "model_index.json"}
+        path = tmp_path / names.get(file, f"{file}/config.json")
+        change_json(path, **values)
+        model = {"vae": AutoencoderViTok, "transformer": ViTokDiTModel}.get(file)
+        with pytest.raises(ValueError, match=f'"{path.parent if model else path}.*{message}'):
+            ViTokDiTPipeline.from_pretrained(tmp_path)
+        if model:
+            with pytest.raises(ValueError, match=f'"{path.parent}.*{message}'):
+                model.from_pretrained(path.parent)
+        assert "antigravity" not in sys.modules
 
     def test_entries_of_others(self, folder):
         """As those that `EMAModel.save_pretrained` adds."""
@@ -202,34 +225,6 @@ class TestConfigs:
         (folder / "config.json").write_text(text)
         with pytest.raises(ValueError, match=f'"{folder / "config.json"}"'):
             AutoencoderViTok.from_pretrained(folder)
-
-    @pytest.mark.parametrize(
-        "values, message",
-        [({"num_layers": 0}, "`num_layers` must be positive"), ({"hidden_size": "32"}, "`hidden_size` must be int")],
-    )
-    def test_of_a_transformer(self, tmp_path, values, message):
-        make_pipeline().transformer.save_pretrained(tmp_path)
-        change_json(tmp_path / "config.json", **values)
-        with pytest.raises(ValueError, match=f'"{tmp_path / "config.json"}" does not fit: {message}'):
-            ViTokDiTModel.from_pretrained(tmp_path)
-
-    @pytest.mark.parametrize(
-        "values",
-        [
-            {"beta_end": -7},
-            {"num_train_timesteps": 10**9},
-            {"prediction_type": "epsilom"},
-            {"beta_schedule": ""},
-            {"clip_sample": 3},
-            {"steps_offset": None, "_class_name": []},
-        ],
-    )
-    def test_of_a_scheduler(self, tmp_path, values):
-        make_pipeline().save_pretrained(tmp_path)
-        path = tmp_path / "scheduler" / "scheduler_config.json"
-        change_json(path, **values)
-        with pytest.raises(ValueError, match=f'"{path}" is damaged, or does not fit: '):
-            ViTokDiTPipeline.from_pretrained(tmp_path)
 
     @pytest.mark.parametrize(
         "scheduler",
@@ -246,21 +241,6 @@ class TestConfigs:
         state = torch.get_rng_state()
         ViTokDiTPipeline.from_pretrained(tmp_path)
         assert torch.equal(torch.get_rng_state(), state)
-
-    @pytest.mark.parametrize(
-        "values",
-        [
-            {"vae": ["vitok_hf"]},
-            {"vea": [None, None], "vae": "left out"},
-            {"id2label": {"0": 7}},
-            {"_class_name": "left out"},
-        ],
-    )
-    def test_of_a_pipeline(self, tmp_path, values):
-        make_pipeline().save_pretrained(tmp_path)
-        change_json(tmp_path / "model_index.json", **values)
-        with pytest.raises(ValueError, match=f'"{tmp_path / "model_index.json"}"'):
-            ViTokDiTPipeline.from_pretrained(tmp_path)
 
     def test_whole_numbers_are_numbers(self):
         assert make_vae("everything", layer_scale_init=1, scaling_factor=2, mlp_ratio=2).config.mlp_ratio == 2
@@ -312,34 +292,9 @@ class TestMistakes:
         with pytest.raises(ValueError, match=f"{folder / FILE} cannot be read as safetensors: it is a .*{what}"):
             AutoencoderViTok.from_pretrained(folder)
 
-    def test_configs_of_others(self, folder, tmp_path):
-        make_pipeline().transformer.save_pretrained(tmp_path / "transformer")
-        (folder / "config.json").write_bytes((tmp_path / "transformer" / "config.json").read_bytes())
-        with pytest.raises(ValueError, match='config.json" is of class ViTokDiTModel, not AutoencoderViTok'):
-            AutoencoderViTok.from_pretrained(folder)
+    def test_a_model_is_no_pipeline(self, folder):
         with pytest.raises(OSError, match="has no model_index.json, but .*: name a pipeline"):
             ViTokDiTPipeline.from_pretrained(folder)
-
-    @pytest.mark.parametrize(
-        "values",
-        [
-            {"scheduler": ["os", "system"]},
-            {"scheduler": ["antigravity", "fly"]},
-            {"transformer": ["vitok_hf", "AutoencoderViTok"]},
-        ],
-    )
-    def test_classes_of_a_pipeline(self, tmp_path, values):
-        make_pipeline().save_pretrained(tmp_path)
-        change_json(tmp_path / "model_index.json", **values)
-        with pytest.raises(ValueError, match=f'"{tmp_path / "model_index.json"}" has .* for "{next(iter(values))}"'):
-            ViTokDiTPipeline.from_pretrained(tmp_path)
-        assert "antigravity" not in sys.modules
-
-    def test_scheduler_of_another_class(self, tmp_path):
-        make_pipeline().save_pretrained(tmp_path)
-        change_json(tmp_path / "model_index.json", scheduler=["diffusers", "FlowMatchEulerDiscreteScheduler"])
-        with pytest.raises(ValueError, match="it is of a DDIMScheduler, but model_index.json has a FlowMatch"):
-            ViTokDiTPipeline.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("shape", [(), (0,), (5,), (2, 0)])
@@ -352,9 +307,12 @@ def test_variant_of_misshapen_weights(shape):
 
 
 def test_headers_are_read_once(folder, monkeypatch):
-    """In a call, and in the next again."""
+    """In a call, in the next again, and outside each time."""
     reads, read = [], strict._read_safetensors
     monkeypatch.setattr(strict, "_read_safetensors", lambda path: reads.append(path.name) or read(path))
     for count in (1, 2):
         AutoencoderViTok.from_pretrained(folder)
+        assert reads == [FILE] * count
+    for count in (3, 4):
+        strict.read_header(folder / FILE)
         assert reads == [FILE] * count

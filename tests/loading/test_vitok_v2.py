@@ -1,9 +1,6 @@
 """The author's ViTok-v2 weights: golden numbers, loading from folders and from the Hub, errors, conversion."""
 
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -91,6 +88,7 @@ class TestVariant:
         named = tmp_path / "models--someone--ViTok-v2-350M-f16x32" / "snapshots"
         assert find_variant(named, None, {}) == "Ld4-Ld24/1x16x32"
         assert find_variant("someone/all", "ViTok-v2-5B-f32x256", {}) == "Td4-T/1x32x256"
+        assert find_variant("a/ViTok-v2-350M-f16x32", "ViTok-v2-5B-f32x256", {}) == "Td4-T/1x32x256"
         with pytest.raises(ValueError, match=f'variant="{VARIANT}"'):
             AutoencoderViTok.from_pretrained(author_folder)
 
@@ -142,7 +140,7 @@ class TestLoading:
             assert torch.equal(vae.get_parameter(name), parameter.to(dtype)), name
         assert not vae.training and vae.config._name_or_path == str(GOLDEN)
 
-    @pytest.mark.parametrize("device_map", ["cpu", torch.device("cpu"), {"": "cpu"}, "auto"])
+    @pytest.mark.parametrize("device_map", ["cpu", torch.device("cpu"), {"": "cpu"}, "auto", "sequential"])
     def test_device_map(self, device_map):
         assert_golden(AutoencoderViTok.from_pretrained(GOLDEN, variant=VARIANT, device_map=device_map))
 
@@ -169,10 +167,10 @@ class TestLoading:
 
     def test_memory(self, tmp_path):
         """No second copy: the weights, and little more than one tensor besides."""
-        variant = "w1024_d1_h16-w1024_d12_h16/1x16x64"
+        variant = "w1024_d1_h16-w1024_d6_h16/1x16x64"
         write_random_weights(tmp_path / "random", variant, torch.float32)
         run = measure_loading(tmp_path / "random", variant, "float32")
-        assert run["weights"] > 600e6
+        assert run["weights"] > 300e6
         assert run["peak"] - run["before"] < 1.15 * run["weights"]
 
 
@@ -321,18 +319,6 @@ class TestHub:
         assert_golden(AutoencoderViTok.from_pretrained("someone/converted"))
         self.offline(monkeypatch)
         assert_golden(AutoencoderViTok.from_pretrained("someone/converted"))
-
-    def test_environment(self, hub, repository):
-        """As a user has it, in a fresh process: HF_ENDPOINT."""
-        code = (
-            "from vitok_hf import AutoencoderViTok\n"
-            f"print(AutoencoderViTok.from_pretrained({self.REPOSITORY!r}, variant={VARIANT!r}).num_parameters())"
-        )
-        root = Path(__file__).parents[1]
-        environment = hub.environment() | {"PYTHONPATH": str(root)}
-        run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-        assert run.returncode == 0, run.stderr
-        assert int(run.stdout) == sum(x.numel() for file in FILES for x in load_file(GOLDEN / file).values())
 
     def test_subfolder_revision_and_token(self, hub, tmp_path):
         folder = hub.root / self.REPOSITORY / "weights"
