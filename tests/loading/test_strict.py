@@ -190,7 +190,7 @@ class TestConfigs:
             ("scheduler", {"beta_schedule": ""}, "is damaged, or does not fit: "),
             ("scheduler", {"clip_sample": 3}, "is damaged, or does not fit: "),
             ("scheduler", {"steps_offset": None, "_class_name": []}, "is damaged, or does not fit: "),
-            ("scheduler", {"_use_default_values": 7}, "is damaged, or does not fit: "),
+            ("scheduler", {"_use_default_values": "yes"}, "has `_use_default_values` 'yes'"),
             ("scheduler", {"_class_name": "PNDMScheduler"}, "is of a PNDMScheduler, but model_index.json has a DDIM"),
             ("pipeline", {"vea": [None, None], "vae": "left out"}, "has entries that do not exist"),
             ("pipeline", {"id2label": {"0": 7}}, "is damaged, or does not fit: `id2label`"),
