@@ -69,7 +69,7 @@ class CropBatches(Dataset):
             return draw_readable(choose, lambda place: self._load(place, rng), skipped)
 
         pixels, _ = self.cutter(rng, draw)
-        return Batch(pixels, skipped)
+        return Batch(pixels, skipped=skipped)
 
     def _load(self, place: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
         if place in self.cache:
@@ -219,8 +219,8 @@ class BatchLoader:
 
 
 def iterate_pixels(dataset: CropBatches | StreamBatches, num_batches: int) -> Iterator[torch.Tensor]:
-    """The pixels of the first batches, for measurements over training data; logs what could not be read."""
+    """The runs of the first batches, for measurements over training data; logs what could not be read."""
     for batch in itertools.islice(BatchLoader(dataset, num_workers=0), num_batches):
         for reason in batch.skipped:
             logger.warning("Skipped %s", reason)
-        yield batch.pixels
+        yield from batch.pixels

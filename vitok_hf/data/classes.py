@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from .cropping import Batch, draw_readable
+from .cropping import Batch, draw_readable, to_pixels
 from .files import FileList, iterate_files, printable
 from .items import load_item
 from .media import Item, resize_and_crop, suffixes_for
@@ -144,12 +144,6 @@ def load_square(
     return np.stack([resize_and_crop(frame, resolution) for frame in load_item(item, num_frames, fps, rng)])
 
 
-def to_pixels(clips: Sequence[np.ndarray]) -> torch.Tensor:
-    """Clips (T, H, W, 3) -> (B, 3, H, W) if T is 1, else (B, 3, T, H, W)."""
-    pixels = torch.from_numpy(np.stack(clips)).permute(0, 4, 1, 2, 3).contiguous()  # (B, 3, T, H, W)
-    return pixels.squeeze(2) if pixels.shape[2] == 1 else pixels
-
-
 class PictureBatches(Dataset):
     """Map-style dataset whose item `i` is a `Batch` of central squares and their classes.
 
@@ -188,8 +182,8 @@ class PictureBatches(Dataset):
 
         drawn = [draw_readable(lambda: self.sampler(rng), load, skipped) for _ in range(self.batch_size)]
         clips, labels = zip(*drawn)
-        return Batch(to_pixels(clips), skipped, labels=torch.tensor(labels))
+        return Batch([to_pixels(clips)], labels=torch.tensor(labels), skipped=skipped)
 
     def iterate(self, num_batches: int) -> Iterator[torch.Tensor]:
         """The pixels of the first batches, for measurements."""
-        return (self[index].pixels for index in range(num_batches))
+        return itertools.chain.from_iterable(self[index].pixels for index in range(num_batches))

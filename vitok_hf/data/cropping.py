@@ -1,13 +1,14 @@
 """Cutting training batches out of pictures and clips."""
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import NamedTuple, TypeVar
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 import numpy as np
 import torch
 
+from ..clips import Runs, to_runs
 from .media import resize
 
 
@@ -16,20 +17,32 @@ MAX_FAILURES = 100  # in a row; more are no accident
 T, U = TypeVar("T"), TypeVar("U")
 
 
-class Batch(NamedTuple):
-    """One batch of training data.
+@dataclass
+class Batch:
+    """One batch of training data: pixels or, of cached pictures, moments; items are in the order of the runs.
 
-    `pixels` is uint8, (B, 3, H, W) for pictures and (B, 3, T, H, W) for clips of T > 1 frames; under a token budget it
-    is a list of (3, H, W) or (3, T, H, W), each of its own size; of cached latents it is float, (B, 2, c, [t,] h, w),
-    the mean and standard deviation of the posterior. `skipped` names what could not be read while the batch was drawn,
-    as "name: reason". `position` is where a stream goes on after the batch; `None` for data that are drawn by index.
-    `labels` are classes, (B,) int64, of data that have any.
+    Args:
+        pixels: Runs of (n, 3, T, H, W) uint8, one for each size; T is 1 for pictures. Empty for cached latents.
+        moments: (B, 2, c, t, h, w) float32, mean and standard deviation of the posteriors of cached latents.
+        labels: (B,) int64, the classes of data that have any.
+        skipped: "name: reason" of each picture or video that could not be read while the batch was drawn.
+        position: Where a stream goes on after the batch; `None` for data that are drawn by index.
     """
 
-    pixels: torch.Tensor | list[torch.Tensor]
-    skipped: list[str]
-    position: dict[str, int] | None = None
+    pixels: Runs = field(default_factory=list)
+    moments: torch.Tensor | None = None
     labels: torch.Tensor | None = None
+    skipped: list[str] = field(default_factory=list)
+    position: dict[str, int] | None = None
+
+    @property
+    def num_items(self) -> int:
+        return sum(map(len, self.pixels)) if self.moments is None else len(self.moments)
+
+    def pin_memory(self) -> "Batch":
+        """In memory that a device reads without a copy; a `DataLoader` asks for it."""
+        moments, labels = (x if x is None else x.pin_memory() for x in (self.moments, self.labels))
+        return replace(self, pixels=[run.pin_memory() for run in self.pixels], moments=moments, labels=labels)
 
 
 def parse_size(size: str) -> tuple[int, int, float]:
@@ -136,6 +149,11 @@ def draw_readable(choose: Callable[[], T], load: Callable[[T], U], skipped: list
     )
 
 
+def to_pixels(clips: Sequence[np.ndarray] | np.ndarray) -> torch.Tensor:
+    """Clips (T, H, W, 3) of one size -> (B, 3, T, H, W)."""
+    return torch.from_numpy(np.stack(clips)).permute(0, 4, 1, 2, 3).contiguous()
+
+
 class BatchCutter:
     """Cuts batches of what `draw()` returns, clips (T, h, w, 3), as `settings` tell.
 
@@ -149,16 +167,14 @@ class BatchCutter:
         total = sum(share for _, _, share in settings.sizes)
         self.size_probabilities = [share / total for _, _, share in settings.sizes]
 
-    def __call__(
-        self, rng: np.random.Generator, draw: Callable[[], np.ndarray]
-    ) -> tuple[torch.Tensor | list[torch.Tensor], bool]:
+    def __call__(self, rng: np.random.Generator, draw: Callable[[], np.ndarray]) -> tuple[Runs, bool]:
         """The pixels of a `Batch`, and whether the last clip that was drawn did not fit and was left out."""
         if self.settings.max_tokens is not None:
             return self._native_pictures(rng, draw)
         height, width, _ = self.settings.sizes[rng.choice(len(self.settings.sizes), p=self.size_probabilities)]
         batch_size = max(1, self.settings.pixels_per_batch // (height * width * self.settings.num_frames))
         crops = np.stack([self._random_crop(rng, draw, height, width) for _ in range(batch_size)])
-        return self._to_tensor(crops), False
+        return [to_pixels(crops)], False
 
     def _random_crop(self, rng, draw, height: int, width: int) -> np.ndarray:
         while True:
@@ -173,24 +189,20 @@ class BatchCutter:
             if crop.std(axis=(0, 1, 2)).max() > 4.0 or rng.random() < 0.125:
                 return self._flip(rng, crop)
 
-    def _native_pictures(self, rng, draw) -> tuple[list[torch.Tensor], bool]:
+    def _native_pictures(self, rng, draw) -> tuple[Runs, bool]:
         pictures, room = [], self.settings.max_tokens
         while True:
             clip = draw()  # (T, h, w, 3)
             height, width = self.settings.native_size(*clip.shape[1:3])
             room -= self.settings.tokens(height, width)
             if room < 0:
-                return pictures, True
+                return to_runs(pictures)[0], True
             if clip.shape[1:3] != (height, width):
                 box = (0, 0, clip.shape[2], clip.shape[1])
                 clip = np.stack([resize(frame, (width, height), box) for frame in clip])  # (T, H, W, 3)
-            pictures.append(self._to_tensor(self._flip(rng, clip)[None])[0])
+            pictures.append(to_pixels(self._flip(rng, clip)[None])[0])
             if room <= 0:
-                return pictures, False
+                return to_runs(pictures)[0], False
 
     def _flip(self, rng: np.random.Generator, clip: np.ndarray) -> np.ndarray:
         return clip[:, :, ::-1] if self.settings.flip and rng.random() < 0.5 else clip
-
-    def _to_tensor(self, clips: np.ndarray) -> torch.Tensor:
-        batch = torch.from_numpy(np.array(clips.transpose(0, 4, 1, 2, 3), order="C"))  # (B, 3, T, H, W)
-        return batch.squeeze(2) if self.settings.num_frames == 1 else batch

@@ -35,8 +35,8 @@ from ..loading.strict import read_json
 from ..models import AutoencoderViTok
 from ..models.saving import weights_checksum
 from .claims import claim_folder, claimed_contents
-from .classes import ClassSampler, LabelledFiles, load_square, to_pixels
-from .cropping import Batch
+from .classes import ClassSampler, LabelledFiles, load_square
+from .cropping import Batch, to_pixels
 from .media import evenly_spaced
 
 
@@ -109,7 +109,8 @@ def encode_shard(vae: AutoencoderViTok, squares: _Squares, batch_size: int, dtyp
         if not batch:
             continue
         pixels = to_float(to_pixels([clip for clip, _ in batch]).to(vae.device))
-        both = torch.stack([pixels, pixels.flip(-1)], dim=1).flatten(0, 1)  # (2 B, 3, [T,] H, W)
+        both = torch.stack([pixels, pixels.flip(-1)], dim=1).flatten(0, 1)  # (2 B, 3, T, H, W)
+        both = both.squeeze(2) if both.shape[2] == 1 else both  # latents of pictures have no t in the files
         posterior = vae.encode(both).latent_dist
         means.append(posterior.mean.unflatten(0, (-1, 2)).to("cpu", dtype))  # (B, 2, c, [t,] h, w)
         stds.append(posterior.std.unflatten(0, (-1, 2)).to("cpu", dtype))
@@ -259,15 +260,16 @@ class LatentCache:
         return self.handles[number]
 
     def moments(self, index: int, mirrored: bool = False) -> torch.Tensor:
-        """(2, c, [t,] h, w) float32: mean and standard deviation."""
+        """(2, c, t, h, w) float32: mean and standard deviation."""
         number = int(np.searchsorted(self.ends, index, side="right"))
         shard, row = self._open(number), index - int(self.ends[number] - self.shards[number]["num_items"])
         flip = int(mirrored)
         parts = [shard.get_slice(name)[row : row + 1, flip : flip + 1] for name in ("mean", "std")]
-        return torch.stack([part[0, 0] for part in parts]).float()
+        moments = torch.stack([part[0, 0] for part in parts]).float()  # (2, c, [t,] h, w)
+        return moments if moments.ndim == 5 else moments.unsqueeze(2)
 
     def iterate_moments(self, num_items: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Mean and standard deviation of evenly spaced items, (1, c, [t,] h, w) each, for measurements."""
+        """Mean and standard deviation of evenly spaced items, (1, c, t, h, w) each, for measurements."""
         for index in evenly_spaced(len(self), num_items):
             yield self.moments(int(index)).split(1)
 
@@ -281,5 +283,5 @@ class LatentBatches(Dataset):
     def __getitem__(self, index: int) -> Batch:
         rng = np.random.default_rng((self.seed, index))
         places = [self.sampler(rng) for _ in range(self.batch_size)]
-        moments = torch.stack([self.cache.moments(*place) for place in places])  # (B, 2, c, [t,] h, w)
-        return Batch(moments, [], labels=torch.tensor([self.cache.labels[place] for place, _ in places]))
+        moments = torch.stack([self.cache.moments(*place) for place in places])  # (B, 2, c, t, h, w)
+        return Batch(moments=moments, labels=torch.tensor([self.cache.labels[place] for place, _ in places]))

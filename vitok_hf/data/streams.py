@@ -79,7 +79,7 @@ class StreamBatches(IterableDataset):
             pixels, left_out = self.cutter(rng, draw)
             if left_out:
                 waiting.append(taken.pop())
-            yield Batch(pixels, skipped, taken[-1][1] | {"batch": number + 1})
+            yield Batch(pixels, skipped=skipped, position=taken[-1][1] | {"batch": number + 1})
 
     def _items(self, reader: int, num_readers: int, position: dict[str, int]) -> Iterator[tuple[Item, dict[str, int]]]:
         """Endless shuffled items, each with the position after it."""

@@ -7,8 +7,8 @@ import numpy as np
 import torch
 
 from ..clips import fold_frames, to_float
-from ..data.batches import BatchLoader, make_dataset
-from ..data.cropping import Batch, CropSettings, parse_size
+from ..data.batches import Batch, BatchLoader, make_dataset
+from ..data.cropping import CropSettings, parse_size
 from ..data.files import short_names
 from ..data.items import load_evaluation_images
 from ..evaluation.reconstruction import comparison, evaluate_reconstruction

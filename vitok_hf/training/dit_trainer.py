@@ -8,9 +8,9 @@ import torch
 from einops import rearrange
 
 from ..clips import to_float
-from ..data.batches import BatchLoader
-from ..data.classes import ClassSampler, LabelledFiles, PictureBatches, load_square, read_classes, to_pixels
-from ..data.cropping import Batch
+from ..data.batches import Batch, BatchLoader
+from ..data.classes import ClassSampler, LabelledFiles, PictureBatches, load_square, read_classes
+from ..data.cropping import to_pixels
 from ..data.files import short_names
 from ..data.latent_cache import LatentBatches, LatentCache, fingerprint
 from ..data.media import evenly_spaced

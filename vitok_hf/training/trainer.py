@@ -17,9 +17,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
 
-from ..data.batches import BatchLoader
+from ..data.batches import Batch, BatchLoader
 from ..data.claims import note_inputs
-from ..data.cropping import Batch
 from ..data.files import iterate_files
 from ..data.sources import parse_source
 from ..disk import lock_folder, remove_folder, remove_leftovers, write_json
