@@ -31,8 +31,9 @@ class Adversary:
         discriminator = Discriminator(
             resolution, args.discriminator_channels, args.discriminator_minibatch_stddev, in_channels
         )
-        optimiser = {"learning_rate": args.discriminator_learning_rate, "lr_warmup_steps": args.discriminator_warmup_steps}
-        self.trained = TrainedModel(discriminator, accelerator, replace(args, **optimiser), replicated=True)
+        rate, warmup = args.discriminator_learning_rate, args.discriminator_warmup_steps
+        settings = replace(args, learning_rate=rate, lr_warmup_steps=warmup)
+        self.trained = TrainedModel(discriminator, accelerator, settings, replicated=True)
         self.lecam = LeCam().to(accelerator.device) if args.lecam_weight > 0.0 else None
 
     def discriminator_step(

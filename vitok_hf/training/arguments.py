@@ -131,9 +131,7 @@ class TrainerArguments:
 class TransformerArguments(TrainerArguments):
     """What the runs of transformers have besides."""
 
-    fps: float | None = argument(
-        None, "Frames a second of the clips of a video model; default: all frames.", above=0
-    )
+    fps: float | None = argument(None, "Frames a second of the clips of a video model; default: all frames.", above=0)
     compile: bool = argument(False, "Compile the transformer blocks.")
     gradient_checkpointing: bool = argument(False, "Recompute activations in the backward pass, for less memory.")
 

@@ -77,7 +77,7 @@ class AutoencoderTrainer(Trainer[AutoencoderArguments, AutoencoderViTok]):
         super().__init__(args)
         vae = load_model(args)
         if args.freeze_encoder:
-            vae.encoder.requires_grad_(False)
+            vae.get_submodule("encoder").requires_grad_(False)
         else:
             forget_statistics(vae)
         self.config = vae.config
@@ -113,7 +113,7 @@ class AutoencoderTrainer(Trainer[AutoencoderArguments, AutoencoderViTok]):
     def set_training(self, training: bool) -> None:
         super().set_training(training)
         if self.args.freeze_encoder:
-            self.vae.encoder.eval()
+            self.vae.get_submodule("encoder").eval()
 
     def _crop_settings(self, resolution: int) -> CropSettings:
         args, config = self.args, self.config

@@ -124,5 +124,7 @@ class ReconstructionLoss(nn.Module):
                 logs[name] = logs.get(name, 0.0) + value * (target.numel() / num_values)
         if kl is not None and self.weights["kl"] > 0.0:
             logs["kl"] = kl.float().sum() / num_latents
-        loss = sum((self.weights[name] * value for name, value in logs.items()), torch.zeros_like(next(iter(logs.values()))))
+        loss = sum(
+            (self.weights[name] * value for name, value in logs.items()), torch.zeros_like(next(iter(logs.values())))
+        )
         return loss, {name: value.detach() for name, value in logs.items()}

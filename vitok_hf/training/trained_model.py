@@ -64,8 +64,7 @@ class TrainedModel(Generic[M]):
         """Sets those settings of the optimiser that do not depend on the step, also of one that was loaded."""
         args = self.args
         for group in self.optimizer.param_groups:
-            group["betas"] = (args.adam_beta1, args.adam_beta2)
-            group |= {"eps": args.adam_epsilon, "weight_decay": args.adam_weight_decay}
+            group |= {"betas": (args.adam_beta1, args.adam_beta2), "weight_decay": args.adam_weight_decay}
 
     @property
     def unwrapped(self) -> M:

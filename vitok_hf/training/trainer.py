@@ -193,8 +193,8 @@ class Trainer(ABC, Generic[A, M]):
             self.step += 1
             if self.average is not None:
                 self.average.update()
-            for batch, values in zip(micro_batches, logs):
-                window.add(values, batch.num_items, self.count_pixels(batch))
+            for batch, log_of_batch in zip(micro_batches, logs):
+                window.add(log_of_batch, batch.num_items, self.count_pixels(batch))
             bar.update()
             if self.step == first:  # in which workers started and kernels were compiled
                 window.start_clock()
@@ -202,8 +202,7 @@ class Trainer(ABC, Generic[A, M]):
             if self.step % args.logging_steps == 0 or finished:
                 stop = finished or self._out_of_time(began)
                 values = self._check_finite(window.means(self.accelerator))
-                shown = {name: f"{values[name]:.4g}" for name in ("loss", "items_per_second") if name in values}
-                bar.set_postfix(shown)
+                bar.set_postfix({x: f"{values[x]:.4g}" for x in ("loss", "items_per_second") if x in values})
                 log.write(self.step, values | self._learning_rates() | {"skipped": self._total_skipped()})
                 window = Window()
             if self.step % args.checkpointing_steps == 0 or stop:
@@ -262,7 +261,8 @@ class Trainer(ABC, Generic[A, M]):
 
         What needs no data, is of the average alone, if there is one. All processes must call it.
         """
-        metrics, pictures = {}, {}
+        metrics: dict[str, float] = {}
+        pictures: dict[str, np.ndarray] = {}
         self.set_training(False)
         for label, weights in self.averages().items():
             with weights:
@@ -352,9 +352,8 @@ class Trainer(ABC, Generic[A, M]):
                 )
 
     def _resume(self, path: Path) -> None:
-        args = self.args
-        self.step = checkpoint_step(path)
-        if later := [other.name for other in list_checkpoints(self.output_dir) if checkpoint_step(other) > self.step]:
+        args, self.step = self.args, checkpoint_step(path) or 0
+        if later := [x.name for x in list_checkpoints(self.output_dir) if (checkpoint_step(x) or 0) > self.step]:
             raise ValueError(
                 f'"{self.output_dir}" has {", ".join(later)}, later than {path.name}: delete them to go on from '
                 'there, name another output_dir, or resume from "latest".'
