@@ -6,7 +6,9 @@ import pytest
 import torch
 from PIL import Image
 
-from vitok_hf.data.batches import Batch
+from vitok_hf.data.batches import Batch, DrawnBatches
+from vitok_hf.data.loader import SourceSettings, make_dataset
+from vitok_hf.data.views import CropView, NativeView
 
 
 def write_video(path: Path, **options: str) -> None:
@@ -42,3 +44,10 @@ def assert_same(ours: Batch, theirs: Batch) -> None:
     assert len(ours.pixels) == len(theirs.pixels)
     assert all(torch.equal(x, y) for x, y in zip(ours.pixels, theirs.pixels))
     assert ours.skipped == theirs.skipped and ours.position == theirs.position
+    assert (ours.labels is None) is (theirs.labels is None)
+    assert ours.labels is None or torch.equal(ours.labels, theirs.labels)
+
+
+def cut(view: CropView | NativeView, *sources: object, seed: int = 0) -> DrawnBatches:
+    """Batches of a view from files and folders."""
+    return make_dataset(view, SourceSettings(list(map(str, sources))), seed)
