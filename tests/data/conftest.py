@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 
 from vitok_hf.data.batches import Batch, DrawnBatches
+from vitok_hf.data.classes import LabelledFiles
 from vitok_hf.data.loader import SourceSettings, make_dataset
 from vitok_hf.data.views import CropView, NativeView
 
@@ -38,6 +39,19 @@ def write_noise(folder: Path, count: int, size: tuple[int, int] = (40, 32)) -> l
     for path in paths:
         Image.fromarray(rng.integers(0, 256, (*size[::-1], 3), dtype=np.uint8)).save(path)
     return paths
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Three classes of 6, 3 and 2 pictures, which all differ."""
+    for name, count in (("dog", 6), ("cat", 3), ("flag", 2)):
+        write_noise(tmp_path / "data" / name, count)
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def files(folder):
+    return LabelledFiles([folder])
 
 
 def assert_same(ours: Batch, theirs: Batch) -> None:
