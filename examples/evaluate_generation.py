@@ -33,8 +33,7 @@ from vitok_hf.clips import sha256_each
 from vitok_hf.commands import run_command
 from vitok_hf.data.claims import claim_folder
 from vitok_hf.data.classes import LabelledFiles
-from vitok_hf.data.held_out import EvaluationData
-from vitok_hf.data.protocol import Protocol
+from vitok_hf.data.held_out import EvaluationData, Protocol
 from vitok_hf.evaluation.distributions import DistributionMetrics, SetMetrics
 from vitok_hf.evaluation.features import Classifier
 from vitok_hf.evaluation.generation import NearestNeighbours, resize_all, save_samples, thumbnails
@@ -99,7 +98,7 @@ def parse_args() -> argparse.Namespace:
 
 def open_pictures(folders: list[str | Path], classes: list[str], limit: int | None, side: int) -> Labelled:
     files = LabelledFiles(folders, classes, max_files_per_class=limit)
-    return Labelled(EvaluationData(files.items, Protocol(side)), files.labels)
+    return Labelled(EvaluationData(files, Protocol(side)), files.labels)
 
 
 def check_sets(pipe: ViTokDiTPipeline, known: Labelled, held_out: Labelled, args: argparse.Namespace) -> None:

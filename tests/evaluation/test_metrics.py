@@ -5,7 +5,7 @@ from scipy.ndimage import correlate1d
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from tests.conftest import ASSETS
-from vitok_hf.data.items import load_evaluation_images
+from vitok_hf.data.held_out import load_evaluation_images
 from vitok_hf.evaluation.metrics import high_frequency_energy, ms_ssim, psnr, ssim
 
 

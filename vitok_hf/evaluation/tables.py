@@ -8,8 +8,7 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 
-from ..data.held_out import Codec, EvaluationData
-from ..data.protocol import Protocol
+from ..data.held_out import Codec, EvaluationData, Protocol
 from ..data.sources import FolderFiles
 from .autoencoders import load_autoencoder, spatial_ratio
 from .codecs import ImageCodec, autoencoder_codec

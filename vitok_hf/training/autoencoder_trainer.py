@@ -1,6 +1,7 @@
 """Training of the autoencoder, both stages."""
 
 import logging
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +9,11 @@ import numpy as np
 import torch
 
 from ..clips import Runs, to_float
-from ..data.batches import Batch, make_dataset
-from ..data.cropping import CropSettings, parse_size
-from ..data.items import load_evaluation_images
+from ..data.batches import Batch, DrawnBatches, StreamBatches
+from ..data.held_out import load_evaluation_images
+from ..data.items import Clip
+from ..data.loader import SourceSettings, make_dataset
+from ..data.views import CropView, NativeView, parse_size
 from ..evaluation.reconstruction import comparison, evaluate_reconstruction
 from ..latents import NO_STATISTICS
 from ..loading.strict import check_config_file, public_config, read_object
@@ -92,10 +95,7 @@ class AutoencoderTrainer(Trainer[AutoencoderArguments, AutoencoderViTok]):
         if args.stage == 2:
             self.adversary = Adversary(args, self.accelerator, resolution, self.config.in_channels)
             self.models["discriminator"] = self.adversary.trained
-        names = ("train_data_dir", "dataset_name", "dataset_config_name", "dataset_split", "data_column", "streaming")
-        sources = {name: getattr(args, name) for name in (*names, "train_shards", "shuffle_buffer")}
-        cache_bytes = int(args.cache_gib * 2**30)
-        self.start(make_dataset(self._crop_settings(resolution), **sources, cache_bytes=cache_bytes))
+        self.start(self._make_dataset(resolution))
 
     @property
     def vae(self) -> AutoencoderViTok:
@@ -115,26 +115,22 @@ class AutoencoderTrainer(Trainer[AutoencoderArguments, AutoencoderViTok]):
         if self.args.freeze_encoder:
             self.vae.get_submodule("encoder").eval()
 
-    def _crop_settings(self, resolution: int) -> CropSettings:
+    def _make_dataset(self, resolution: int) -> DrawnBatches | StreamBatches:
         args, config = self.args, self.config
-        if args.max_tokens is not None:
-            batches: dict[str, Any] = {"max_tokens": args.max_tokens, "max_pixels": resolution**2}
-        else:
+        clip = Clip(config.sample_frames, args.fps)
+        if args.max_tokens is None:
             sizes = [parse_size(size) for size in args.crop_sizes or [str(resolution)]]
             for side in {side for size in sizes for side in size[:2]}:
                 if side % config.patch_size:
                     name = "crop_sizes" if args.crop_sizes else "resolution"
                     raise ValueError(f"`{name}` has {side}, no multiple of patch_size {config.patch_size}.")
             pixels = args.train_batch_size * resolution**2 * config.sample_frames
-            batches = {"sizes": sizes, "pixels_per_batch": pixels}
-        return CropSettings(
-            num_frames=config.sample_frames,
-            fps=args.fps,
-            flip=args.random_flip,
-            seed=args.seed,
-            token_size=(config.temporal_patch_size, config.patch_size),
-            **batches,
-        )
+            view: CropView | NativeView = CropView(sizes, pixels, clip, args.random_flip)
+        else:
+            token_size = config.temporal_patch_size, config.patch_size
+            view = NativeView(args.max_tokens, resolution**2, token_size, clip, args.random_flip)
+        sources = SourceSettings(**{field.name: getattr(args, field.name) for field in fields(SourceSettings)})
+        return make_dataset(view, sources, args.seed)
 
     def training_step(self, batches: list[Batch]) -> list[dict[str, torch.Tensor]]:
         """One optimiser step of every model, the autoencoder's first; both learn from the same reconstructions.

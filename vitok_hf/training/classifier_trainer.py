@@ -2,14 +2,14 @@
 
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch.nn import functional as F
 
-from ..data.batches import Batch
-from ..data.classes import ClassSampler, LabelledFiles, PictureBatches, load_square
-from ..data.cropping import to_pixels
-from ..data.media import evenly_spaced
+from ..data.batches import Batch, DrawnBatches
+from ..data.classes import ClassSampler, LabelledFiles
+from ..data.held_out import EvaluationData, Protocol
+from ..data.sources import DecodedPictures
+from ..data.views import SquareView
 from ..evaluation.features import Classifier
 from ..pipelines.model_card import ModelCard
 from .arguments import ClassifierArguments
@@ -35,7 +35,8 @@ class ClassifierTrainer(Trainer[ClassifierArguments, Classifier]):
         self.classes = files.classes
         sampler = ClassSampler(files.labels, files.classes, args.random_flip, class_balanced=True)
         self.add_model("classifier", Classifier(files.classes))
-        self.start(PictureBatches(files, sampler, args.resolution, args.train_batch_size, seed=args.seed))
+        view = SquareView(args.resolution, args.train_batch_size, min_share=0.5)
+        self.start(DrawnBatches(DecodedPictures(files), sampler, view, args.seed))
 
     def training_step(self, batches: list[Batch]) -> list[dict[str, torch.Tensor]]:
         logs = []
@@ -56,10 +57,9 @@ class ClassifierTrainer(Trainer[ClassifierArguments, Classifier]):
     def load_held_out(self, path: str) -> tuple[torch.Tensor, torch.Tensor]:
         """Central squares, (N, 3, 1, H, W), and their classes."""
         files = LabelledFiles([path], self.classes)
-        chosen = evenly_spaced(len(files), self.args.num_validation_images)
-        rng = np.random.default_rng(0)
-        squares = [load_square(files[index], self.args.resolution, 1, None, rng) for index in chosen]
-        return to_pixels(squares), torch.from_numpy(files.labels[chosen])
+        data = EvaluationData(files, Protocol(self.args.resolution), self.args.num_validation_images)
+        squares = torch.stack([data[index] for index in range(len(data))])
+        return squares, torch.from_numpy(files.labels[data.indices])
 
     def measure(self, held_out: tuple[torch.Tensor, torch.Tensor]) -> tuple[dict[str, float], None]:
         """The share of pictures whose class is found."""

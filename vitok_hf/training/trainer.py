@@ -15,12 +15,12 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, ProjectConfiguration, set_seed
-from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
-from ..data.batches import Batch, BatchLoader
+from ..data.batches import Batch, DrawnBatches, StreamBatches
 from ..data.claims import note_inputs
 from ..data.files import iterate_files, short_names
+from ..data.loader import BatchLoader
 from ..data.sources import parse_source
 from ..disk import lock_folder, remove_folder, remove_leftovers, write_json
 from ..loading.strict import read_json
@@ -126,7 +126,7 @@ class Trainer(ABC, Generic[A, M]):
         if self.args.use_ema:
             self.average = WeightAverage(self.trained.model, self.args.ema_decay)
 
-    def start(self, dataset: Dataset) -> None:
+    def start(self, dataset: DrawnBatches | StreamBatches) -> None:
         """Reads held-out data and begins with those of training, seeds the processes and loads a checkpoint."""
         args, processes = self.args, (self.accelerator.process_index, self.accelerator.num_processes)
         self.loader = BatchLoader(dataset, args.dataloader_num_workers, *processes)
