@@ -34,7 +34,7 @@ class TestFlags:
         trainer = DiTTrainer(args)
         dataset = trainer.loader.dataset
         assert not dataset.sampler.flips.any() and [len(x) for x in dataset.sampler.members] == [5, 6, 7]
-        assert dataset.seed == 3 and dataset.batch_size == 8 and trainer.loader.num_workers == 2
+        assert dataset.seed == 3 and dataset.view.batch_size == 8 and trainer.loader.num_workers == 2
         args.random_flip, args.class_balanced, args.no_flip_classes = True, False, ["dog"]
         sampler = DiTTrainer(args).loader.dataset.sampler
         assert sampler.flips.tolist() == [True, False, True] and sampler.members is None
@@ -42,7 +42,7 @@ class TestFlags:
     def test_classes_in_order(self, arguments, tmp_path):
         (tmp_path / "classes.txt").write_text("dog\nbird\ncat\nflag\n")
         trainer = DiTTrainer(arguments(class_file=str(tmp_path / "classes.txt")))
-        assert trainer.transformer.config.num_classes == 4 and trainer.loader.dataset.files.labels[0] == 2
+        assert trainer.transformer.config.num_classes == 4 and trainer.loader.dataset.items.labels[0] == 2
 
     def test_samples(self, arguments, monkeypatch):
         calls, call = [], ViTokDiTPipeline.__call__
