@@ -236,9 +236,9 @@ class TestLatents:
         assert trainer.fps == 8.0  # of pictures it means nothing
         trainer.vae.register_to_config(sample_frames=4)
         with pytest.raises(ValueError, match="`fps` is 8.0, but the cached latents have 5.0"):
-            trainer._choose_fps()
+            trainer._choose("fps")
         trainer.args.fps = None
-        assert trainer._choose_fps() == 5.0
+        assert trainer._choose("fps") == 5.0
 
     def test_caches_that_do_not_fit(self, arguments, tmp_path):
         args = arguments()
