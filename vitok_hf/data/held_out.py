@@ -9,11 +9,11 @@ from .protocol import Protocol
 from .video import load_clip, probe_rate
 
 
-Codec = Callable[[torch.Tensor], torch.Tensor]  # uint8 (B, 3, [T,] H, W) to its reconstruction
+Codec = Callable[[torch.Tensor], torch.Tensor]  # uint8 (B, 3, T, H, W) to its reconstruction
 
 
 class EvaluationData:
-    """Pictures (3, H, W) or clips (3, T, H, W) uint8, as the protocol crops them.
+    """Pictures and clips (3, T, H, W) uint8, T = 1 for pictures, as the protocol crops them.
 
     Args:
         items: Where they are: `FolderFiles` or `HubRows` of `vitok_hf.data.sources`, or a list of `Item`s.
@@ -42,8 +42,7 @@ class EvaluationData:
             frames = load_image(item.source, item.name)[None]
         if protocol.resolution is not None:
             frames = [resize_and_crop(frame, protocol.resolution) for frame in frames]
-        clip = torch.stack([torch.tensor(frame) for frame in frames]).permute(3, 0, 1, 2)  # (3, T, H, W)
-        return clip if protocol.num_frames > 1 else clip[:, 0]
+        return torch.stack([torch.tensor(frame) for frame in frames]).permute(3, 0, 1, 2)  # (3, T, H, W)
 
     def frame_rate(self, index: int) -> float:
         """Frames a second of a clip."""
@@ -51,7 +50,7 @@ class EvaluationData:
         return self.protocol.fps or probe_rate(item.source, item.name)
 
     def batches(self, indices: Sequence[int], batch_size: int) -> Iterator[torch.Tensor]:
-        """(B, 3, [T,] H, W), in the order of `indices`; neighbours of different sizes go apart."""
+        """(B, 3, T, H, W), in the order of `indices`; neighbours of different sizes go apart."""
         batch: list[torch.Tensor] = []
         for index in indices:
             item = self[index]

@@ -24,7 +24,7 @@ def load_item(item: Item, num_frames: int, fps: float | None, rng: np.random.Gen
 def load_evaluation_images(
     path: str | Path, size: int, limit: int, num_frames: int = 1, fps: float | None = None
 ) -> torch.Tensor:
-    """At most `limit` pictures of a folder, evenly spaced in its sorted list: (N, 3, size, size) uint8.
+    """At most `limit` pictures of a folder, evenly spaced in its sorted list: (N, 3, 1, size, size) uint8.
 
     With `num_frames` > 1, the first clip of as many videos: (N, 3, num_frames, size, size). Held-out data are fixed:
     a file that cannot be read raises a ValueError that names it.
@@ -33,5 +33,4 @@ def load_evaluation_images(
     files = [files[index] for index in evenly_spaced(len(files), limit)]
     clips = [load_image(file)[None] if num_frames == 1 else load_clip(file, 0.0, num_frames, fps) for file in files]
     clips = np.stack([np.stack([resize_and_crop(frame, size) for frame in clip]) for clip in clips])
-    clips = torch.from_numpy(clips).permute(0, 4, 1, 2, 3).contiguous()  # (N, 3, T, size, size)
-    return clips.squeeze(2) if num_frames == 1 else clips
+    return torch.from_numpy(clips).permute(0, 4, 1, 2, 3).contiguous()  # (N, 3, T, size, size)

@@ -13,7 +13,6 @@ from torch import nn
 
 from ..clips import to_float
 from ..disk import atomic_file
-from .distributions import SetMetrics
 
 
 class Classifier(nn.Module):
@@ -60,25 +59,3 @@ class Classifier(nn.Module):
         classifier = cls(metadata["class_names"].split("\n"))
         load_model(classifier, str(path))
         return classifier.eval()
-
-
-@torch.no_grad()
-def frechet_distance(
-    images: torch.Tensor, references: torch.Tensor, classifier: Classifier, batch_size: int = 64
-) -> float:
-    """Frechet distance of the classifier's features of two sets of uint8 pictures, (N, 3, H, W) each.
-
-    Like any Frechet distance of few pictures it is biased upwards: compare sets of equal sizes only.
-
-    Raises:
-        ValueError: If a set has less than two pictures.
-    """
-    if min(len(images), len(references)) < 2:
-        raise ValueError(
-            f"A Frechet distance needs sets of two or more, but they have {len(images), len(references)}."
-        )
-    metrics = SetMetrics(classifier.features)
-    for real, pictures in ((True, references), (False, images)):
-        for batch in pictures.split(batch_size):
-            metrics.update(batch, real)
-    return metrics.compute()[0]["frechet_distance"]
