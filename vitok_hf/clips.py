@@ -1,16 +1,19 @@
 """Runs, the one form that pictures and clips have inside the package: a list of (n, C, T, H, W), one for each size.
 
 A batch is one run, a picture has T = 1, and pictures of their own sizes are several runs. `to_runs` makes them from
-what a user passes, and `Form` gives back what was passed. Needs nothing but PyTorch: `import vitok_hf` comes here.
+what a user passes, after `check_clips`, and `Form` gives back what was passed: nothing else asks for dimensions.
 """
 
 import hashlib
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch.nn import functional as F
+
+from .checks import check_finite, check_int, check_tensor, refuse
 
 
 Runs = list[torch.Tensor]
@@ -39,21 +42,139 @@ class Form:
         return [items[index] for index in range(len(items))]
 
 
-def to_runs(x: torch.Tensor | Sequence[torch.Tensor]) -> tuple[Runs, Form]:
-    """Runs of a batch, (B, C, H, W) or (B, C, T, H, W), of a list of (C, H, W) or (C, T, H, W), or of runs."""
+def to_runs(x: torch.Tensor | Sequence[torch.Tensor], multiple: int = 1) -> tuple[Runs, Form]:
+    """Runs of a batch, (B, C, H, W) or (B, C, T, H, W), of a list of (C, H, W) or (C, T, H, W), or of runs.
+
+    What is in a list is padded with zeros at the bottom and on the right to a `multiple` of height and width.
+    """
     if isinstance(x, torch.Tensor):
         batches, items = [x], None
-    elif x[0].ndim == 5:
-        batches, items = list(x), None
     else:
-        groups: dict[torch.Size, list[int]] = {}  # equal sizes make a run
-        for index, item in enumerate(x):
-            groups.setdefault(item.shape, []).append(index)
-        items = list(groups.values())
-        batches = [torch.stack([x[index] for index in indices]) for indices in items]
+        x = [F.pad(item, (0, -item.shape[-1] % multiple, 0, -item.shape[-2] % multiple)) for item in x]
+        batches, items = list(x), None
+        if x[0].ndim < 5:
+            groups: dict[torch.Size, list[int]] = {}  # equal sizes make a run
+            for index, item in enumerate(x):
+                groups.setdefault(item.shape, []).append(index)
+            items = list(groups.values())
+            batches = [torch.stack([x[index] for index in indices]) for indices in items]
     has_time = [batch.ndim == 5 for batch in batches]
     runs = [batch if timed else batch.unsqueeze(2) for batch, timed in zip(batches, has_time)]  # (n, C, T, H, W)
     return runs, Form(isinstance(x, torch.Tensor), items, has_time)
+
+
+def to_batches(items: list[torch.Tensor]) -> tuple[list[torch.Tensor], bool]:
+    """Items of a list, (C, ...) -> batches of one, (1, C, ...), or runs as they are; and whether they are runs."""
+    are_runs = items[0].ndim == 5
+    return items if are_runs else [item.unsqueeze(0) for item in items], are_runs
+
+
+def sizes_of(x: torch.Tensor | list[torch.Tensor]) -> list[tuple[int, int]] | None:
+    """Height and width of each item or run of a list; `None` for a batch."""
+    return None if isinstance(x, torch.Tensor) else [(item.shape[-2], item.shape[-1]) for item in x]
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What `check_clips` lets pass.
+
+    Args:
+        channels: What there must be in dimension C.
+        steps: (q, p), of which T, and H and W, must be multiples.
+        needs_frames: Whether pictures, without the dimension T, are refused.
+        pads_lists: Whether H and W of what is in a list may be any.
+        takes_runs: Whether it may be a list of runs, too.
+        axes, channels_of: Names in messages: of the dimensions, and what stands before the number of channels.
+    """
+
+    channels: int
+    steps: tuple[int, int] = (1, 1)
+    needs_frames: bool = False
+    pads_lists: bool = False
+    takes_runs: bool = False
+    axes: str = "CTHW"
+    channels_of: str = ""
+
+
+def check_clips(name: str, x: Any, expected: Expected) -> tuple[float, float]:
+    """Raises `ValueError` unless `x`, a batch or a list of items, is for `to_runs`, in sizes that fit, and finite.
+
+    Returns the lowest and the highest value, where these can be looked at, else zeros.
+    """
+    is_list = isinstance(x, (list, tuple))
+    if is_list and len(x) == 0:
+        raise ValueError(f"`{name}` is an empty list.")
+    are_runs = is_list and expected.takes_runs and getattr(x[0], "ndim", None) == 5
+    first, (c, t, h, w) = "n, " if are_runs else "" if is_list else "B, ", expected.axes
+    forms = (
+        [f"({first}{c}, {t}, {h}, {w})"] if are_runs else [f"({first}{c}, {h}, {w})", f"({first}{c}, {t}, {h}, {w})"]
+    )
+    expected = replace(expected, steps=(expected.steps[0], 1)) if is_list and expected.pads_lists else expected
+    ranges = []
+    for index, item in enumerate(x if is_list else [x]):
+        label = f"{name}[{index}]" if is_list else name
+        check_tensor(label, item)
+        check_shape(label, item.shape, forms, expected)
+        if is_list and (item.dtype, item.device) != (x[0].dtype, x[0].device):
+            kind = f"{x[0].dtype} on {x[0].device}"
+            raise ValueError(f"`{label}` must be {kind}, as `{name}[0]` is, but is {item.dtype} on {item.device}.")
+        ranges.append(check_finite(label, item))
+    lows, highs = zip(*ranges)
+    return min(lows), max(highs)
+
+
+def check_shape(name: str, shape: torch.Size, forms: list[str], expected: Expected) -> None:
+    """`forms` are the dimensions that there may be, those of clips last."""
+    (q, p), channels, numbers = expected.steps, expected.channels, tuple(shape)
+    channel_dim, num_dims = forms[-1].count(",") - 3, [form.count(",") + 1 for form in forms]
+    if len(shape) not in num_dims:
+        hint = f": add the batch, `{name}.unsqueeze(0)`" if len(shape) == 3 and shape[0] == channels else ""
+        raise ValueError(f"`{name}` must be {' or '.join(forms)}, but has shape {numbers}{hint}.")
+    if shape[channel_dim] != channels:
+        hint = ""
+        if channels in numbers[channel_dim:]:  # as in arrays of pictures, or lists of frames
+            found = numbers.index(channels, channel_dim)
+            hint = f": move them there, `{name}.movedim({found}, {channel_dim})`"
+        raise ValueError(
+            f"`{name}` must have {expected.channels_of}{channels} channels in dimension {channel_dim}, but has shape "
+            f"{numbers}{hint}."
+        )
+    has_time = len(shape) == num_dims[-1]
+    if expected.needs_frames and not has_time:
+        raise ValueError(
+            f"`{name}` has shape {numbers}, but this model compresses several frames into one latent frame: pass a "
+            f"video, {forms[-1]}."
+        )
+    if shape[-1] % p or shape[-2] % p:
+        raise ValueError(
+            f"Height and width of `{name}` must be multiples of patch_size={p}, but are {shape[-2]} x {shape[-1]}: "
+            "pad, crop or resize it; an autoencoder also takes a list of pictures, and pads them."
+        )
+    if has_time and shape[-3] % q:
+        raise ValueError(
+            f"The number of frames of `{name}` must be a multiple of temporal_patch_size={q}, but is {shape[-3]}: "
+            "pad or cut the video."
+        )
+    if 0 in numbers:
+        raise ValueError(f"`{name}` is empty: it has shape {numbers}.")
+
+
+def check_sizes(sizes: Any, z: torch.Tensor | list[torch.Tensor], patch_size: int) -> None:
+    """Raises `ValueError` unless they are the heights and widths of pictures with the latents `z`, a list."""
+    is_list = isinstance(sizes, (list, tuple))
+    if not is_list or any(not isinstance(size, (list, tuple)) or len(size) != 2 for size in sizes):
+        refuse("sizes", "a list of (height, width)", sizes)
+    if not torch.compiler.is_compiling():
+        for index, size in enumerate(sizes):
+            for side in size:
+                check_int(f"sizes[{index}]", side)
+    if isinstance(z, torch.Tensor):
+        raise ValueError(f"`sizes` {sizes} are for a list of latents, but `z` is a batch: leave them out, and crop.")
+    grids = [tuple(item.shape[-2:]) for item in z]
+    if [(-(-height // patch_size), -(-width // patch_size)) for height, width in sizes] != grids:
+        raise ValueError(
+            f"`sizes` {sizes} do not fit a list of latents of {grids} patches of {patch_size} x {patch_size} pixels."
+        )
 
 
 def to_float(pixels: torch.Tensor) -> torch.Tensor:

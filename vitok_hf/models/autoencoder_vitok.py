@@ -1,4 +1,3 @@
-import itertools
 import os
 from typing import Any
 
@@ -13,11 +12,12 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..checks import check_bool, check_generator, show
+from ..clips import Expected, check_clips, check_sizes, sizes_of, to_batches, to_runs
 from ..loading import check_place, load_strictly, resolve_bundled
 from ..loading.vitok_v2 import HUB_ARGUMENTS, is_vitok_v2, load_vitok_v2
 from ..presets import V2_PATTERN, variant_to_config
 from .compat import CompatMixin, ViTokConfig, is_derived
-from .configuration import check_config, check_input, check_sizes, warn_of_range
+from .configuration import check_config, check_fits, warn_of_range
 from .layers import ViTokTower, patchify, unpatchify
 from .posterior import PosteriorList, ViTokOutput, ViTokPosterior
 from .saving import SavingMixin
@@ -242,25 +242,6 @@ class AutoencoderViTok(
             for tokens, grid, video in zip(outputs, grids, videos)
         ]
 
-    def _run(
-        self, tower: ViTokTower, x: torch.Tensor | list[torch.Tensor], settings: MemorySettings, steps_in, steps_out
-    ) -> torch.Tensor | list[torch.Tensor]:
-        """Sends a batch, or a list of items of any sizes, through a tower; `steps` are what a token measures."""
-        groups: dict[torch.Size, list[int]] = {}  # equal sizes make a batch
-        if isinstance(x, torch.Tensor):
-            batches = [x]
-        else:
-            for index, item in enumerate(x):
-                groups.setdefault(item.shape, []).append(index)
-            batches = [torch.stack([x[index] for index in indices]) for indices in groups.values()]
-        videos = [batch.unsqueeze(2) if batch.ndim == 4 else batch for batch in batches]
-        outputs = self._run_batches(tower, videos, settings, steps_in, steps_out)
-        outputs = [out.squeeze(2) if batch.ndim == 4 else out for out, batch in zip(outputs, batches)]
-        if isinstance(x, torch.Tensor):
-            return outputs[0]
-        items = dict(zip(itertools.chain(*groups.values()), itertools.chain(*outputs)))
-        return [items[index] for index in range(len(x))]
-
     def encode(
         self, x: torch.Tensor | list[torch.Tensor], return_dict: bool = True
     ) -> AutoencoderKLOutput | tuple[ViTokPosterior]:
@@ -288,19 +269,19 @@ class AutoencoderViTok(
     def _encode(self, name: str, x: Any, settings: MemorySettings) -> torch.Tensor | list[torch.Tensor]:
         """The parameters of the posteriors."""
         self._check_component("encoder")
-        (q, p, _), is_list = self._pixel_steps, isinstance(x, (list, tuple))
-        steps = (q, 1 if is_list else p)
-        modules = (self, self.encoder, self.encoder.proj_in)
-        extremes = check_input(name, x, self.config.in_channels, steps, q > 1, *modules)
-        warn_of_range(self, x[0] if is_list else x, *extremes)
-        if is_list:
-            x = [F.pad(item, (0, -item.shape[-1] % p, 0, -item.shape[-2] % p)) for item in x]
-        return self._run(self.encoder, x, settings, self._pixel_steps, (1, 1, 1))
+        q, p, _ = self._pixel_steps
+        takes_runs = name == "sample"  # in `forward` alone
+        extremes = check_clips(name, x, Expected(self.config.in_channels, (q, p), q > 1, True, takes_runs))
+        runs, form = to_runs(x, p)
+        check_fits(name, runs[0], self, self.encoder, self.encoder.proj_in)
+        warn_of_range(self, runs[0], *extremes)
+        return form.give_back(self._run_batches(self.encoder, runs, settings, self._pixel_steps, (1, 1, 1)))
 
     def _posterior(self, parameters: torch.Tensor | list[torch.Tensor]) -> ViTokPosterior | PosteriorList:
-        """Of (B, 2 c, ...), or (B, c, ...) if it is deterministic; or of a list of them without a batch dimension."""
+        """Of (B, 2 c, ...), or (B, c, ...) if it is deterministic; or of a list, of items or of runs."""
         if isinstance(parameters, list):
-            return PosteriorList([self._posterior(item.unsqueeze(0)) for item in parameters])
+            batches, are_runs = to_batches(parameters)
+            return PosteriorList([self._posterior(batch) for batch in batches], are_runs)
         if self.config.latent_norm:  # here and not in the tower: blends of normalised codes are not normalised
             normalized = F.layer_norm(parameters.movedim(1, -1).float(), (self.config.latent_channels,), eps=1e-6)
             parameters = normalized.movedim(-1, 1).to(parameters.dtype)
@@ -349,12 +330,15 @@ class AutoencoderViTok(
     ) -> torch.Tensor | list[torch.Tensor]:
         """`name` is that of the argument `z`; `None`: our own latents, which are not checked."""
         self._check_component("decoder")
-        config, modules = self.config, (self, self.decoder, self.decoder.proj_in)
+        q, p, _ = self._pixel_steps
         if name is not None:
-            check_input(name, z, config.latent_channels, (1, 1), config.temporal_patch_size > 1, *modules)
+            check_clips(name, z, Expected(self.config.latent_channels, needs_frames=q > 1, axes="cthw"))
         if sizes is not None:
-            check_sizes(sizes, z, config.patch_size)
-        sample = self._run(self.decoder, z, settings, (1, 1, 1), self._pixel_steps)
+            check_sizes(sizes, z, p)
+        runs, form = to_runs(z)
+        if name is not None:
+            check_fits(name, runs[0], self, self.decoder, self.decoder.proj_in)
+        sample = form.give_back(self._run_batches(self.decoder, runs, settings, (1, 1, 1), self._pixel_steps))
         if sizes is not None:
             sample = [item[..., :height, :width] for item, (height, width) in zip(sample, sizes)]
         return sample
@@ -369,13 +353,16 @@ class AutoencoderViTok(
         """Encodes and decodes `sample`, (B, C, H, W) or (B, C, T, H, W) in [-1, 1], or a list; see `encode`, `decode`.
 
         Args:
+            sample: As for `encode`; or runs, as training passes them: a list of batches of one size each,
+                (n, C, T, H, W), T = 1 for pictures. Then `sample` of the output is such a list, and `kl` is (N,).
             sample_posterior: Decode a sample of the posterior, drawn with `generator`, not its mode.
+            generator: One, or a list of one for each item, of all runs.
         """
         check_bool(sample_posterior=sample_posterior, return_dict=return_dict)
         settings = self._memory_settings()
         posterior = self._posterior(self._encode("sample", sample, settings))
-        check_generator(generator, len(sample))
+        kl = posterior.kl()
+        check_generator(generator, len(kl))
         latents = posterior.sample(generator) if sample_posterior else posterior.mode()
-        sizes = None if isinstance(sample, torch.Tensor) else [tuple(item.shape[-2:]) for item in sample]
-        decoded = self._decode(None, latents, settings, sizes)
-        return ViTokOutput(sample=decoded, kl=posterior.kl()) if return_dict else (decoded,)
+        decoded = self._decode(None, latents, settings, sizes_of(sample))
+        return ViTokOutput(sample=decoded, kl=kl) if return_dict else (decoded,)

@@ -1,3 +1,4 @@
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -68,10 +69,10 @@ class ViTokPosterior(DiagonalGaussianDistribution):
 
 
 class PosteriorList:
-    """Posteriors of items that differ in size; `mode` and `sample` give lists of latents without a batch dimension."""
+    """Posteriors of a list: of items, whose latents come without a batch dimension, or of runs, (n, c, t, h, w)."""
 
-    def __init__(self, posteriors: list[ViTokPosterior]):
-        self.posteriors = posteriors
+    def __init__(self, posteriors: list[ViTokPosterior], are_runs: bool = False):
+        self.posteriors, self.are_runs = posteriors, are_runs
 
     def __len__(self) -> int:
         return len(self.posteriors)
@@ -79,16 +80,24 @@ class PosteriorList:
     def __getitem__(self, index: int) -> ViTokPosterior:
         return self.posteriors[index]
 
+    def _give_back(self, latents: list[torch.Tensor]) -> list[torch.Tensor]:
+        return latents if self.are_runs else [item.squeeze(0) for item in latents]
+
     def sample(self, generator: torch.Generator | list[torch.Generator] | None = None) -> list[torch.Tensor]:
-        """Samples (c, ...); a list holds one generator for each item."""
-        check_generator(generator, len(self))
-        generators = generator if isinstance(generator, list) else [generator] * len(self)
-        return [posterior.sample(g).squeeze(0) for posterior, g in zip(self.posteriors, generators)]
+        """Samples (c, ...); a list holds one generator for each item, also of runs."""
+        counts = [len(posterior.mean) for posterior in self.posteriors]
+        check_generator(generator, sum(counts))
+        generators = [generator] * len(self)
+        if isinstance(generator, list):
+            rest = iter(generator)
+            generators = [list(itertools.islice(rest, count)) for count in counts]
+        return self._give_back([posterior.sample(g) for posterior, g in zip(self.posteriors, generators)])
 
     def mode(self) -> list[torch.Tensor]:
-        return [posterior.mode().squeeze(0) for posterior in self.posteriors]
+        return self._give_back([posterior.mode() for posterior in self.posteriors])
 
     def kl(self) -> torch.Tensor:
+        """(N,), of all items."""
         return torch.cat([posterior.kl() for posterior in self.posteriors])
 
 

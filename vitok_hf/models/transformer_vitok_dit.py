@@ -14,7 +14,8 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import nn
 from torch.nn import functional as F
 
-from ..checks import check_bool, check_finite, check_number, check_tensor, is_readable, refuse, show
+from ..checks import check_bool, check_number, check_tensor, is_readable, refuse, show
+from ..clips import Expected, check_clips, to_runs
 from ..loading import load_strictly
 from ..presets import dit_variant_to_config
 from .configuration import check_fits, check_numbers
@@ -45,26 +46,6 @@ def check_dit_config(config: FrozenDict, constructor: Callable) -> None:
     split_rotary_pairs(size // heads, 2 if config.sample_frames == 1 else 3)
     if config.sample_size % config.patch_size:
         raise ValueError(f"`sample_size` {config.sample_size} must be a multiple of `patch_size` {config.patch_size}.")
-
-
-def check_latents(hidden_states: Any, channels: int, patch_size: int) -> None:
-    """Raises `ValueError` unless `hidden_states` are latents that can be cut into patches."""
-    check_tensor("hidden_states", hidden_states)
-    shape = tuple(hidden_states.shape)
-    if len(shape) not in (4, 5):
-        raise ValueError(f"`hidden_states` must be (B, c, h, w) or (B, c, t, h, w), but has shape {shape}.")
-    if shape[1] != channels:
-        raise ValueError(
-            f"`hidden_states` must have in_channels={channels} channels in dimension 1, but has shape {shape}."
-        )
-    if shape[-1] % patch_size or shape[-2] % patch_size:
-        raise ValueError(
-            f"Height and width of `hidden_states` must be multiples of patch_size={patch_size}, but are "
-            f"{shape[-2]} x {shape[-1]}: choose another size, or a model with patch_size=1."
-        )
-    if 0 in shape:
-        raise ValueError(f"`hidden_states` is empty: it has shape {shape}.")
-    check_finite("hidden_states", hidden_states)
 
 
 def modulate(hidden_states: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -293,10 +274,12 @@ class ViTokDiTModel(SavingMixin, ModelMixin, AttentionMixin, CacheMixin, ConfigM
             ValueError: If the channels, sizes, timesteps or labels do not fit. Labels out of range raise on a CPU.
         """
         p = self.config.patch_size
-        check_latents(hidden_states, self.config.in_channels, p)
+        check_tensor("hidden_states", hidden_states)
+        expected = Expected(self.config.in_channels, (1, p), axes="cthw", channels_of="in_channels=")
+        check_clips("hidden_states", hidden_states, expected)
         check_fits("hidden_states", hidden_states, self, self.patch_embed)
         check_bool(return_dict=return_dict)
-        video = hidden_states.unsqueeze(2) if hidden_states.ndim == 4 else hidden_states  # (B, c, t, h, w)
+        (video,), form = to_runs(hidden_states)  # (B, c, t, h, w)
         frames = 1 if self.is_image_model else video.shape[2]
         items = video.shape[2] // frames
         grid = (frames, video.shape[3] // p, video.shape[4] // p)
@@ -318,5 +301,5 @@ class ViTokDiTModel(SavingMixin, ModelMixin, AttentionMixin, CacheMixin, ConfigM
         shift, scale = self.modulation_out(temb).unsqueeze(1).chunk(2, dim=-1)  # (B * items, 1, D)
         tokens = self.proj_out(modulate(self.norm_out(tokens), shift, scale))  # (B * items, L, out_channels * p * p)
         sample = unpatchify(tokens, grid, 1, p, items)  # (B, out_channels, t, h, w)
-        sample = sample.squeeze(2) if hidden_states.ndim == 4 else sample
+        sample = form.give_back([sample])
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
