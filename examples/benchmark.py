@@ -13,12 +13,12 @@ from collections.abc import Callable
 
 import torch
 from accelerate import PartialState
+from studies.baselines import make_peer
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vitok_hf import AutoencoderViTok, list_bundled
 from vitok_hf.commands import run_command
-from vitok_hf.evaluation.macs import count_macs
-from vitok_hf.evaluation.peers import make_peer
+from vitok_hf.evaluation.costs import count_macs
 from vitok_hf.precision import DTYPES, choose_dtype
 
 

@@ -27,7 +27,7 @@ import json, sys, time
 import torch
 from vitok_hf import AutoencoderViTok
 from vitok_hf.loading.strict import check_values
-from vitok_hf.evaluation.memory import peak_memory, reset_peak_memory
+from vitok_hf.evaluation.costs import peak_memory, reset_peak_memory
 
 folder, variant, dtype, component = sys.argv[1:]
 before, began = reset_peak_memory(), time.perf_counter()

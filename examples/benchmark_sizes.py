@@ -13,11 +13,11 @@ import sys
 
 import torch
 from accelerate import PartialState
+from studies.baselines import make_peer
 
 from vitok_hf import AutoencoderViTok
 from vitok_hf.commands import run_command
-from vitok_hf.evaluation.memory import peak_memory, reset_peak_memory
-from vitok_hf.evaluation.peers import make_peer
+from vitok_hf.evaluation.costs import peak_memory, reset_peak_memory
 from vitok_hf.precision import DTYPES, choose_dtype
 from vitok_hf.training.tracking import finished_time
 

@@ -16,12 +16,11 @@ import time
 import torch
 from accelerate import PartialState
 from diffusers import ModelMixin
+from studies.baselines import PEERS, make_peer
 
 from vitok_hf import AutoencoderViTok
 from vitok_hf.commands import run_command
-from vitok_hf.evaluation.autoencoders import count_cost
-from vitok_hf.evaluation.macs import count_macs
-from vitok_hf.evaluation.peers import PEERS, make_peer
+from vitok_hf.evaluation.costs import count_macs, mean_costs
 from vitok_hf.evaluation.reconstruction import reconstruct
 from vitok_hf.precision import DTYPES, choose_dtype
 from vitok_hf.presets import V1_SIZES
@@ -30,10 +29,10 @@ from vitok_hf.presets import V1_SIZES
 # Table 1: size -> millions of parameters, GMACs for 256 tokens
 PAPER_TOWERS = {"S": (43.3, 11.6), "B": (85.8, 23.1), "L": (383.7, 101.8)}
 
-# Tables 3 to 5: heading -> shape of a picture or clip, (C, [T,] H, W); variant -> millions of parameters, GMACs
+# Tables 3 to 5: heading -> shape of a picture or clip, (C, T, H, W); variant -> millions of parameters, GMACs
 PAPER_MODELS = {
-    "256 x 256 pictures": ((3, 256, 256), {"S-B/16": (129.0, 34.8), "S-L/16": (426.8, 113.4)}),
-    "512 x 512 pictures": ((3, 512, 512), {"S-B/16": (129.0, 160.8)}),
+    "256 x 256 pictures": ((3, 1, 256, 256), {"S-B/16": (129.0, 34.8), "S-L/16": (426.8, 113.4)}),
+    "512 x 512 pictures": ((3, 1, 512, 512), {"S-B/16": (129.0, 160.8)}),
     "16 x 128 x 128 clips": (
         (3, 16, 128, 128),
         {"S-B/4x8": (None, 160.8), "S-B/8x8": (None, 73.2), "S-B/4x16": (None, 34.8)},
@@ -92,10 +91,10 @@ def print_models(args: argparse.Namespace) -> None:
             if args.models is not None and name not in args.models:
                 continue
             with torch.device("meta"):
-                cost = count_cost(make_model(name), shape)
+                costs = mean_costs(make_model(name), {shape: 1})
             parameters, macs = variants.get(name, (None, None))
-            columns = [name, cell(cost.parameters / 1e6), cell(parameters), cell(cost.macs / 1e9), cell(macs)]
-            columns.append(str(cost.num_latents))
+            columns = [name, cell(costs["parameters_M"]), cell(parameters), cell(costs["GMACs"]), cell(macs)]
+            columns.append(f"{costs['E']:.0f}")
             if args.time:
                 columns.append(timed_cell(name, shape, args))
             print("| " + " | ".join(columns) + " |", flush=True)

@@ -39,7 +39,7 @@ from vitok_hf.data.files import list_files
 from vitok_hf.data.items import load_evaluation_images
 from vitok_hf.data.sources import parse_source
 from vitok_hf.disk import replace_durably, write_json
-from vitok_hf.evaluation.features import Classifier, frechet_distance
+from vitok_hf.evaluation.features import Classifier
 from vitok_hf.evaluation.reconstruction import evaluate_reconstruction
 from vitok_hf.training.checkpointing import list_checkpoints
 
@@ -162,8 +162,7 @@ def evaluate(folder: Path, args: argparse.Namespace) -> dict[str, float]:
         images = load_evaluation_images(path, SIZE, args.limit)
         metrics, reconstructions = evaluate_reconstruction(vae, images, batch_size=32)
         if classifier is not None:
-            pair = reconstructions.to(device), images.to(device)
-            metrics["frechet_distance"] = frechet_distance(*pair, classifier)
+            metrics["frechet_distance"] = classifier.distance(reconstructions.to(device), images.to(device))
         rows.append(metrics)
     means = {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
     if classifier is not None:

@@ -13,10 +13,10 @@ import torch
 from datasets import config as datasets_config
 from diffusers import AutoencoderTiny
 from PIL import Image
+from vitok_hf.evaluation.peers import PEERS, make_peer
 
 from tests.conftest import ASSETS, make_vae
 from tests.data.conftest import write_video
-from vitok_hf.evaluation.peers import PEERS, make_peer
 
 
 @pytest.fixture

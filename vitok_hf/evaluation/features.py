@@ -11,8 +11,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_model, save_model
 from torch import nn
 
-from ..clips import to_float
+from ..clips import fold_frames, to_float
 from ..disk import atomic_file
+from .distributions import frechet_distance
 
 
 class Classifier(nn.Module):
@@ -42,6 +43,22 @@ class Classifier(nn.Module):
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """(B, 3, H, W) uint8 -> logits (B, classes)"""
         return self.network.fc(self.features(images))
+
+    @torch.no_grad()
+    def distance(self, images: torch.Tensor, references: torch.Tensor, batch_size: int = 64) -> float:
+        """Frechet distance of the features of two sets of uint8 pictures or clips, (N, 3, T, H, W) each.
+
+        Raises:
+            ValueError: If a set has less than two pictures.
+        """
+        sets = fold_frames(images), fold_frames(references)
+        if min(map(len, sets)) < 2:
+            raise ValueError(
+                f"A Frechet distance needs sets of two or more, but they have {len(sets[0]), len(sets[1])}."
+            )
+        return frechet_distance(
+            *(torch.cat([self.features(x) for x in pictures.split(batch_size)]) for pictures in sets)
+        )
 
     def save(self, path: str | Path) -> None:
         with atomic_file(path) as temporary:
