@@ -105,7 +105,7 @@ def check_clips(name: str, x: Any, expected: Expected) -> tuple[float, float]:
     if is_list and len(x) == 0:
         raise ValueError(f"`{name}` is an empty list.")
     are_runs = is_list and expected.takes_runs and getattr(x[0], "ndim", None) == 5
-    first, (c, t, h, w) = "n, " if are_runs else "" if is_list else "B, ", expected.axes
+    first, (c, t, h, w) = "n, " if are_runs else "" if is_list else "B, ", tuple(expected.axes)
     forms = (
         [f"({first}{c}, {t}, {h}, {w})"] if are_runs else [f"({first}{c}, {h}, {w})", f"({first}{c}, {t}, {h}, {w})"]
     )

@@ -116,7 +116,7 @@ def _check_moments(batches: Iterable[Any]) -> Iterator[tuple[torch.Tensor, torch
             refuse(name, f"a mean and a standard deviation of one shape, {tuple(batch[0].shape)}", batch[1])
         if batch[1] is not None and (batch[1] < 0).any():
             raise ValueError(f"`{name}` has negative standard deviations: pass `posterior.std`, not its logarithm.")
-        yield batch
+        yield batch[0], batch[1]
 
 
 def summarize_latents(batches: Iterable[tuple[torch.Tensor, torch.Tensor | None]]) -> LatentStatistics:
@@ -129,7 +129,8 @@ def summarize_latents(batches: Iterable[tuple[torch.Tensor, torch.Tensor | None]
     Raises:
         ValueError: If there is no picture, a shape does not fit, a latent is not finite, or a channel is constant.
     """
-    num_items, count, mean, squares = 0, 0, 0.0, 0.0  # squares: sum of squared distances from the mean
+    num_items, count = 0, 0
+    mean = squares = torch.zeros((), dtype=torch.float64)  # squares: sum of squared distances from the mean
     for latents, std in _check_moments(batches):
         if not latents.numel():
             continue
@@ -138,10 +139,10 @@ def summarize_latents(batches: Iterable[tuple[torch.Tensor, torch.Tensor | None]
             raise ValueError(
                 f"Latents must be (B, c, h, w) or (B, c, t, h, w){expected}, but have shape {tuple(latents.shape)}."
             )
-        latents, std = (None if x is None else x.double().transpose(0, 1).flatten(2) for x in (latents, std))
-        _check_finite(latents if std is None else latents + std, num_items)
-        variance = latents.var(dim=(1, 2), correction=0)  # (c,)
-        variance = variance if std is None else variance + std.square().mean(dim=(1, 2))
+        latents = latents.double().transpose(0, 1).flatten(2)  # (c, B, t * h * w)
+        variances = torch.zeros_like(latents) if std is None else std.double().transpose(0, 1).flatten(2).square()
+        _check_finite(latents + variances, num_items)
+        variance = latents.var(dim=(1, 2), correction=0) + variances.mean(dim=(1, 2))  # (c,)
         new, num_items = latents[0].numel(), num_items + latents.shape[1]
         distance, count = latents.mean(dim=(1, 2)) - mean, count + new
         squares = squares + new * (variance + distance.square() * ((count - new) / count))

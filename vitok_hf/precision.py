@@ -18,7 +18,7 @@ def default_device() -> torch.device:
     """That of accelerate, whose state the first `Accelerator` of a process sets up."""
     if parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available():
         return torch.device("cpu")
-    return torch.accelerator.current_accelerator()
+    return torch.accelerator.current_accelerator() or torch.device("cpu")
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:

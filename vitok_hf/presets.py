@@ -7,7 +7,8 @@ from typing import Any
 from .checks import refuse
 
 
-# hidden size, number of layers, number of attention heads
+Size = tuple[int, int, int]  # hidden size, number of layers, number of attention heads
+
 V1_SIZES = {"S": (768, 6, 12), "B": (768, 12, 12), "L": (1152, 24, 16)}
 V2_SIZES = {"B": (768, 12, 12), "L": (1024, 24, 16), "G": (1728, 32, 24), "T": (3072, 40, 24), "E": (4096, 48, 32)}
 
@@ -52,8 +53,8 @@ HELP = (
 LARGEST = {"w": 2**17, "d": 2**10, "h": 2**10, "m": 2**6, "patch size": 2**10, "channels": 2**14}
 
 
-def _read(text: str, kind: str, variant: str) -> int | float:
-    """A number of a name; MLP ratios (m) are fractions."""
+def _read(text: str, kind: str, variant: str) -> Any:
+    """A number of a name: a fraction for MLP ratios (m), else a whole one."""
     try:
         number = (float if kind == "m" else int)(text) if len(text) < 20 else math.inf
     except ValueError as error:
@@ -70,7 +71,8 @@ def _check_type(variant: Any, example: str) -> None:
         refuse("variant", f'a name, such as "{example}"', variant)
 
 
-def _parse_v2_size(size: str, variant: str) -> tuple[int, int, int, float]:
+def _parse_v2_size(size: str, variant: str) -> tuple[Size, float]:
+    """Hidden size, layers and heads; and the MLP ratio."""
     match = V2_SIZE_PATTERN.fullmatch(size)
     pairs = re.findall(r"([wdhm])([0-9.]+)", size)
     fields = dict(pairs)
@@ -81,11 +83,12 @@ def _parse_v2_size(size: str, variant: str) -> tuple[int, int, int, float]:
         or (not match[1] and not {"w", "d", "h"} <= set(fields))
     ):
         raise ValueError(f'Unknown size "{size}" in variant "{variant}": {HELP}')
-    default = dict(zip("wdhm", (*V2_SIZES.get(match[1], ()), V2_MLP_RATIO))) if match[1] else {"m": V2_MLP_RATIO}
-    return tuple(_read(fields[kind], kind, variant) if kind in fields else default[kind] for kind in "wdhm")
+    numbers: dict[str, Any] = dict(zip("wdh", V2_SIZES.get(match[1], ()))) | {"m": V2_MLP_RATIO}
+    numbers |= {kind: _read(text, kind, variant) for kind, text in pairs}
+    return (numbers["w"], numbers["d"], numbers["h"]), numbers["m"]
 
 
-def _tower(prefix: str, size: tuple[int, int, int]) -> dict[str, int]:
+def _tower(prefix: str, size: Size) -> dict[str, Any]:
     names = ("hidden_size", "num_layers", "num_attention_heads")
     return {prefix + name: value for name, value in zip(names, size)}
 
@@ -122,8 +125,8 @@ def variant_to_config(variant: str) -> dict[str, Any]:
         encoder, decoder, *numbers = match.groups()
         kinds = ("patch size", "patch size", "channels")
         q, p, latent_channels = (_read(number, kind, variant) for number, kind in zip(numbers, kinds))
-        *encoder_size, encoder_mlp_ratio = _parse_v2_size(encoder, variant)
-        *decoder_size, decoder_mlp_ratio = _parse_v2_size(decoder or encoder, variant)
+        encoder_size, encoder_mlp_ratio = _parse_v2_size(encoder, variant)
+        decoder_size, decoder_mlp_ratio = _parse_v2_size(decoder or encoder, variant)
         if encoder_mlp_ratio != decoder_mlp_ratio:
             raise ValueError(
                 f'Variant "{variant}" has MLP ratios {encoder_mlp_ratio} and {decoder_mlp_ratio}: '

@@ -1,10 +1,17 @@
+import math
+
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
+from vitok_hf.models import layers
 from vitok_hf.models.layers import (
+    Packing,
     RMSNorm,
     apply_rotary_embedding,
+    make_packing,
+    packed_attention,
     patchify,
     rotary_embedding,
     split_rotary_pairs,
@@ -68,6 +75,76 @@ class TestRotaryEmbedding:
         full = rotary_embedding((64, 64), 64, torch.device("cpu"), torch.float32)
         half = rotary_embedding((64, 64), 64, torch.device("cpu"), torch.bfloat16)
         assert all(torch.equal(a.bfloat16(), b) for a, b in zip(full, half))
+
+
+def attend_one_by_one(query, key, value, lengths):
+    """What each sequence of (1, L, heads, head_dim) gives by itself."""
+    parts = zip(*(x.split(lengths, dim=1) for x in (query, key, value)))
+    outputs = [F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in part)).transpose(1, 2) for part in parts]
+    return torch.cat(outputs, dim=1)
+
+
+def reference_kernel(query, key, value, query_bounds, key_bounds, longest_query, longest_key):
+    """What `torch.nn.attention.varlen.varlen_attn` does, which is for CUDA alone."""
+    assert torch.equal(query_bounds, key_bounds) and query_bounds.dtype == torch.int32 and query.ndim == 3
+    lengths = query_bounds.diff().tolist()
+    assert longest_query == longest_key == max(lengths) and sum(lengths) == len(query)
+    return attend_one_by_one(query[None], key[None], value[None], lengths)[0]
+
+
+class TestPackedAttention:
+    grids, counts, lengths = [(2, 3), (4, 1), (1, 1)], [2, 1, 3], [6, 6, 4, 1, 1, 1]
+
+    def tensors(self, dtype=torch.float32, device="cpu"):
+        generator = torch.Generator().manual_seed(0)
+        return [torch.randn(1, 19, 2, 16, generator=generator).to(device, dtype) for _ in range(3)]
+
+    def test_equals_one_by_one(self):
+        tensors = self.tensors()
+        packed = packed_attention(*tensors, Packing(self.counts, self.grids), None, None)
+        torch.testing.assert_close(packed, attend_one_by_one(*tensors, self.lengths), rtol=0, atol=1e-6)
+
+    @pytest.mark.parametrize(
+        "dtype, backend, is_served",
+        [
+            (torch.bfloat16, None, True),
+            (torch.float16, "native", True),
+            (torch.float32, None, False),
+            (torch.bfloat16, "_native_math", False),
+        ],
+    )
+    def test_one_kernel_takes_all(self, dtype, backend, is_served, monkeypatch):
+        """With the boundaries that a CUDA device gets, and PyTorch's kernel replaced."""
+        calls, bounds = [], torch.tensor([0, 6, 12, 16, 17, 18, 19], dtype=torch.int32)
+
+        def kernel(*args):
+            calls.append(args)
+            return reference_kernel(*args)
+
+        monkeypatch.setattr(layers, "varlen_attn", kernel)
+        tensors, packing = self.tensors(dtype), Packing(self.counts, self.grids, boundaries=bounds)
+        packed = packed_attention(*tensors, packing, backend, None)
+        assert len(calls) == is_served
+        torch.testing.assert_close(packed, attend_one_by_one(*tensors, self.lengths), rtol=0, atol=1e-2)
+
+    def test_boundaries(self, monkeypatch):
+        monkeypatch.setattr(layers, "varlen_attn", reference_kernel)
+        runs = [torch.zeros(n, math.prod(grid), 8) for n, grid in zip(self.counts, self.grids)]
+        assert make_packing(runs, self.grids).boundaries is None  # on a CPU, whose kernels take equal sequences
+        meta = [run.to("meta") for run in runs]
+        monkeypatch.setattr(layers, "VARLEN_DEVICES", ("meta",))
+        assert make_packing(meta, self.grids).boundaries.shape == (7,)
+        assert make_packing(meta, self.grids, window_radius=2).boundaries is None
+        assert make_packing(meta[:1], self.grids[:1]).boundaries is None
+
+    @pytest.mark.skipif(not torch.cuda.is_available(), reason="its kernel is for CUDA")
+    def test_on_cuda(self):
+        tensors = self.tensors(torch.bfloat16, "cuda")
+        runs = [torch.zeros(n, math.prod(grid), 8, device="cuda") for n, grid in zip(self.counts, self.grids)]
+        packing = make_packing(runs, self.grids)
+        assert packing.boundaries.tolist() == [0, 6, 12, 16, 17, 18, 19]
+        packed = packed_attention(*tensors, packing, None, None)
+        torch.testing.assert_close(packed, attend_one_by_one(*tensors, self.lengths), rtol=0, atol=2e-2)
 
 
 class TestRMSNorm:

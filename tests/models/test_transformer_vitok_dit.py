@@ -6,7 +6,7 @@ from torch import nn
 from tests.conftest import assert_close
 from tests.dit import TRANSFORMER, make_transformer
 from vitok_hf import ViTokDiTModel
-from vitok_hf.models.layers import Run
+from vitok_hf.models.layers import Packing
 
 
 MODELS = {
@@ -77,7 +77,7 @@ class TestArchitecture:
         tokens, temb = torch.randn(2, 6, 32), torch.randn(2, 32)
         rotary_emb = torch.ones(6, 1, 16), torch.zeros(6, 1, 16)
         for block in model.transformer_blocks:
-            assert torch.equal(block(tokens, temb, rotary_emb, [Run(2, (6,))]), tokens)
+            assert torch.equal(block(tokens, temb, rotary_emb, Packing([2], [(6,)])), tokens)
 
     def test_zero_in_the_gates_is_left_in_one_step_of_training(self, kind, x):
         model = ViTokDiTModel(**MODELS[kind])
@@ -97,11 +97,11 @@ class TestArchitecture:
         modulation = nn.functional.linear(temb, block.modulation.weight, block.modulation.bias)[:, None]
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation.split(32, dim=-1)
         h = nn.functional.rms_norm(x, (32,), eps=1e-6) * (1 + scale1) + shift1
-        expected = x + gate1 * block.attn(h, rotary_emb, [Run(2, (6,))])
+        expected = x + gate1 * block.attn(h, rotary_emb, Packing([2], [(6,)]))
         h = nn.functional.rms_norm(expected, (32,), eps=1e-6) * (1 + scale2) + shift2
         value, gate = block.ff.net[0].proj(h).chunk(2, dim=-1)
         expected = expected + gate2 * block.ff.net[2](value * nn.functional.silu(gate))
-        assert_close(block(x, temb, rotary_emb, [Run(2, (6,))]), expected)
+        assert_close(block(x, temb, rotary_emb, Packing([2], [(6,)])), expected)
 
     def test_timesteps_are_embedded_as_in_dit(self):
         model, angles = make_model("image"), 7.5 * 10000 ** (-torch.arange(128) / 128)

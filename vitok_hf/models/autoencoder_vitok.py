@@ -12,16 +12,16 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..checks import check_bool, check_generator, show
-from ..clips import Expected, check_clips, check_sizes, sizes_of, to_batches, to_runs
+from ..clips import Expected, Runs, check_clips, check_sizes, sizes_of, to_batches, to_runs
 from ..loading import check_place, load_strictly, resolve_bundled
 from ..loading.vitok_v2 import HUB_ARGUMENTS, is_vitok_v2, load_vitok_v2
 from ..presets import V2_PATTERN, variant_to_config
 from .compat import CompatMixin, ViTokConfig, is_derived
 from .configuration import check_config, check_fits, warn_of_range
-from .layers import ViTokTower, patchify, unpatchify
+from .layers import TowerSettings, ViTokTower, patchify, unpatchify
 from .posterior import PosteriorList, ViTokOutput, ViTokPosterior
 from .saving import SavingMixin
-from .tiling import MemoryMixin, MemorySettings, make_tiling
+from .tiling import MemoryMixin, MemorySettings, Steps, Tiling, make_tiling
 
 
 class AutoencoderViTok(
@@ -110,37 +110,15 @@ class AutoencoderViTok(
         self.check_config(self.config)
         self.is_image_model = self.config.is_image_model
         pixels = in_channels * temporal_patch_size * patch_size**2
-        block_kwargs = {
-            "parallel": parallel_blocks,
-            "qk_norm": qk_norm,
-            "layer_scale_init": layer_scale_init,
-            "bias": use_bias,
-        }
-        self.encoder = self.decoder = None
-        if component != "decoder":
-            self.encoder = ViTokTower(
-                pixels,
-                latent_channels * (2 if variational else 1),
-                encoder_hidden_size,
-                encoder_num_layers,
-                encoder_num_attention_heads,
-                mlp_ratio,
-                final_norm,
-                **block_kwargs,
-            )
-        if component != "encoder":
-            self.decoder = ViTokTower(
-                latent_channels,
-                pixels,
-                decoder_hidden_size,
-                decoder_num_layers,
-                decoder_num_attention_heads,
-                mlp_ratio,
-                final_norm,
-                **block_kwargs,
-            )
+        parameters = latent_channels * (2 if variational else 1)
+        blocks = mlp_ratio, parallel_blocks, qk_norm, layer_scale_init, use_bias, final_norm
+        encoder = TowerSettings(encoder_hidden_size, encoder_num_layers, encoder_num_attention_heads, *blocks)
+        decoder = TowerSettings(decoder_hidden_size, decoder_num_layers, decoder_num_attention_heads, *blocks)
+        self.encoder = ViTokTower(pixels, parameters, encoder) if component != "decoder" else None
+        self.decoder = ViTokTower(latent_channels, pixels, decoder) if component != "encoder" else None
         self.use_slicing = self.use_tiling = self._has_seen_pixels = False
-        self.tiling, self.window_radius = make_tiling(self.config), None
+        self.tiling: Tiling = make_tiling(self.config)
+        self.window_radius: int | None = None
         self._init_weights()
 
     @classmethod
@@ -165,7 +143,7 @@ class AutoencoderViTok(
                     )
 
     @property
-    def _pixel_steps(self) -> tuple[int, int, int]:
+    def _pixel_steps(self) -> Steps:
         """What a token measures, (T, H, W)."""
         return (self.config.temporal_patch_size, self.config.patch_size, self.config.patch_size)
 
@@ -218,28 +196,28 @@ class AutoencoderViTok(
             )
         return load_strictly(super().from_pretrained, pretrained_model_name_or_path, **kwargs)
 
-    def _check_component(self, needed: str):
-        if self.config.component not in (None, needed):
+    def _tower(self, needed: str) -> ViTokTower:
+        tower = self.encoder if needed == "encoder" else self.decoder
+        if tower is None:
             raise ValueError(
                 f"This model holds only its {self.config.component}: load it without `component`, or with "
                 f'component="{needed}", to use the {needed}.'
             )
+        return tower
 
-    def _run_tower(
-        self, tower: ViTokTower, videos: list[torch.Tensor], radius: int | None, steps_in, steps_out
-    ) -> list[torch.Tensor]:
-        """(B, C, T, H, W) each, cut into patches of `steps_in` and put together from patches of `steps_out`."""
+    def _run_tower(self, tower: ViTokTower, runs: Runs, radius: int | None, steps_in: Steps, steps_out: Steps) -> Runs:
+        """Cut into patches of `steps_in`, (n, C, T, H, W) each, and put together from patches of `steps_out`."""
         (q, p, _), (q_out, p_out, _) = steps_in, steps_out
         sequences, grids = [], []
-        for video in videos:
+        for run in runs:
             # An image model sees each frame alone.
-            frames = 1 if self.is_image_model else video.shape[2]
-            sequences.append(patchify(video, q, p, frames))  # (B * items, L, C * q * p * p)
-            grids.append((frames // q, video.shape[3] // p, video.shape[4] // p))
+            frames = 1 if self.is_image_model else run.shape[2]
+            sequences.append(patchify(run, q, p, frames))  # (n * items, L, C * q * p * p)
+            grids.append((frames // q, run.shape[3] // p, run.shape[4] // p))
         outputs = tower(sequences, [grid[1:] if self.is_image_model else grid for grid in grids], radius)
         return [
-            unpatchify(tokens, grid, q_out, p_out, num_items=tokens.shape[0] // video.shape[0])
-            for tokens, grid, video in zip(outputs, grids, videos)
+            unpatchify(tokens, grid, q_out, p_out, num_items=tokens.shape[0] // run.shape[0])
+            for tokens, grid, run in zip(outputs, grids, runs)
         ]
 
     def encode(
@@ -268,20 +246,22 @@ class AutoencoderViTok(
     @apply_forward_hook
     def _encode(self, name: str, x: Any, settings: MemorySettings) -> torch.Tensor | list[torch.Tensor]:
         """The parameters of the posteriors."""
-        self._check_component("encoder")
-        q, p, _ = self._pixel_steps
+        tower, (q, p, _) = self._tower("encoder"), self._pixel_steps
         takes_runs = name == "sample"  # in `forward` alone
         extremes = check_clips(name, x, Expected(self.config.in_channels, (q, p), q > 1, True, takes_runs))
         runs, form = to_runs(x, p)
-        check_fits(name, runs[0], self, self.encoder, self.encoder.proj_in)
+        check_fits(name, runs[0], self, tower, tower.proj_in)
         warn_of_range(self, runs[0], *extremes)
-        return form.give_back(self._run_batches(self.encoder, runs, settings, self._pixel_steps, (1, 1, 1)))
+        return form.give_back(self._run_batches(tower, runs, settings, self._pixel_steps, (1, 1, 1)))
 
     def _posterior(self, parameters: torch.Tensor | list[torch.Tensor]) -> ViTokPosterior | PosteriorList:
-        """Of (B, 2 c, ...), or (B, c, ...) if it is deterministic; or of a list, of items or of runs."""
+        """Of a batch, (B, 2 c, ...), or (B, c, ...) if it is deterministic; or of a list, of items or of runs."""
         if isinstance(parameters, list):
             batches, are_runs = to_batches(parameters)
-            return PosteriorList([self._posterior(batch) for batch in batches], are_runs)
+            return PosteriorList([self._batch_posterior(batch) for batch in batches], are_runs)
+        return self._batch_posterior(parameters)
+
+    def _batch_posterior(self, parameters: torch.Tensor) -> ViTokPosterior:
         if self.config.latent_norm:  # here and not in the tower: blends of normalised codes are not normalised
             normalized = F.layer_norm(parameters.movedim(1, -1).float(), (self.config.latent_channels,), eps=1e-6)
             parameters = normalized.movedim(-1, 1).to(parameters.dtype)
@@ -290,7 +270,7 @@ class AutoencoderViTok(
     def decode(
         self,
         z: torch.Tensor | list[torch.Tensor],
-        timestep: bool | None = None,
+        timestep: Any = None,
         return_dict: bool = True,
         generator: torch.Generator | list[torch.Generator] | None = None,
         sizes: list[tuple[int, int]] | None = None,
@@ -329,16 +309,15 @@ class AutoencoderViTok(
         self, name: str | None, z: Any, settings: MemorySettings, sizes: list[tuple[int, int]] | None = None
     ) -> torch.Tensor | list[torch.Tensor]:
         """`name` is that of the argument `z`; `None`: our own latents, which are not checked."""
-        self._check_component("decoder")
-        q, p, _ = self._pixel_steps
+        tower, (q, p, _) = self._tower("decoder"), self._pixel_steps
         if name is not None:
             check_clips(name, z, Expected(self.config.latent_channels, needs_frames=q > 1, axes="cthw"))
         if sizes is not None:
             check_sizes(sizes, z, p)
         runs, form = to_runs(z)
         if name is not None:
-            check_fits(name, runs[0], self, self.decoder, self.decoder.proj_in)
-        sample = form.give_back(self._run_batches(self.decoder, runs, settings, (1, 1, 1), self._pixel_steps))
+            check_fits(name, runs[0], self, tower, tower.proj_in)
+        sample = form.give_back(self._run_batches(tower, runs, settings, (1, 1, 1), self._pixel_steps))
         if sizes is not None:
             sample = [item[..., :height, :width] for item, (height, width) in zip(sample, sizes)]
         return sample

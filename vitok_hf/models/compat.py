@@ -4,6 +4,7 @@ from operator import itemgetter
 from types import SimpleNamespace
 
 import torch
+from diffusers import ConfigMixin
 from diffusers.configuration_utils import FrozenDict
 
 
@@ -56,8 +57,11 @@ def is_derived(name: str) -> bool:
     return isinstance(getattr(ViTokConfig, name, None), property)
 
 
-class CompatMixin:
+class CompatMixin(ConfigMixin):
     """The same as attributes of the model; its config is a `ViTokConfig`."""
+
+    config: ViTokConfig
+    _internal_dict: FrozenDict
 
     def register_to_config(self, **kwargs):
         """As in diffusers; ignores entries that the config derives from others."""

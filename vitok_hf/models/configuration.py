@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from diffusers.configuration_utils import FrozenDict
@@ -95,7 +96,7 @@ def check_fits(name: str, tensor: torch.Tensor, *modules: nn.Module) -> None:
         )
 
 
-def warn_of_range(model: nn.Module, x: torch.Tensor, low: float, high: float) -> None:
+def warn_of_range(model: Any, x: torch.Tensor, low: float, high: float) -> None:
     """Of pixels from 0 to 255. Off the CPU only the first call of a model looks, because the host has to wait."""
     if not has_values(x):
         return

@@ -1,21 +1,34 @@
 """Layers shared by the autoencoder and the diffusion transformer.
 
 Token sequences are (B, L, D), row-major over the grid (t, h, w); attention heads are (B, L, heads, head_dim).
-Sequences of different lengths are packed into one, (1, L, D). `packing` says which tokens belong together: a `Run` for
-each run of equal ones, `[Run(B, grid)]` for an ordinary batch.
+Runs of equal sequences (n, L, D) that differ in length are packed into one, (1, sum of n * L, D); `packing` says which
+tokens belong together.
 """
 
 import itertools
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from diffusers.models.attention import AttentionModuleMixin, FeedForward
-from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry, dispatch_attention_fn
 from einops import rearrange
 from torch import nn
+
+
+VARLEN_DEVICES = ("cuda",)
+varlen_attn: Callable | None
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # PyTorch before 2.10
+    varlen_attn = None
+
+
+Grid = tuple[int, ...]
+Tables = tuple[torch.Tensor, torch.Tensor]  # cos and sin
 
 
 def patchify(video: torch.Tensor, temporal_patch_size: int, patch_size: int, frames_per_item: int) -> torch.Tensor:
@@ -48,7 +61,7 @@ def split_rotary_pairs(head_dim: int, num_axes: int) -> list[int]:
 
 def rotary_embedding(
     grid: tuple[int, ...], head_dim: int, device: torch.device, dtype: torch.dtype, theta: float = 10000.0
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> Tables:
     """Axial rotary tables (cos, sin), each (L, 1, head_dim), for positions on `grid`.
 
     The pair (i, i + head_dim / 2) turns by position / theta ** (2 j / axis_dim): the first pairs follow the first
@@ -68,7 +81,7 @@ def rotary_embedding(
     return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 
 
-def apply_rotary_embedding(hidden_states: torch.Tensor, rotary_emb: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+def apply_rotary_embedding(hidden_states: torch.Tensor, rotary_emb: Tables) -> torch.Tensor:
     """Rotates the pairs (i, i + head_dim / 2) of (B, L, heads, head_dim) by the tables of `rotary_embedding`."""
     cos, sin = rotary_emb
     first, second = hidden_states.chunk(2, dim=-1)
@@ -76,18 +89,32 @@ def apply_rotary_embedding(hidden_states: torch.Tensor, rotary_emb: tuple[torch.
     return torch.addcmul(hidden_states * cos, swapped, sin)
 
 
-Grid = tuple[int, ...]
+@dataclass(frozen=True)
+class Packing:
+    """Which tokens of a packed sequence belong together.
 
+    Args:
+        counts, grids: Number and grid of the equal sequences of each run; one entry for an ordinary batch.
+        window_radius: How far attention sees; `None`: everything.
+        boundaries: (sequences + 1,) int32, where each begins and the last ends, if one kernel may take all of them.
+    """
 
-class Run(NamedTuple):
-    """Equal sequences: their number, their grid, and how far attention sees (`None`: everything)."""
-
-    count: int
-    grid: Grid
+    counts: list[int]
+    grids: list[Grid]
     window_radius: int | None = None
+    boundaries: torch.Tensor | None = None
+
+    @property
+    def lengths(self) -> list[int]:
+        return [math.prod(grid) for grid in self.grids]
 
 
-Packing = list[Run]
+def make_packing(sequences: list[torch.Tensor], grids: list[Grid], window_radius: int | None = None) -> Packing:
+    counts, boundaries, device = [len(run) for run in sequences], None, sequences[0].device
+    if len(sequences) > 1 and window_radius is None and device.type in VARLEN_DEVICES and varlen_attn is not None:
+        lengths = [math.prod(grid) for count, grid in zip(counts, grids) for _ in range(count)]
+        boundaries = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
+    return Packing(counts, grids, window_radius, boundaries)
 
 
 def pack(sequences: list[torch.Tensor]) -> torch.Tensor:
@@ -97,10 +124,10 @@ def pack(sequences: list[torch.Tensor]) -> torch.Tensor:
 
 def unpack(tokens: torch.Tensor, packing: Packing) -> list[torch.Tensor]:
     """Inverse of `pack`."""
-    if len(packing) == 1:
+    if len(packing.counts) == 1:
         return [tokens]
-    runs = tokens.squeeze(0).split([run.count * math.prod(run.grid) for run in packing])
-    return [tokens.unflatten(0, (run.count, -1)) for tokens, run in zip(runs, packing)]
+    runs = tokens.squeeze(0).split([count * length for count, length in zip(packing.counts, packing.lengths)])
+    return [run.unflatten(0, (count, -1)) for run, count in zip(runs, packing.counts)]
 
 
 def windowed_attention(
@@ -122,38 +149,65 @@ def windowed_attention(
     return output.flatten(1, len(grid))
 
 
-class RMSNorm(nn.Module):
-    """RMSNorm whose mean square is accumulated in float32 without a float32 copy of the output.
+def is_for_varlen(query: torch.Tensor, backend: AttentionBackendName | None) -> bool:
+    """Whether PyTorch's kernel for sequences of all lengths takes (1, L, heads, head_dim) in place of `backend`."""
+    is_native = (backend or _AttentionBackendRegistry.get_active_backend()[0]) == AttentionBackendName.NATIVE
+    return is_native and query.dtype in (torch.float16, torch.bfloat16) and query.shape[-1] % 8 == 0
 
-    Equal to `torch.nn.RMSNorm` up to rounding, and several times faster on a CPU in bfloat16.
-    """
+
+def packed_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packing: Packing, backend: Any, parallel_config: Any
+) -> torch.Tensor:
+    """Every sequence attends to itself alone: all in one launch where a kernel does that, else run by run."""
+    if varlen_attn is not None and packing.boundaries is not None and is_for_varlen(query, backend):
+        query, key, value = (x.squeeze(0) for x in (query, key, value))  # (L, heads, head_dim)
+        bounds, longest = packing.boundaries, max(packing.lengths)
+        return varlen_attn(query, key, value, bounds, bounds, longest, longest).unsqueeze(0)
+    attend, outputs = partial(dispatch_attention_fn, backend=backend, parallel_config=parallel_config), []
+    for q, k, v, grid in zip(*(unpack(x, packing) for x in (query, key, value)), packing.grids):
+        if packing.window_radius is None:
+            outputs.append(attend(q, k, v))
+        else:
+            outputs.append(windowed_attention(q, k, v, grid, packing.window_radius, attend))
+    return pack(outputs)
+
+
+def inverse_rms(hidden_states: torch.Tensor, eps: float) -> torch.Tensor:
+    """One over the root mean square of the last dimension, accumulated in float32 without a float32 copy."""
+    dtype = torch.promote_types(hidden_states.dtype, torch.float32)
+    norm = torch.linalg.vector_norm(hidden_states, dim=-1, keepdim=True, dtype=dtype)
+    return torch.rsqrt(norm.square() / hidden_states.shape[-1] + eps).to(hidden_states.dtype)
+
+
+class RMSNorm(nn.Module):
+    """Equal to `torch.nn.RMSNorm` up to rounding, and several times faster on a CPU in bfloat16."""
 
     def __init__(self, dim: int, eps: float = 1e-6, elementwise_affine: bool = True):
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(dim)) if elementwise_affine else None
 
-    def inverse_rms(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        dtype = torch.promote_types(hidden_states.dtype, torch.float32)
-        norm = torch.linalg.vector_norm(hidden_states, dim=-1, keepdim=True, dtype=dtype)
-        return torch.rsqrt(norm.square() / hidden_states.shape[-1] + self.eps).to(hidden_states.dtype)
-
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        normed = hidden_states * self.inverse_rms(hidden_states)
+        normed = hidden_states * inverse_rms(hidden_states, self.eps)
         return normed if self.weight is None else normed * self.weight.to(hidden_states.dtype)
 
 
-class RotaryRMSNorm(RMSNorm):
+class RotaryRMSNorm(nn.Module):
     """RMSNorm of each head, then its rotation; the weight goes into the tables, which saves a pass over the data."""
 
-    def forward(self, hidden_states: torch.Tensor, rotary_emb: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    def __init__(self, dim: int, eps: float = 1e-6):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, hidden_states: torch.Tensor, rotary_emb: Tables) -> torch.Tensor:
         (cos, sin), weight = rotary_emb, self.weight.to(hidden_states.dtype)
         weighted = cos * weight, sin * weight.roll(len(weight) // 2)
-        return apply_rotary_embedding(hidden_states, weighted) * self.inverse_rms(hidden_states)
+        return apply_rotary_embedding(hidden_states, weighted) * inverse_rms(hidden_states, self.eps)
 
 
 class Rotary(nn.Module):
-    def forward(self, hidden_states: torch.Tensor, rotary_emb: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, rotary_emb: Tables) -> torch.Tensor:
         return apply_rotary_embedding(hidden_states, rotary_emb)
 
 
@@ -167,7 +221,7 @@ class ViTokAttnProcessor:
         self,
         attn: "ViTokAttention",
         hidden_states: torch.Tensor,
-        rotary_emb: tuple[torch.Tensor, torch.Tensor],
+        rotary_emb: Tables,
         packing: Packing,
     ) -> torch.Tensor:
         projections = (attn.to_q, attn.to_k, attn.to_v)
@@ -177,17 +231,16 @@ class ViTokAttnProcessor:
             query, key, value = (projection(hidden_states) for projection in projections)
         query, key, value = (x.unflatten(-1, (attn.heads, -1)) for x in (query, key, value))  # (B, L, heads, head_dim)
         query, key = attn.norm_q(query, rotary_emb), attn.norm_k(key, rotary_emb)
-        attend = partial(dispatch_attention_fn, backend=self._attention_backend, parallel_config=self._parallel_config)
-        outputs = []
-        for run, *sequences in zip(packing, *(unpack(x, packing) for x in (query, key, value))):
-            if run.window_radius is None:
-                outputs.append(attend(*sequences))
-            else:
-                outputs.append(windowed_attention(*sequences, run.grid, run.window_radius, attend))
-        return attn.to_out[0](pack(outputs).flatten(2))  # (B, L, D)
+        output = packed_attention(query, key, value, packing, self._attention_backend, self._parallel_config)
+        return attn.to_out[0](output.flatten(2))  # (B, L, D)
 
 
 class ViTokAttention(nn.Module, AttentionModuleMixin):
+    to_qkv: nn.Linear
+    fused_projections: bool
+    processor: ViTokAttnProcessor
+    set_processor: Callable
+    unfuse_projections: Callable
     _default_processor_cls = ViTokAttnProcessor
     _available_processors = [ViTokAttnProcessor]
 
@@ -218,9 +271,7 @@ class ViTokAttention(nn.Module, AttentionModuleMixin):
             self.unfuse_projections()
         return super().train(mode)
 
-    def forward(
-        self, hidden_states: torch.Tensor, rotary_emb: tuple[torch.Tensor, torch.Tensor], packing: Packing
-    ) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, rotary_emb: Tables, packing: Packing) -> torch.Tensor:
         if self.fused_projections and torch.is_grad_enabled():
             if any(projection.weight.requires_grad for projection in (self.to_q, self.to_k, self.to_v)):
                 self.unfuse_projections()
@@ -244,32 +295,37 @@ class Residual(nn.Module):
         return hidden_states + branch if self.gamma is None else torch.addcmul(hidden_states, branch, self.gamma)
 
 
+@dataclass(frozen=True)
+class TowerSettings:
+    """Architecture of a tower; see `AutoencoderViTok`."""
+
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    mlp_ratio: float
+    parallel: bool
+    qk_norm: bool
+    layer_scale_init: float | None
+    bias: bool
+    final_norm: bool
+
+
 class ViTokBlock(nn.Module):
     """Pre-norm block: attention, then SwiGLU (v1), or both on the same normed input, summed (v2, `parallel`)."""
 
-    def __init__(
-        self,
-        hidden_size: int,
-        num_heads: int,
-        mlp_ratio: float,
-        parallel: bool,
-        qk_norm: bool,
-        layer_scale_init: float | None,
-        bias: bool,
-    ):
+    def __init__(self, settings: TowerSettings):
         super().__init__()
-        self.parallel = parallel
-        self.norm1 = RMSNorm(hidden_size)
-        self.attn = ViTokAttention(hidden_size, num_heads, qk_norm, bias)
-        self.residual1 = Residual(hidden_size, layer_scale_init)
-        self.ff = feed_forward(hidden_size, mlp_ratio, bias)
-        if not parallel:
-            self.norm2 = RMSNorm(hidden_size)
-            self.residual2 = Residual(hidden_size, layer_scale_init)
+        dim, scale = settings.hidden_size, settings.layer_scale_init
+        self.parallel = settings.parallel
+        self.norm1 = RMSNorm(dim)
+        self.attn = ViTokAttention(dim, settings.num_heads, settings.qk_norm, settings.bias)
+        self.residual1 = Residual(dim, scale)
+        self.ff = feed_forward(dim, settings.mlp_ratio, settings.bias)
+        if not settings.parallel:
+            self.norm2 = RMSNorm(dim)
+            self.residual2 = Residual(dim, scale)
 
-    def forward(
-        self, hidden_states: torch.Tensor, rotary_emb: tuple[torch.Tensor, torch.Tensor], packing: Packing
-    ) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, rotary_emb: Tables, packing: Packing) -> torch.Tensor:
         normed = self.norm1(hidden_states)
         attended = self.attn(normed, rotary_emb, packing)
         if self.parallel:
@@ -281,41 +337,31 @@ class ViTokBlock(nn.Module):
 class ViTokTower(nn.Module):
     """Encoder or decoder: linear in, transformer blocks with rotary positions, linear out."""
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        hidden_size: int,
-        num_layers: int,
-        num_heads: int,
-        mlp_ratio: float,
-        final_norm: bool,
-        **block_kwargs: Any,
-    ):
+    _gradient_checkpointing_func: Callable
+
+    def __init__(self, in_features: int, out_features: int, settings: TowerSettings):
         super().__init__()
-        self.head_dim = hidden_size // num_heads
-        self.proj_in = nn.Linear(in_features, hidden_size)
-        self.transformer_blocks = nn.ModuleList(
-            [ViTokBlock(hidden_size, num_heads, mlp_ratio, **block_kwargs) for _ in range(num_layers)]
-        )
-        self.norm_out = RMSNorm(hidden_size) if final_norm else nn.Identity()
-        self.proj_out = nn.Linear(hidden_size, out_features)
+        self.head_dim = settings.hidden_size // settings.num_heads
+        self.proj_in = nn.Linear(in_features, settings.hidden_size)
+        self.transformer_blocks = nn.ModuleList([ViTokBlock(settings) for _ in range(settings.num_layers)])
+        self.norm_out = RMSNorm(settings.hidden_size) if settings.final_norm else nn.Identity()
+        self.proj_out = nn.Linear(settings.hidden_size, out_features)
         self.gradient_checkpointing = False
 
-    def rotary_embedding(self, hidden_states: torch.Tensor, packing: Packing) -> tuple[torch.Tensor, torch.Tensor]:
+    def rotary_embedding(self, hidden_states: torch.Tensor, packing: Packing) -> Tables:
         """Tables (L, 1, head_dim), for all sequences of a batch or for those that are packed into one."""
         device, dtype = hidden_states.device, hidden_states.dtype
-        tables = [rotary_embedding(grid, self.head_dim, device, dtype) for _, grid, _ in packing]
-        if len(packing) == 1:
+        tables = [rotary_embedding(grid, self.head_dim, device, dtype) for grid in packing.grids]
+        if len(tables) == 1:
             return tables[0]
-        counts = [run.count for run in packing]
-        return tuple(torch.cat([x.repeat(n, 1, 1) for n, x in zip(counts, part)]) for part in zip(*tables))
+        cos, sin = (torch.cat([x.repeat(n, 1, 1) for n, x in zip(packing.counts, part)]) for part in zip(*tables))
+        return cos, sin
 
     def forward(
         self, sequences: list[torch.Tensor], grids: list[Grid], window_radius: int | None = None
     ) -> list[torch.Tensor]:
         """Runs of equal sequences, (n, L, in_features), and the grid of each run -> (n, L, out_features)."""
-        packing = [Run(run.shape[0], grid, window_radius) for run, grid in zip(sequences, grids)]
+        packing = make_packing(sequences, grids, window_radius)
         # A copy, because dynamo would compile the first block apart for a view: the others do not get one.
         hidden_states = self.proj_in(pack(sequences)).clone()  # (B, L, D), or (1, sum of n * L, D)
         rotary_emb = self.rotary_embedding(hidden_states, packing)

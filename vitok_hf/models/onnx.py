@@ -16,41 +16,48 @@ from .autoencoder_vitok import AutoencoderViTok
 TOLERANCE = 1e-3
 
 
-class Encoder(torch.nn.Module):
-    def __init__(self, vae: AutoencoderViTok):
-        super().__init__()
-        self.vae = vae
-        self.outputs = ["latents", "std"] if vae.config.variational else ["latents"]
+class Half(torch.nn.Module):
+    """Half of an autoencoder, with the names of its outputs."""
 
+    def __init__(self, vae: AutoencoderViTok, *outputs: str):
+        super().__init__()
+        self.vae, self.outputs = vae, outputs
+
+
+class Encoder(Half):
     def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        posterior = self.vae.encode(pixel_values).latent_dist
+        (posterior,) = self.vae.encode(pixel_values, return_dict=False)
         return (posterior.mode(), posterior.std)[: len(self.outputs)]
 
 
-class Decoder(torch.nn.Module):
-    def __init__(self, vae: AutoencoderViTok):
-        super().__init__()
-        self.vae = vae
-        self.outputs = ["sample"]
-
+class Decoder(Half):
     def forward(self, latents: torch.Tensor) -> tuple[torch.Tensor]:
         return self.vae.decode(latents, return_dict=False)
 
 
-def export(half: Encoder | Decoder, channels: int, steps: tuple[int, ...], opset: int) -> torch.onnx.ONNXProgram:
+def export(half: Half, channels: int, steps: tuple[int, ...], opset: int) -> torch.onnx.ONNXProgram:
     """For inputs (B, channels, [T,] H, W) whose frames, height and width are any multiples of `steps`."""
     names = ("t", "h", "w")[-len(steps) :]
     axes = {axis: step * torch.export.Dim(name) for axis, (step, name) in enumerate(zip(steps, names), start=2)}
     example = torch.rand(2, channels, *(step * length for step, length in zip(steps, (5, 3, 4))))
     shapes = ({0: torch.export.Dim("batch")} | axes,)
-    options = {"output_names": half.outputs, "opset_version": opset, "verbose": False}
-    program = torch.onnx.export(half.eval(), (example,), dynamo=True, dynamic_shapes=shapes, **options)
+    program = torch.onnx.export(
+        half.eval(),
+        (example,),
+        dynamo=True,
+        dynamic_shapes=shapes,
+        output_names=half.outputs,
+        opset_version=opset,
+        verbose=False,
+    )
+    assert program is not None  # it is of `dynamo`
     graph, config = program.model.graph, half.vae.config
     for part in (graph, *graph):
         part.metadata_props.clear()  # stack traces, with the paths of this machine
     if isinstance(half, Encoder):  # the exporter calls these s0, s1, ...
-        for output, (axis, name) in itertools.product(graph.outputs, enumerate(names, start=2)):
-            output.shape[axis] = name
+        for shape, (axis, name) in itertools.product([output.shape for output in graph.outputs], enumerate(names, 2)):
+            assert shape is not None
+            shape[axis] = name
     values = {key: config[key] for key in ("latent_channels", "patch_size", "temporal_patch_size", "scaling_factor")}
     values["latents_mean"] = config.latents_mean or [config.shift_factor or 0.0] * config.latent_channels
     values["latents_std"] = config.latents_std or [1.0] * config.latent_channels
@@ -59,7 +66,7 @@ def export(half: Encoder | Decoder, channels: int, steps: tuple[int, ...], opset
 
 
 @torch.inference_mode()
-def check(half: Encoder | Decoder, path: Path, x: torch.Tensor, rounds: int) -> None:
+def check(half: Half, path: Path, x: torch.Tensor, rounds: int) -> None:
     """Prints the largest difference from PyTorch and the median times; `ValueError` if it is too large."""
     import onnxruntime  # of an extra
 
@@ -68,14 +75,14 @@ def check(half: Encoder | Decoder, path: Path, x: torch.Tensor, rounds: int) -> 
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # in PyTorch's turn
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     feed = {session.get_inputs()[0].name: x.numpy()}
-    runs = (lambda: session.run(None, feed), lambda: half(x))
-    outputs, expected = (run() for run in runs)
+    calls = (lambda: session.run(None, feed), lambda: half(x))
+    outputs, expected = (call() for call in calls)
     error = torch.stack([(torch.from_numpy(a) - b).abs().max() for a, b in zip(outputs, expected)]).max().item()
-    timings = ([], [])
+    timings: tuple[list[float], list[float]] = ([], [])
     for _ in range(rounds):  # in turns, so that a disturbance meets both
-        for run, milliseconds in zip(runs, timings):
+        for call, milliseconds in zip(calls, timings):
             began = time.perf_counter()
-            run()
+            call()
             milliseconds.append(1e3 * (time.perf_counter() - began))
     medians = "onnxruntime {:.1f} ms  PyTorch {:.1f} ms".format(*map(statistics.median, timings))
     print(f"  {tuple(x.shape)}  max error {error:.1e}  {medians}", flush=True)
@@ -111,9 +118,10 @@ def export_onnx(
     patch = (p, p) if vae.is_image_model else (q, p, p)
     clips = [(max(vae.config.sample_frames, q), *size)[-len(patch) :] for size in sizes]
     grids = [tuple(side // step for side, step in zip(clip, patch)) for clip in clips]
-    halves = {
-        "encoder": (Encoder(vae), vae.config.in_channels, patch, clips),
-        "decoder": (Decoder(vae), vae.config.latent_channels, (1,) * len(patch), grids),
+    outputs = ("latents", "std") if vae.config.variational else ("latents",)
+    halves: dict[str, tuple[Half, int, tuple[int, ...], list[tuple[int, ...]]]] = {
+        "encoder": (Encoder(vae, *outputs), vae.config.in_channels, patch, clips),
+        "decoder": (Decoder(vae, "sample"), vae.config.latent_channels, (1,) * len(patch), grids),
     }
     output_dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output_dir, suffix=".incomplete") as folder:

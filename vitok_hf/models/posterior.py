@@ -32,11 +32,10 @@ class ViTokPosterior(DiagonalGaussianDistribution):
         check_generator(generator, len(self.mean))
         if self.deterministic:
             return self.mode()
-        options = {"device": self.mean.device, "dtype": self.mean.dtype}
         if generator is None:  # `randn_tensor` breaks compilation for other sizes
-            noise = torch.randn(self.mean.shape, **options)
+            noise = torch.randn(self.mean.shape, device=self.mean.device, dtype=self.mean.dtype)
         else:
-            noise = randn_tensor(self.mean.shape, generator=generator, **options)
+            noise = randn_tensor(self.mean.shape, generator, self.mean.device, self.mean.dtype)
         return (self.mean + self.std * noise).to(self.parameters.dtype)
 
     def mode(self) -> torch.Tensor:

@@ -7,8 +7,12 @@ from typing import NamedTuple
 import torch
 
 from ..checks import check_int, check_number, check_tensor, refuse
+from ..clips import Runs
 from .compat import ViTokConfig
 from .layers import ViTokTower
+
+
+Steps = tuple[int, int, int]  # what a token measures: frames, rows and columns
 
 
 @dataclass
@@ -35,7 +39,9 @@ def windows(
     Neighbours share `overlap`, the last two what makes the last one as large as the others. No more than two windows
     and a piece are held at a time.
     """
-    shared, window, rest = 0, None, None
+    shared = 0
+    window: torch.Tensor | None = None
+    rest: torch.Tensor | None = None
     for piece in pieces:
         rest = piece if rest is None else torch.cat([rest, piece], dim=dim)
         while size is not None and rest.shape[dim] > size:
@@ -43,10 +49,10 @@ def windows(
             yield shared, window
             shared = overlap
             rest = rest.narrow(dim, size - overlap, rest.shape[dim] - size + overlap)
-    if window is not None:
-        new = rest.shape[dim] - overlap
-        rest = torch.cat([window.narrow(dim, new, size - new), rest.narrow(dim, overlap, new)], dim=dim)
-        shared = size - new
+    if rest is not None and window is not None:
+        new, full = rest.shape[dim] - overlap, window.shape[dim]
+        rest = torch.cat([window.narrow(dim, new, full - new), rest.narrow(dim, overlap, new)], dim=dim)
+        shared = full - new
     if rest is not None:
         yield shared, rest
 
@@ -71,8 +77,8 @@ def apply_tiled(
     function: Callable[[torch.Tensor], torch.Tensor],
     pieces: Iterable[torch.Tensor],
     tiling: Tiling,
-    steps_in: tuple[int, int, int],
-    steps_out: tuple[int, int, int],
+    steps_in: Steps,
+    steps_out: Steps,
     dim: int = 2,
 ) -> Iterator[torch.Tensor]:
     """Applies `function` to overlapping tiles and blends the results.
@@ -141,12 +147,22 @@ def make_tiling(
             f"tile_sample_min_size={config.patch_size}, tile_sample_min_frames={config.temporal_patch_size}."
         )
     sizes = (frames // config.temporal_patch_size, size // config.patch_size, size // config.patch_size)
-    overlaps = [max(int(overlap_factor * tokens), min(tokens // 2, 1)) if overlap_factor else 0 for tokens in sizes]
-    return Tiling(sizes, (0 if config.is_image_model else overlaps[0], *overlaps[1:]))
+    t, h, w = (max(int(overlap_factor * tokens), min(tokens // 2, 1)) if overlap_factor else 0 for tokens in sizes)
+    return Tiling(sizes, (0 if config.is_image_model else t, h, w))
 
 
 class MemoryMixin:
     """What keeps the memory of an autoencoder bounded: tiles, streams of frames, local attention."""
+
+    config: ViTokConfig
+    use_slicing: bool
+    use_tiling: bool
+    tiling: Tiling
+    window_radius: int | None
+    _run_tower: Callable
+    _encode: Callable
+    _decode: Callable
+    _posterior: Callable
 
     def enable_tiling(
         self,
@@ -173,24 +189,24 @@ class MemoryMixin:
         self.use_tiling = True
 
     def _run_batches(
-        self, tower: ViTokTower, videos: list[torch.Tensor], settings: MemorySettings, steps_in, steps_out
-    ) -> list[torch.Tensor]:
+        self, tower: ViTokTower, runs: Runs, settings: MemorySettings, steps_in: Steps, steps_out: Steps
+    ) -> Runs:
         """As `_run_tower`, in slices and tiles if these are on."""
         tiling, radius = settings.tiling, settings.window_radius
-        if settings.use_slicing and sum(video.shape[0] for video in videos) > 1:
+        if settings.use_slicing and sum(map(len, runs)) > 1:
             return [
                 torch.cat(
-                    [self._run_batches(tower, [item], settings, steps_in, steps_out)[0] for item in video.split(1)]
+                    [self._run_batches(tower, [item], settings, steps_in, steps_out)[0] for item in run.split(1)]
                 )
-                for video in videos
+                for run in runs
             ]
         if tiling is None:
-            return self._run_tower(tower, videos, radius, steps_in, steps_out)
+            return self._run_tower(tower, runs, radius, steps_in, steps_out)
 
         def run_tile(tile: torch.Tensor) -> torch.Tensor:
             return self._run_tower(tower, [tile], radius, steps_in, steps_out)[0]
 
-        parts = (apply_tiled(run_tile, [video], tiling, steps_in, steps_out) for video in videos)
+        parts = (apply_tiled(run_tile, [run], tiling, steps_in, steps_out) for run in runs)
         return [torch.cat(list(part), dim=2) for part in parts]
 
     def encode_stream(self, pieces: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:

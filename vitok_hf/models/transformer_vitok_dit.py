@@ -22,7 +22,6 @@ from .configuration import check_fits, check_numbers
 from .layers import (
     Packing,
     RMSNorm,
-    Run,
     ViTokAttention,
     feed_forward,
     patchify,
@@ -291,7 +290,7 @@ class ViTokDiTModel(SavingMixin, ModelMixin, AttentionMixin, CacheMixin, ConfigM
         rotary_emb = rotary_embedding(
             axes, self.config.hidden_size // self.config.num_attention_heads, tokens.device, tokens.dtype
         )
-        packing = [Run(tokens.shape[0], axes)]
+        packing = Packing([tokens.shape[0]], [axes])
         for block in self.transformer_blocks:
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 tokens = self._gradient_checkpointing_func(block, tokens, temb, rotary_emb, packing)
@@ -301,5 +300,5 @@ class ViTokDiTModel(SavingMixin, ModelMixin, AttentionMixin, CacheMixin, ConfigM
         shift, scale = self.modulation_out(temb).unsqueeze(1).chunk(2, dim=-1)  # (B * items, 1, D)
         tokens = self.proj_out(modulate(self.norm_out(tokens), shift, scale))  # (B * items, L, out_channels * p * p)
         sample = unpatchify(tokens, grid, 1, p, items)  # (B, out_channels, t, h, w)
-        sample = form.give_back([sample])
-        return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+        output = form.give_back([sample])
+        return Transformer2DModelOutput(sample=output) if return_dict else (output,)
