@@ -18,11 +18,11 @@ from studies.baselines import PatchPCA
 
 from vitok_hf import AutoencoderViTok
 from vitok_hf.commands import add_dtype, make_parser, run_command
-from vitok_hf.data.batches import CropBatches, iterate_pixels
-from vitok_hf.data.cropping import CropSettings
 from vitok_hf.data.files import IMAGE_SUFFIXES, list_files
-from vitok_hf.data.items import load_evaluation_images
+from vitok_hf.data.held_out import load_evaluation_images
+from vitok_hf.data.loader import SourceSettings, iterate_pixels, make_dataset
 from vitok_hf.data.media import evenly_spaced, load_image
+from vitok_hf.data.views import CropView
 from vitok_hf.evaluation.metrics import ROUNDING_ERROR, frame_values, psnr, ssim
 from vitok_hf.evaluation.reconstruction import evaluate_reconstruction, reconstruct, side_by_side
 from vitok_hf.precision import choose_dtype
@@ -100,7 +100,7 @@ def evaluate(args: argparse.Namespace) -> None:
     vae = vae.to(PartialState().default_device)
     p = vae.config.patch_size
     sources = [f"{args.data_dir}/train/{name}:{weight}" for name, weight in TRAIN_WEIGHTS.items()]
-    crops = CropBatches(sources, CropSettings([(128, 128, 1.0)], 2**20, seed=1))
+    crops = make_dataset(CropView([(128, 128, 1.0)], 2**20), SourceSettings(sources), seed=1)
     pca = PatchPCA(p, vae.config.latent_channels, iterate_pixels(crops, args.pca_batches))
 
     args.output_dir.mkdir(parents=True, exist_ok=True)

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from vitok_hf import ViTokDiTPipeline
 from vitok_hf.commands import run_command
-from vitok_hf.data.items import load_evaluation_images
+from vitok_hf.data.held_out import load_evaluation_images
 from vitok_hf.evaluation.reconstruction import evaluate_reconstruction
 from vitok_hf.evaluation.visuals import VideoWriter
 

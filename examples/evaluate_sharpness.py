@@ -22,7 +22,7 @@ from vitok_hf import AutoencoderViTok
 from vitok_hf.clips import fold_frames
 from vitok_hf.commands import run_command
 from vitok_hf.data.files import short_names
-from vitok_hf.data.items import load_evaluation_images
+from vitok_hf.data.held_out import load_evaluation_images
 from vitok_hf.evaluation.features import Classifier
 from vitok_hf.evaluation.reconstruction import evaluate_reconstruction
 

@@ -32,12 +32,12 @@ from PIL import Image
 
 from vitok_hf import AutoencoderViTok
 from vitok_hf.commands import run_command
-from vitok_hf.data.batches import iterate_pixels, make_dataset
 from vitok_hf.data.claims import claim_folder
-from vitok_hf.data.cropping import CropSettings
 from vitok_hf.data.files import list_files
-from vitok_hf.data.items import load_evaluation_images
+from vitok_hf.data.held_out import load_evaluation_images
+from vitok_hf.data.loader import SourceSettings, iterate_pixels, make_dataset
 from vitok_hf.data.sources import parse_source
+from vitok_hf.data.views import CropView
 from vitok_hf.disk import replace_durably, write_json
 from vitok_hf.evaluation.features import Classifier
 from vitok_hf.evaluation.reconstruction import evaluate_reconstruction
@@ -108,10 +108,10 @@ def cut_crops(args: argparse.Namespace) -> Path:
     if folder.exists():
         return folder
     temporary = Path(tempfile.mkdtemp(".incomplete", "crops-", args.output_dir))
-    settings = CropSettings(sizes=[(SIZE, SIZE, 1.0)], pixels_per_batch=each * SIZE**2, flip=False)
-    dataset = make_dataset(settings, args.train_data_dir, cache_bytes=int(args.cache_gib * 2**30))
+    view = CropView([(SIZE, SIZE, 1.0)], each * SIZE**2, flip=False)
+    dataset = make_dataset(view, SourceSettings(args.train_data_dir, cache_gib=args.cache_gib))
     for number, crops in enumerate(iterate_pixels(dataset, -(-args.num_crops // each))):
-        for index, crop in enumerate(crops):
+        for index, crop in enumerate(crops[:, :, 0]):
             Image.fromarray(crop.permute(1, 2, 0).numpy()).save(temporary / f"{each * number + index:07}.png")
     if folder.exists():  # the process of another seed was faster: its crops are the same
         shutil.rmtree(temporary)

@@ -10,7 +10,7 @@ from PIL import Image
 
 from tests.conftest import EXAMPLES, TINY
 from vitok_hf.data.classes import LabelledFiles
-from vitok_hf.data.items import load_evaluation_images
+from vitok_hf.data.held_out import load_evaluation_images
 from vitok_hf.data.video import load_clip
 
 

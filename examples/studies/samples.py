@@ -15,9 +15,8 @@ from torch.nn import functional as F
 
 from vitok_hf.clips import fold_frames
 from vitok_hf.data.classes import LabelledFiles
-from vitok_hf.data.held_out import EvaluationData
+from vitok_hf.data.held_out import EvaluationData, Protocol
 from vitok_hf.data.media import resize
-from vitok_hf.data.protocol import Protocol
 from vitok_hf.disk import atomic_file, inside, locked
 from vitok_hf.evaluation.generation import generate_samples
 from vitok_hf.evaluation.processes import gather_rows, share_of
@@ -34,7 +33,7 @@ class Labelled:
     @classmethod
     def open(cls, folders: list[str | Path], classes: list[str], limit: int | None, side: int) -> "Labelled":
         files = LabelledFiles(folders, classes, max_files_per_class=limit)
-        return cls(EvaluationData(files.items, Protocol(side)), files.labels)
+        return cls(EvaluationData(files, Protocol(side)), files.labels)
 
     def __len__(self) -> int:
         return len(self.data)

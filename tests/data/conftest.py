@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from vitok_hf.data.cropping import Batch
+from vitok_hf.data.batches import Batch
 
 
 def write_video(path: Path, **options: str) -> None:

@@ -15,7 +15,7 @@ from vitok_hf.data.batches import CropBatches
 from vitok_hf.data.classes import LabelledFiles
 from vitok_hf.data.cropping import CropSettings
 from vitok_hf.data.files import FileList, list_files, printable, read_each, short_names
-from vitok_hf.data.items import load_evaluation_images
+from vitok_hf.data.held_out import load_evaluation_images
 from vitok_hf.data.media import load_image
 from vitok_hf.data.sources import FolderFiles, parse_source
 from vitok_hf.data.video import load_clip, probe_rate

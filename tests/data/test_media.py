@@ -5,7 +5,7 @@ import torch
 from PIL import ExifTags, Image
 
 from tests.conftest import ASSETS
-from vitok_hf.data.items import load_evaluation_images
+from vitok_hf.data.held_out import load_evaluation_images
 from vitok_hf.data.media import evenly_spaced, load_image
 
 

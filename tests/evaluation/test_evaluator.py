@@ -11,10 +11,8 @@ from tests.data.conftest import write_video
 from tests.evaluation.test_distributions import colour_and_logits
 from vitok_hf.clips import fold_frames
 from vitok_hf.data.files import list_files
-from vitok_hf.data.held_out import EvaluationData
-from vitok_hf.data.items import load_evaluation_images
+from vitok_hf.data.held_out import EvaluationData, Protocol, load_evaluation_images
 from vitok_hf.data.media import load_image
-from vitok_hf.data.protocol import Protocol
 from vitok_hf.data.sources import FolderFiles
 from vitok_hf.data.video import load_clip
 from vitok_hf.evaluation.costs import count_macs

@@ -6,7 +6,7 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from tests.conftest import ASSETS
 from vitok_hf.clips import fold_frames
-from vitok_hf.data.items import load_evaluation_images
+from vitok_hf.data.held_out import load_evaluation_images
 from vitok_hf.evaluation.metrics import frame_values, ms_ssim, psnr, ssim
 
 

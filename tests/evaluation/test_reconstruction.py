@@ -7,7 +7,7 @@ from PIL import Image
 
 from tests.conftest import ASSETS, make_vae
 from vitok_hf.clips import pad_to_size, to_float, to_uint8
-from vitok_hf.data.items import load_evaluation_images
+from vitok_hf.data.held_out import load_evaluation_images
 from vitok_hf.data.video import iterate_timed_frames
 from vitok_hf.evaluation.reconstruction import comparison, reconstruct, save_comparison
 from vitok_hf.evaluation.visuals import VideoWriter

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from vitok_hf.data.protocol import Protocol
+from vitok_hf.data.held_out import Protocol
 from vitok_hf.evaluation.results import (
     Result,
     bootstrap_interval,

@@ -11,7 +11,7 @@ import vitok_hf
 from tests.conftest import ASSETS, assert_close, make_vae
 from vitok_hf import AutoencoderViTok, ViTokDiTModel, ViTokDiTPipeline, loading
 from vitok_hf.data.files import list_files
-from vitok_hf.data.items import load_evaluation_images
+from vitok_hf.data.held_out import load_evaluation_images
 from vitok_hf.data.media import load_image
 from vitok_hf.evaluation.autoencoders import load_autoencoder
 from vitok_hf.evaluation.generation import generate_samples

@@ -5,7 +5,7 @@ import torch
 
 from tests.conftest import ARCHITECTURES, TINY
 from tests.training.conftest import read_log, run
-from vitok_hf.data.cropping import Batch
+from vitok_hf.data.batches import Batch
 from vitok_hf.training.autoencoder_trainer import AutoencoderTrainer
 
 

@@ -18,7 +18,7 @@ from tests.conftest import ASSETS, TINY, launcher, run_launched
 from tests.data.conftest import write_noise
 from tests.training.conftest import make_stage2, next_batches, read_log
 from vitok_hf import AutoencoderViTok
-from vitok_hf.data.cropping import Batch
+from vitok_hf.data.batches import Batch
 from vitok_hf.training.autoencoder_trainer import AutoencoderTrainer
 
 

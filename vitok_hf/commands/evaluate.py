@@ -99,8 +99,7 @@ def run(
     from accelerate import Accelerator
 
     from ..data.files import short_names
-    from ..data.held_out import EvaluationData
-    from ..data.protocol import Protocol
+    from ..data.held_out import EvaluationData, Protocol
     from ..data.sources import FolderFiles, HubRows
     from ..evaluation.evaluator import ReconstructionEvaluator
     from ..evaluation.networks import load_networks

@@ -11,6 +11,7 @@ import hashlib
 import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,9 +36,10 @@ from ..loading.strict import read_json
 from ..models import AutoencoderViTok
 from ..models.saving import weights_checksum
 from .claims import claim_folder, claimed_contents
-from .classes import ClassSampler, LabelledFiles, load_square, to_pixels
-from .cropping import Batch
+from .classes import LabelledFiles
+from .items import Clip
 from .media import evenly_spaced
+from .views import SquareView, to_pixels
 
 
 logger = logging.getLogger(__name__)
@@ -83,10 +85,8 @@ def check_shard(folder: Path, shard: dict) -> None:
 class _Squares(Dataset):
     """Item `i` is (clip, index of the file, ""), or, if it cannot be read, (`None`, index, "name: reason")."""
 
-    def __init__(
-        self, files: LabelledFiles, indices: Sequence[int], resolution: int, num_frames: int, fps: float | None
-    ):
-        self.files, self.indices, self.shape = files, indices, (resolution, num_frames, fps)
+    def __init__(self, files: LabelledFiles, indices: Sequence[int], view: SquareView):
+        self.files, self.indices, self.view = files, indices, view
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -94,26 +94,31 @@ class _Squares(Dataset):
     def __getitem__(self, item: int) -> tuple[np.ndarray | None, int, str]:
         index = self.indices[item]
         try:
-            return load_square(self.files[index], *self.shape, np.random.default_rng((0, index))), index, ""
+            return self.view.load(self.files[index], np.random.default_rng((0, index))), index, ""
         except ValueError as error:
             return None, index, str(error)
 
 
 @torch.no_grad()
-def encode_shard(vae: AutoencoderViTok, squares: _Squares, batch_size: int, dtype: torch.dtype, num_workers: int):
+def encode_shard(
+    vae: AutoencoderViTok, squares: _Squares, dtype: torch.dtype, num_workers: int
+) -> tuple[dict[str, torch.Tensor] | None, dict[int, str]]:
     """The tensors of a shard, or `None` if nothing can be read; and of what cannot be read, index -> reason."""
-    means, stds, labels, skipped = [], [], [], {}
-    for batch in DataLoader(squares, batch_size, num_workers=num_workers, collate_fn=list):
+    means, stds = [], []
+    labels: list[int] = []
+    skipped: dict[int, str] = {}
+    for batch in DataLoader(squares, squares.view.batch_size, num_workers=num_workers, collate_fn=list):
         skipped |= {index: reason for clip, index, reason in batch if clip is None}
-        batch = [(clip, int(squares.files.labels[index])) for clip, index, _ in batch if clip is not None]
-        if not batch:
+        read = [(clip, int(squares.files.labels[index])) for clip, index, _ in batch if clip is not None]
+        if not read:
             continue
-        pixels = to_float(to_pixels([clip for clip, _ in batch]).to(vae.device))
-        both = torch.stack([pixels, pixels.flip(-1)], dim=1).flatten(0, 1)  # (2 B, 3, [T,] H, W)
+        pixels = to_float(to_pixels([clip for clip, _ in read]).to(vae.device))
+        both = torch.stack([pixels, pixels.flip(-1)], dim=1).flatten(0, 1)  # (2 B, 3, T, H, W)
+        both = both.squeeze(2) if both.shape[2] == 1 else both  # latents of pictures have no t in the files
         posterior = vae.encode(both).latent_dist
         means.append(posterior.mean.unflatten(0, (-1, 2)).to("cpu", dtype))  # (B, 2, c, [t,] h, w)
         stds.append(posterior.std.unflatten(0, (-1, 2)).to("cpu", dtype))
-        labels += [label for _, label in batch]
+        labels += [label for _, label in read]
     if not labels:
         return None, skipped
     tensors = {"mean": torch.cat(means), "std": torch.cat(stds), "labels": torch.tensor(labels)}
@@ -151,29 +156,31 @@ def write_latents(
         ValueError: If the folder has a cache of other files or settings, or a finished shard has changed, or another
             process writes to it.
     """
-    folder, num_frames = Path(folder), vae.config.sample_frames
+    folder, view = Path(folder), SquareView(resolution, batch_size, Clip(vae.config.sample_frames, fps))
     with locked(folder):
         remove_leftovers(folder)
         settings = {"format": FORMAT, "vae_sha256": fingerprint(vae), "classes": files.classes}
-        settings |= {"resolution": resolution, "num_frames": num_frames, "fps": fps}
+        settings |= {"resolution": resolution, "num_frames": view.clip.num_frames, "fps": fps}
         settings |= {"dtype": str(dtype).removeprefix("torch."), "shard_size": shard_size}
-        index = {"vae": name} | settings | {"num_shards": -(-len(files) // shard_size), "shards": {}}
-        path, paths = folder / INDEX, [item.source for item in files.items]
+        index: dict[str, Any] = {"vae": name} | settings | {"num_shards": -(-len(files) // shard_size), "shards": {}}
+        path, paths = folder / INDEX, list(files.files)
         if path.is_file():
             index = read_index(folder)
-        skipped = {number for shard in index["shards"].values() for number in shard["skipped"]}
-        claim_folder(folder, settings, paths, [file for number, file in enumerate(paths) if number in skipped])
+        unread = {number for shard in index["shards"].values() for number in shard["skipped"]}
+        claim_folder(folder, settings, paths, [file for number, file in enumerate(paths) if number in unread])
         contents = claimed_contents(folder)
         for number in tqdm(range(index["num_shards"]), desc="shards"):
             part = range(number * shard_size, min(len(files), (number + 1) * shard_size))
             digest = hashlib.sha256("".join(f"{files.labels[i]} {contents[i]}\n" for i in part).encode()).hexdigest()
             shard = index["shards"].get(str(number))
             if shard is not None and shard["files_sha256"] == digest and _is_kept(folder, shard):
-                squares = _Squares(files, shard["skipped"], resolution, num_frames, fps)
-                if all(clip is None for clip, _, _ in squares):  # what could not be read, still cannot
+                squares = _Squares(files, shard["skipped"], view)
+                if all(
+                    squares[item][0] is None for item in range(len(squares))
+                ):  # what could not be read, still cannot
                     continue
-            squares = _Squares(files, part, resolution, num_frames, fps)
-            tensors, skipped = encode_shard(vae, squares, batch_size, dtype, num_workers)
+            squares = _Squares(files, part, view)
+            tensors, skipped = encode_shard(vae, squares, dtype, num_workers)
             for reason in skipped.values():
                 logger.warning("Skipped what cannot be read: %s", reason)
             written = _write_shard(folder / f"latents-{number:05d}.safetensors", tensors)
@@ -224,7 +231,7 @@ class LatentCache:
         for shard in self.shards if verify else ():
             check_shard(self.folder, shard)
         self.ends = np.cumsum([shard["num_items"] for shard in self.shards])
-        self.handles = {}
+        self.handles: dict[int, Any] = {}
         self.labels = np.concatenate([self._read_labels(number) for number in range(len(self.shards))])
 
     def _read_labels(self, number: int) -> np.ndarray:
@@ -233,10 +240,10 @@ class LatentCache:
             file, count = self._open(number), self.shards[number]["num_items"]
             labels = file.get_tensor("labels").numpy()
             shapes = {tuple(file.get_slice(name).get_shape()) for name in ("mean", "std")}
-        except SafetensorError as error:
-            shapes, labels = {str(error)}, np.zeros(0)
+        except SafetensorError:
+            shapes, labels = set(), np.zeros(0)
         fits = labels.shape == (count,) and set(labels.tolist()) <= set(range(len(self.classes)))
-        if not fits or len(shapes) > 1 or shapes.pop()[:2] != (count, 2):
+        if not fits or len(shapes) != 1 or shapes.pop()[:2] != (count, 2):
             raise ValueError(
                 f'"{self.folder / self.shards[number]["file"]}" does not hold {count} latents of {len(self.classes)} '
                 "classes, as the index says: delete both and run `vitok cache-latents` again."
@@ -258,28 +265,16 @@ class LatentCache:
             self.handles[number] = safe_open(inside(self.folder, self.shards[number]["file"]), framework="pt")
         return self.handles[number]
 
-    def moments(self, index: int, mirrored: bool = False) -> torch.Tensor:
-        """(2, c, [t,] h, w) float32: mean and standard deviation."""
+    def __getitem__(self, index: int) -> torch.Tensor:
+        """(2, 2, c, t, h, w) float32: of the picture and its mirror image, mean and standard deviation."""
         number = int(np.searchsorted(self.ends, index, side="right"))
         shard, row = self._open(number), index - int(self.ends[number] - self.shards[number]["num_items"])
-        flip = int(mirrored)
-        parts = [shard.get_slice(name)[row : row + 1, flip : flip + 1] for name in ("mean", "std")]
-        return torch.stack([part[0, 0] for part in parts]).float()
+        moments = torch.cat([shard.get_slice(name)[row : row + 1] for name in ("mean", "std")]).float()
+        moments = moments.transpose(0, 1)  # (2, 2, c, [t,] h, w)
+        return moments if moments.ndim == 6 else moments.unsqueeze(3)
 
     def iterate_moments(self, num_items: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Mean and standard deviation of evenly spaced items, (1, c, [t,] h, w) each, for measurements."""
+        """Mean and standard deviation of evenly spaced items, (1, c, t, h, w) each, for measurements."""
         for index in evenly_spaced(len(self), num_items):
-            yield self.moments(int(index)).split(1)
-
-
-class LatentBatches(Dataset):
-    """Map-style dataset whose item `i` is a `Batch` of cached latents, drawn as `PictureBatches` draw pictures."""
-
-    def __init__(self, cache: LatentCache, sampler: ClassSampler, batch_size: int, seed: int = 0):
-        self.cache, self.sampler, self.batch_size, self.seed = cache, sampler, batch_size, seed
-
-    def __getitem__(self, index: int) -> Batch:
-        rng = np.random.default_rng((self.seed, index))
-        places = [self.sampler(rng) for _ in range(self.batch_size)]
-        moments = torch.stack([self.cache.moments(*place) for place in places])  # (B, 2, c, [t,] h, w)
-        return Batch(moments, [], labels=torch.tensor([self.cache.labels[place] for place, _ in places]))
+            mean, std = self[index][0].split(1)
+            yield mean, std

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager, suppress
 from functools import lru_cache
-from itertools import chain, dropwhile, pairwise
+from itertools import chain, dropwhile
 from pathlib import Path
 
 import av
@@ -34,15 +34,16 @@ class _Video:
 
     def __init__(self, source: Source):
         self.file = _open(source)
-        self.container = None
-        self.rewind()
+        self._start()
 
     def rewind(self) -> None:
         """Opens the file again, the one way to the beginning that every format has."""
-        if self.container is not None:
-            self.container.close()
-            if not isinstance(self.file, str):
-                self.file.seek(0)
+        self.container.close()
+        if not isinstance(self.file, str):
+            self.file.seek(0)
+        self._start()
+
+    def _start(self) -> None:
         # else "a:b.mp4" names a protocol
         self.container = av.open(f"file:{self.file}" if isinstance(self.file, str) else self.file)
         streams = [stream for stream in self.container.streams.video if not stream.disposition & COVERS]
@@ -79,7 +80,8 @@ class _Video:
 
         AVI tells the number of each packet, but not which picture is in it: the next picture has the next number.
         """
-        time, following, step, numbers = -math.inf, 0.0, 1 / self.rate, deque()
+        time, following, step = -math.inf, 0.0, 1 / self.rate
+        numbers: deque[int] = deque()
         delay, counts = self.stream.codec_context.has_b_frames, not self.has_times
         for packet in packets:
             step = (packet.duration or 0) * self.tick or step
@@ -104,8 +106,10 @@ class _Video:
             first = next(frames, None)
             if first is not None and first[0] <= start + self.tolerance:
                 break
-        for (time, end, frame), following in pairwise(chain([first] if first else [], frames, [None])):
+        while first is not None:
+            (time, end, frame), following = first, next(frames, None)
             yield time, following[0] if following else end, frame
+            first = following
 
     def _starts(self, start: float) -> Iterator[Iterable[av.Packet]]:
         """Packets from a key frame on that may be early enough, the nearest first; then those of the whole file."""
@@ -139,7 +143,8 @@ class _Video:
 
     def _scan(self, start: float) -> Iterable[av.Packet]:
         """Reads on to second `start`, and keeps what follows the last key frame."""
-        kept, packets, known = [], self.container.demux(self.stream), True
+        kept: list[av.Packet] = []
+        packets, known = self.container.demux(self.stream), True
         for packet in packets:
             known &= packet.pts is not None  # else, those that follow may be wrong, too
             if known and packet.is_keyframe and self.seconds(packet.pts) <= start + self.tolerance:

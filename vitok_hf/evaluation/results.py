@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..data.protocol import Protocol
+from ..data.held_out import Protocol
 from ..disk import write_json
 from ..loading.strict import read_json
 

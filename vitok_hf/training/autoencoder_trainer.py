@@ -1,16 +1,19 @@
 """Training of the autoencoder, both stages."""
 
 import logging
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from ..clips import fold_frames, to_float
-from ..data.batches import BatchLoader, make_dataset
-from ..data.cropping import Batch, CropSettings, parse_size
+from ..data.batches import Batch
 from ..data.files import short_names
-from ..data.items import load_evaluation_images
+from ..data.held_out import load_evaluation_images
+from ..data.items import Clip
+from ..data.loader import BatchLoader, SourceSettings, make_dataset
+from ..data.views import CropView, NativeView, parse_size
 from ..evaluation.reconstruction import comparison, evaluate_reconstruction
 from ..latents import NO_STATISTICS
 from ..loading.strict import check_config_file, read_object
@@ -167,6 +170,7 @@ class AutoencoderTrainer(Trainer):
 
     def _make_loader(self, resolution: int) -> BatchLoader:
         args, config = self.args, self.config
+        clip = Clip(config.sample_frames, args.fps)
         if args.max_tokens is None:
             sizes = [parse_size(size) for size in args.crop_sizes or [str(resolution)]]
             for side in {side for size in sizes for side in size[:2]}:
@@ -174,29 +178,12 @@ class AutoencoderTrainer(Trainer):
                     name = "crop_sizes" if args.crop_sizes else "resolution"
                     raise ValueError(f"`{name}` has {side}, no multiple of patch_size {config.patch_size}.")
             pixels = args.train_batch_size * resolution**2 * config.sample_frames
-            batches = {"sizes": sizes, "pixels_per_batch": pixels}
+            view: CropView | NativeView = CropView(sizes, pixels, clip, args.random_flip)
         else:
-            batches = {"max_tokens": args.max_tokens, "max_pixels": resolution**2}
-        settings = CropSettings(
-            num_frames=config.sample_frames,
-            fps=args.fps,
-            flip=args.random_flip,
-            seed=args.seed,
-            token_size=(config.temporal_patch_size, config.patch_size),
-            **batches,
-        )
-        dataset = make_dataset(
-            settings,
-            args.train_data_dir,
-            args.dataset_name,
-            args.dataset_config_name,
-            args.dataset_split,
-            args.data_column,
-            args.streaming,
-            args.train_shards,
-            args.shuffle_buffer,
-            int(args.cache_gib * 2**30),
-        )
+            token_size = config.temporal_patch_size, config.patch_size
+            view = NativeView(args.max_tokens, resolution**2, token_size, clip, args.random_flip)
+        sources = SourceSettings(**{field.name: getattr(args, field.name) for field in fields(SourceSettings)})
+        dataset = make_dataset(view, sources, args.seed)
         processes = self.accelerator.process_index, self.accelerator.num_processes
         return BatchLoader(dataset, args.dataloader_num_workers, *processes)
 

@@ -8,12 +8,15 @@ import torch
 from einops import rearrange
 
 from ..clips import to_float
-from ..data.batches import BatchLoader
-from ..data.classes import ClassSampler, LabelledFiles, PictureBatches, load_square, read_classes, to_pixels
-from ..data.cropping import Batch
+from ..data.batches import Batch, DrawnBatches
+from ..data.classes import ClassSampler, LabelledFiles, read_classes
 from ..data.files import short_names
-from ..data.latent_cache import LatentBatches, LatentCache, fingerprint
+from ..data.held_out import EvaluationData, Protocol
+from ..data.items import Clip
+from ..data.latent_cache import LatentCache, fingerprint
+from ..data.loader import BatchLoader, iterate_pixels
 from ..data.media import evenly_spaced
+from ..data.views import LatentView, SquareView
 from ..latents import NO_STATISTICS, compute_latent_statistics, normalize_latents, summarize_latents
 from ..loading.strict import check_config_file, read_json, read_object
 from ..models import AutoencoderViTok, ViTokDiTModel
@@ -136,7 +139,7 @@ class DiTTrainer(Trainer):
             )
         return cached
 
-    def _make_dataset(self) -> tuple[PictureBatches | LatentBatches, list[str]]:
+    def _make_dataset(self) -> tuple[DrawnBatches, list[str]]:
         args, num_frames = self.args, self.vae.config.sample_frames
         classes = None if args.class_file is None else read_classes(args.class_file)
         if self.cache is None:
@@ -146,12 +149,12 @@ class DiTTrainer(Trainer):
             if classes not in (None, data.classes):
                 raise ValueError(f'The classes of "{args.latents_dir}" are {data.classes}: leave out `class_file`.')
         sampler = ClassSampler(data.labels, data.classes, args.random_flip, args.no_flip_classes, args.class_balanced)
+        view = LatentView(args.train_batch_size)
         if self.cache is None:
-            shape = self.resolution, args.train_batch_size, num_frames, self.fps
-            return PictureBatches(data, sampler, *shape, args.seed), data.classes
-        return LatentBatches(data, sampler, args.train_batch_size, args.seed), data.classes
+            view = SquareView(self.resolution, args.train_batch_size, Clip(num_frames, self.fps))
+        return DrawnBatches(data, sampler, view, args.seed), data.classes
 
-    def _normalise(self, dataset: PictureBatches | LatentBatches) -> None:
+    def _normalise(self, dataset: DrawnBatches) -> None:
         """Sees to it that the autoencoder's config has the statistics of the latents: when resumed, those it had."""
         args = self.args
         if self.checkpoint:
@@ -159,7 +162,7 @@ class DiTTrainer(Trainer):
             self.vae.register_to_config(**{name: config[name] for name in NO_STATISTICS})
         elif not has_statistics(self.vae):
             if self.cache is None:
-                batches = dataset.iterate(-(-args.num_statistics_images // args.train_batch_size))
+                batches = iterate_pixels(dataset, -(-args.num_statistics_images // args.train_batch_size))
                 statistics = compute_latent_statistics(self.vae, batches)
             else:
                 statistics = summarize_latents(self.cache.iterate_moments(args.num_statistics_images))
@@ -180,12 +183,11 @@ class DiTTrainer(Trainer):
         """
         args, num_frames, latents = self.args, self.vae.config.sample_frames, []
         files = LabelledFiles([path], self.classes, num_frames)
-        chosen = evenly_spaced(len(files), args.num_validation_images)
-        for index in chosen:
-            rng = np.random.default_rng(int(index))
-            pixels = to_pixels([load_square(files[index], self.resolution, num_frames, self.fps, rng)])
+        protocol = Protocol(self.resolution, num_frames, self.fps)
+        data = EvaluationData(files, protocol, args.num_validation_images, random_clips=True)
+        for pixels in data.batches(range(len(data)), 1):
             latents.append(self.vae.encode(to_float(pixels.to(self.vae.device))).latent_dist.mode())
-        return normalize_latents(torch.cat(latents), self.vae), torch.from_numpy(files.labels[chosen])
+        return normalize_latents(torch.cat(latents), self.vae), torch.from_numpy(files.labels[data.indices])
 
     @torch.no_grad()
     def latents_of(self, *batches: Batch) -> torch.Tensor:

@@ -17,10 +17,10 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
 
-from ..data.batches import BatchLoader
+from ..data.batches import Batch
 from ..data.claims import note_inputs
-from ..data.cropping import Batch
 from ..data.files import iterate_files
+from ..data.loader import BatchLoader
 from ..data.sources import parse_source
 from ..disk import lock_folder, remove_folder, remove_leftovers, write_json
 from ..loading.strict import read_json
