@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from vitok_hf.data.cropping import CropSettings
 
 from tests.data.conftest import write_noise
 from vitok_hf.data import classes, files, sources
 from vitok_hf.data.batches import CropBatches
 from vitok_hf.data.classes import LabelledFiles
-from vitok_hf.data.cropping import CropSettings
 from vitok_hf.data.files import FileList, list_files, printable, read_each, short_names
 from vitok_hf.data.held_out import load_evaluation_images
 from vitok_hf.data.media import load_image
