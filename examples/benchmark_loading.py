@@ -7,7 +7,6 @@ mapped files included, as Linux counts it.
     python examples/benchmark_loading.py --variant Td4-T/1x16x64 --folder random-5B --dtype bfloat16
 """
 
-import argparse
 import json
 import subprocess
 import sys
@@ -18,7 +17,7 @@ from accelerate import init_empty_weights
 from safetensors.torch import save_file
 
 from vitok_hf import AutoencoderViTok
-from vitok_hf.commands import run_command
+from vitok_hf.commands import make_parser, run_command
 from vitok_hf.loading.vitok_v2 import expected_headers
 
 
@@ -59,7 +58,7 @@ def write_random_weights(folder: Path, variant: str, dtype: torch.dtype) -> None
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser("benchmark_loading.py", __doc__)
     parser.add_argument("--variant", default="Ld4-Ld24/1x16x64")
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--file_dtype", default="bfloat16", choices=["float32", "bfloat16"], help="of random weights")

@@ -8,7 +8,6 @@ Prints PSNR and SSIM; the energy of high frequencies, of a picture minus its bin
 train_classifier.py trained, over tiles of `--crop` pixels. Saves enlarged details: original, then each model.
 """
 
-import argparse
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +19,7 @@ from torch.nn import functional as F
 
 from vitok_hf import AutoencoderViTok
 from vitok_hf.clips import fold_frames
-from vitok_hf.commands import run_command
+from vitok_hf.commands import make_parser, run_command
 from vitok_hf.data.files import short_names
 from vitok_hf.data.held_out import load_evaluation_images
 from vitok_hf.evaluation.features import Classifier
@@ -59,7 +58,7 @@ def save_details(path: Path, columns: list[torch.Tensor], side: int, scale: int 
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser("evaluate_sharpness.py", __doc__)
     parser.add_argument("--models", nargs="+", required=True, help="what `from_pretrained` takes")
     parser.add_argument("--data_dir", nargs="+", type=Path, required=True, help="folders of held-out pictures")
     parser.add_argument(

@@ -19,10 +19,10 @@ from diffusers import ModelMixin
 from studies.baselines import PEERS, make_peer
 
 from vitok_hf import AutoencoderViTok
-from vitok_hf.commands import run_command
+from vitok_hf.commands import add_dtype, make_parser, run_command
 from vitok_hf.evaluation.costs import count_macs, mean_costs
 from vitok_hf.evaluation.reconstruction import reconstruct
-from vitok_hf.precision import DTYPES, choose_dtype
+from vitok_hf.precision import choose_dtype
 from vitok_hf.presets import V1_SIZES
 
 
@@ -101,11 +101,11 @@ def print_models(args: argparse.Namespace) -> None:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser("paper_tables.py", __doc__)
     known = dict.fromkeys([*(name for _, variants in PAPER_MODELS.values() for name in variants), *PEERS])
     parser.add_argument("--models", nargs="+", choices=known, help="rows of Tables 3 to 5; default: all")
     parser.add_argument("--time", action="store_true", help="also measure; minutes on a CPU")
-    parser.add_argument("--dtype", default="auto", choices=DTYPES)
+    add_dtype(parser)
     parser.add_argument("--rounds", type=int, default=3, help="the median of so many timings counts")
     args = parser.parse_args()
     args.dtype = choose_dtype(args.dtype)

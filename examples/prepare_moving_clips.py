@@ -9,7 +9,6 @@ grows (`grow`) or turns to either side (`turn`); the folder says which. Drawing,
 of --seed and the number of the clip. The mp4 files are lossless, in RGB, which not every player shows.
 """
 
-import argparse
 from functools import partial
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from demo_data.download import save_as
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from vitok_hf.commands import run_command
+from vitok_hf.commands import make_parser, run_command
 from vitok_hf.data.claims import claim_folder
 from vitok_hf.data.files import IMAGE_SUFFIXES, list_files
 from vitok_hf.data.media import load_image
@@ -86,7 +85,7 @@ def write_clip(frames: np.ndarray, path: Path) -> None:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser("prepare_moving_clips.py", __doc__)
     parser.add_argument("--drawings", type=Path, required=True, help="folder of pictures on white or transparent")
     parser.add_argument("--exclude", nargs="+", default=[], help="leave out files whose names begin so")
     parser.add_argument("--output_dir", type=Path, required=True)

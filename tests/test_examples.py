@@ -17,13 +17,13 @@ from PIL import Image
 
 from tests.conftest import ASSETS, EXAMPLES, TINY, launch_example, make_input, make_vae
 from tests.data.conftest import write_noise, write_video
-from tests.data.test_video import encode
 from tests.dit import make_pipeline
 from vitok_hf import AutoencoderViTok
 from vitok_hf.commands import start
 from vitok_hf.data.video import iterate_timed_frames
 from vitok_hf.evaluation.features import Classifier
 from vitok_hf.evaluation.results import load_results
+from vitok_hf.evaluation.visuals import VideoWriter
 
 
 @pytest.fixture
@@ -102,9 +102,10 @@ class TestReconstruct:
 
     def test_video_of_a_variable_rate(self, run_example, tmp_path):
         times = [Fraction(0), *(3 + Fraction(index, 25) for index in range(4))]
-        encode(tmp_path / "x.mkv", times=times)
+        with VideoWriter(tmp_path / "x.mp4", Fraction(25)) as video:
+            video.write(torch.zeros(5, 16, 16, 3, dtype=torch.uint8), times)
         make_vae("v1", sample_size=16).save_pretrained(tmp_path / "model")
-        run_example("reconstruct.py", "--input", "x.mkv", "--model", "model", "--output_dir", "out")
+        run_example("reconstruct.py", "--input", "x.mp4", "--model", "model", "--output_dir", "out")
         shown = [second for second, _ in iterate_timed_frames(tmp_path / "out" / "x_comparison.mp4")]
         assert shown == pytest.approx([float(time) for time in times], abs=1e-3)
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline
-from studies.samples import save_samples
 
+from examples.studies.samples import save_samples
 from tests.conftest import make_vae
 from tests.data.conftest import write_noise
 from tests.dit import make_pipeline
