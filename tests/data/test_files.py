@@ -8,16 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from vitok_hf.data.cropping import CropSettings
 
 from tests.data.conftest import write_noise
 from vitok_hf.data import classes, files, sources
-from vitok_hf.data.batches import CropBatches
 from vitok_hf.data.classes import LabelledFiles
 from vitok_hf.data.files import FileList, list_files, printable, read_each, short_names
 from vitok_hf.data.held_out import load_evaluation_images
 from vitok_hf.data.media import load_image
-from vitok_hf.data.sources import FolderFiles, parse_source
+from vitok_hf.data.sources import FolderFiles, MixedSources, parse_source
 from vitok_hf.data.video import load_clip, probe_rate
 from vitok_hf.evaluation.visuals import VideoWriter
 from vitok_hf.training.publishing import last_folder
@@ -68,7 +66,7 @@ class TestLists:
         for name in ("cats.jpg", "film.mp4"):
             write_noise(tmp_path / name, 1, (16, 16))
         assert listed(tmp_path) == ["cats.jpg/000.png", "film.mp4/000.png"]
-        assert load_evaluation_images(tmp_path, 16, 2).shape == (2, 3, 16, 16)
+        assert load_evaluation_images(tmp_path, 16, 2).shape == (2, 3, 1, 16, 16)
         assert LabelledFiles([tmp_path]).classes == ["cats.jpg", "film.mp4"]
 
     def test_hidden_files_and_folders(self, tmp_path):
@@ -188,9 +186,7 @@ class TestOddNames:
         touch(tmp_path, "a:0.5/x.png", "a/x.png")
         assert parse_source("a:0.5") == ("a:0.5", None) and parse_source("a:0.5:2") == ("a:0.5", 2.0)
         assert parse_source("a:nan") == ("a:nan", None) and parse_source("a:inf") == ("a:inf", None)
-        assert [item.source for item in CropBatches(["a:0.5"], CropSettings([(8, 8, 1.0)], 64)).sources[0]] == [
-            Path("a:0.5/x.png")
-        ]
+        assert [item.source for item in MixedSources(["a:0.5"])] == [Path("a:0.5/x.png")]
         assert last_folder("a:0.5") == "a:0.5"
 
 

@@ -11,8 +11,7 @@ import pytest
 
 from tests.data.conftest import write_video
 from vitok_hf.data import video as video_module
-from vitok_hf.data.items import load_item
-from vitok_hf.data.media import Item
+from vitok_hf.data.items import Clip, Item
 from vitok_hf.data.video import iterate_frames, iterate_timed_frames, load_clip, probe_rate, probe_video
 
 
@@ -162,7 +161,7 @@ class TestTimes:
         encode(tmp_path / "x.mkv", times=times)
         item, firsts = Item("x", tmp_path / "x.mkv", True), set()
         for seed in range(30):
-            clip = load_item(item, 16, fps, np.random.default_rng(seed))
+            clip = Clip(16, fps).load(item, np.random.default_rng(seed))
             firsts.add(numbers(clip)[0])
         assert max(firsts) >= 15 and (fps or max(firsts) <= 20)
 
@@ -190,7 +189,7 @@ class TestLength:
         encode(path, codec, [start + Fraction(index, 25) for index in range(50)], sound=30.0)
         assert probe_video(path)[0] == pytest.approx(2.0, abs=0.002)
         for seed in range(5):
-            assert len(load_item(Item("x", path, True), 16, 8.0, np.random.default_rng(seed))) == 16
+            assert len(Clip(16, 8.0).load(Item("x", path, True), np.random.default_rng(seed))) == 16
 
     @pytest.mark.parametrize(
         "codec, form, muxer",
@@ -204,7 +203,7 @@ class TestLength:
         assert probe_video(stream.getvalue()) == pytest.approx((2.4, 25.0))
         firsts = set()
         for seed in range(8):
-            clip = load_item(Item("x", stream.getvalue(), True), 4, None, np.random.default_rng(seed))
+            clip = Clip(4).load(Item("x", stream.getvalue(), True), np.random.default_rng(seed))
             firsts.add(numbers(clip)[0])
         assert max(firsts) > 30
         path = tmp_path / "x.webm"
@@ -328,7 +327,7 @@ class TestWhatIsNoVideo:
             with pytest.raises(ValueError, match="^clip: "):
                 load_clip(broken, 0.0, 60, name="clip")
             with pytest.raises(ValueError, match="^clip: "):
-                load_item(Item("clip", broken, True), 16, 8.0, np.random.default_rng(0))
+                Clip(16, 8.0).load(Item("clip", broken, True), np.random.default_rng(0))
 
 
 @pytest.mark.parametrize(
