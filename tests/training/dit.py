@@ -59,8 +59,3 @@ def run(args: DiTArguments) -> DiTTrainer:
     trainer = DiTTrainer(args)
     trainer.train()
     return trainer
-
-
-def next_batches(trainer: DiTTrainer, count: int = 1) -> list:
-    batches = iter(trainer.loader)
-    return [next(batches) for _ in range(count)]

