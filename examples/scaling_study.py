@@ -1,8 +1,8 @@
 """The paper's scaling study (arXiv 2501.09755, figures 2, 6 and 7, table 2) at small scale, on one's own pictures.
 
     python examples/scaling_study.py --train_data_dir data/train/film:0.4 data/train/photos:0.3 data/train/emoji:0.3 \
-        --test_data_dir data/test/film data/test/photos data/test/emoji --classifier classifier.safetensors \
-        --output_dir study
+        --test_data_dir data/test/film data/test/photos data/test/emoji \
+        --classifier output/classifier/classifier.safetensors --output_dir study
 
 Trains small autoencoders of pictures of 64 x 64 with `vitok train`, all on the same crops, which are cut first, and
 for as many steps: patch sizes and channels that give 2^5 to 2^11 floats a picture (E), then depths of the encoder and
