@@ -1,6 +1,6 @@
 """Loads ViTok-v2 weights in the author's layout in a process of its own: seconds and peak memory against file size.
 
-Random weights are written to the folder unless it exists. Memory is the largest resident set,
+Random weights in bfloat16 are written to the folder unless it exists. Memory is the largest resident set,
 mapped files included, as Linux counts it.
 
     python examples/benchmark_loading.py --variant Ld4-Ld24/1x16x64 --folder random-350M
@@ -47,12 +47,14 @@ def measure_loading(folder: Path, variant: str, dtype: str, component: str | Non
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
 
 
-def write_random_weights(folder: Path, variant: str, dtype: torch.dtype) -> None:
+def write_random_weights(folder: Path, variant: str) -> None:
     folder.mkdir(parents=True)
     with init_empty_weights():
         headers = expected_headers(AutoencoderViTok.from_variant(variant))
     for tower, header in headers.items():
-        tensors = {key: torch.empty(shape, dtype=dtype).uniform_(-0.02, 0.02) for key, shape in header.items()}
+        tensors = {
+            key: torch.empty(shape, dtype=torch.bfloat16).uniform_(-0.02, 0.02) for key, shape in header.items()
+        }
         save_file(tensors, folder / f"{tower}.safetensors")
         del tensors
 
@@ -61,11 +63,10 @@ def main():
     parser = make_parser("benchmark_loading.py", __doc__)
     parser.add_argument("--variant", default="Ld4-Ld24/1x16x64")
     parser.add_argument("--folder", type=Path, required=True)
-    parser.add_argument("--file_dtype", default="bfloat16", choices=["float32", "bfloat16"], help="of random weights")
     parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16", "float16"], help="to load as")
     args = parser.parse_args()
     if not args.folder.exists():
-        write_random_weights(args.folder, args.variant, getattr(torch, args.file_dtype))
+        write_random_weights(args.folder, args.variant)
     for component in (None, "encoder", "decoder"):
         files = args.folder.glob(f"{component or '*coder'}.safetensors")
         size = sum(file.stat().st_size for file in files)

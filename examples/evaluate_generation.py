@@ -17,7 +17,6 @@ interrupted run goes on with the samples that it has; `accelerate launch` shares
 
 import argparse
 import hashlib
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -26,13 +25,12 @@ import numpy as np
 import torch
 from accelerate import Accelerator, PartialState
 from studies.samples import Labelled, NearestNeighbours, resize_all, save_neighbours, save_samples, thumbnails
-from torch import nn
 
 from vitok_hf import ViTokDiTPipeline
 from vitok_hf.clips import sha256_each
 from vitok_hf.commands import add_dtype, make_parser, run_command
 from vitok_hf.data.claims import claim_folder
-from vitok_hf.evaluation.distributions import DistributionMetrics, SetMetrics
+from vitok_hf.evaluation.distributions import DistributionMetrics, frechet_distance
 from vitok_hf.evaluation.features import Classifier
 from vitok_hf.evaluation.networks import load_networks
 from vitok_hf.evaluation.processes import gather_rows, share_of
@@ -142,26 +140,19 @@ def print_classification(
     device = PartialState().device
     classifier = Classifier.load(args.classifier).to(device)
     to_classifier = np.array([classifier.class_names.index(name) for name in classes])
-    metrics = SetMetrics(nn.Identity())
 
-    def features(pictures: Labelled) -> Iterator[torch.Tensor]:
-        for images in pictures.batches(args.batch_size):
-            yield classifier.features(resize_all(images, args.classifier_size).to(device))
+    def features(pictures: Labelled) -> torch.Tensor:
+        batches = (resize_all(images, args.classifier_size) for images in pictures.batches(args.batch_size))
+        return gather_rows(torch.cat([classifier.features(batch.to(device)) for batch in batches]))
 
-    for batch in features(held_out):
-        metrics.update(batch, real=True)
+    references = features(held_out)
     say("\n| set | pictures | as their class | classes | Frechet distance to held-out |\n|---|---|---|---|---|")
     for name, pictures in sets.items():
-        metrics.reset_generated()
-        predicted = []
-        for batch in features(pictures):
-            metrics.update(batch, real=False)
-            predicted.append(classifier.network.fc(batch).argmax(dim=1))
-        right = gather_rows(torch.cat(predicted)).numpy() == to_classifier[pictures.labels]
+        found = features(pictures)
+        right = classifier.network.fc(found.to(device)).argmax(dim=1).cpu().numpy() == to_classifier[pictures.labels]
         each = ", ".join(f"{text} {right[pictures.labels == label].mean():.0%}" for label, text in enumerate(classes))
-        distance = metrics.compute()[0].get("frechet_distance")  # none of a single picture
-        cell = "" if distance is None else f"{distance:.3f}"
-        say(f"| {name} | {len(pictures)} | {right.mean():.1%} | {each} | {cell} |")
+        distance = f"{frechet_distance(found, references):.3f}" if len(found) > 1 else ""
+        say(f"| {name} | {len(pictures)} | {right.mean():.1%} | {each} | {distance} |")
 
 
 def print_neighbours(args: argparse.Namespace, sets: dict[str, Labelled], known: Labelled) -> None:

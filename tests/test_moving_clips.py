@@ -88,7 +88,6 @@ class TestClips:
         "options, message",
         [
             (("--clips_per_class", 0), "`clips_per_class` must be at least 1, but is 0"),
-            (("--num_frames", 1), "`num_frames` must be at least 2, but is 1"),
             (("--exclude", "a_", "b_"), "`exclude` .* leaves no drawing"),
         ],
     )
