@@ -139,7 +139,7 @@ class TestDistributionMetrics:
     def test_pictures_have_no_fvd(self):
         metrics = DistributionMetrics(self.NETWORKS, "r")
         for seed in (0, 1):
-            metrics.update(pictures(seed, 20), bool(seed))
+            metrics.update(pictures(seed, 20)[:, :, None], bool(seed))
         values, missing = metrics.compute()
         assert set(values) == {"rFID", "rIS", "rFDD"}
         assert missing == {"rFVD": "of clips only: these are pictures"}

@@ -12,10 +12,9 @@ from vitok_hf.evaluation.results import (
     bootstrap_interval,
     check_comparable,
     load_results,
-    markdown_table,
     save_results,
-    write_csv,
 )
+from vitok_hf.evaluation.tables import markdown_table, write_csv
 
 
 INCEPTION = {"inception": {"name": "inception-v3-compat", "sha256": "ab"}}

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from diffusers import DiffusionPipeline
 
+from examples.studies.samples import save_samples
 from tests.conftest import make_vae
 from tests.data.conftest import write_noise
 from tests.dit import make_pipeline
@@ -22,7 +23,6 @@ from vitok_hf.data.classes import LabelledFiles
 from vitok_hf.data.latent_cache import LatentCache, write_latents
 from vitok_hf.disk import seal
 from vitok_hf.evaluation.features import Classifier
-from vitok_hf.evaluation.generation import save_samples
 from vitok_hf.training.checkpointing import MANIFEST, write_manifest
 
 from . import Case, judge

@@ -10,23 +10,36 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..clips import fold_frames
 from ..data.files import VIDEO_SUFFIXES, list_files, printable, suffix_of
 from ..data.media import load_image
 from ..data.video import iterate_timed_frames, probe_rate
 from ..models import AutoencoderViTok
-from .metrics import SSIM_MIN_SIZE, psnr, ssim
+from .metrics import SSIM_MIN_SIZE, frame_values, psnr, ssim
 from .reconstruction import reconstruct, save_comparison, side_by_side
 from .visuals import VideoWriter
 
 
-def timed_reconstruction(vae: AutoencoderViTok, images: torch.Tensor) -> tuple[torch.Tensor, float]:
+Scores = list[tuple[torch.Tensor, torch.Tensor]]  # PSNR and SSIM of the frames of clips, (T,) each
+
+
+def reconstruct_timed(
+    vae: AutoencoderViTok, frames: list[np.ndarray], scores: Scores
+) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """Frames (H, W, 3) uint8 -> the clip, (1, 3, T, H, W), its reconstruction, and seconds; adds to `scores`.
+
+    The SSIM of pictures that are too small for it is no number.
+    """
+    clip = torch.from_numpy(np.stack(frames)).permute(3, 0, 1, 2)[None]
     began = time.perf_counter()
-    reconstructions = reconstruct(vae, images)  # on the CPU, hence complete
-    return reconstructions, time.perf_counter() - began
+    reconstruction = reconstruct(vae, clip)  # on the CPU, hence complete
+    seconds = time.perf_counter() - began
+    psnrs = frame_values(psnr, reconstruction, clip)[0]
+    fits = min(clip.shape[3:]) >= SSIM_MIN_SIZE
+    scores.append((psnrs, frame_values(ssim, reconstruction, clip)[0] if fits else torch.full_like(psnrs, torch.nan)))
+    return clip, reconstruction, seconds
 
 
-def report(name: str, size: torch.Size, scores: list[tuple[torch.Tensor, ...]], seconds: float, p: int) -> str:
+def report(name: str, size: torch.Size, scores: Scores, seconds: float, p: int) -> str:
     height, width = size
     padded = " (padded)" if height % p or width % p else ""
     mean_psnr, mean_ssim = (torch.cat(values).mean() for values in zip(*scores))
@@ -34,44 +47,34 @@ def report(name: str, size: torch.Size, scores: list[tuple[torch.Tensor, ...]], 
     return f"{printable(name)}: {width}x{height}{padded}  PSNR {mean_psnr:.2f} dB  SSIM {similarity}  {seconds:.2f} s"
 
 
-def measure(reconstructions: torch.Tensor, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """PSNR and SSIM of each picture, (B,); no numbers for the SSIM of pictures that are too small for it."""
-    psnrs = psnr(reconstructions, images)
-    fits = min(images.shape[2:]) >= SSIM_MIN_SIZE
-    return psnrs, ssim(reconstructions, images) if fits else torch.full_like(psnrs, torch.nan)
-
-
 def reconstruct_image(vae: AutoencoderViTok, path: Path, target: str) -> str:
-    image = torch.from_numpy(load_image(path).copy()).permute(2, 0, 1)[None]  # (1, 3, H, W)
-    reconstruction, seconds = timed_reconstruction(vae, image)
-    Image.fromarray(reconstruction[0].permute(1, 2, 0).numpy()).save(f"{target}_reconstruction.png")
+    scores: Scores = []
+    image, reconstruction, seconds = reconstruct_timed(vae, [load_image(path)], scores)
+    Image.fromarray(side_by_side(reconstruction)[0].numpy()).save(f"{target}_reconstruction.png")
     save_comparison(f"{target}_comparison.png", image, reconstruction)
-    scores = [measure(reconstruction, image)]
-    return report(path.name, image.shape[2:], scores, seconds, vae.spatial_compression_ratio)
+    return report(path.name, image.shape[3:], scores, seconds, vae.spatial_compression_ratio)
 
 
 def reconstruct_video(vae: AutoencoderViTok, path: Path, target: str) -> str:
     """Clip by clip, so that the memory does not grow with the length of the video."""
     clip_frames = 8 if vae.is_image_model else max(vae.config.sample_frames, vae.temporal_compression_ratio)
-    scores, seconds = [], 0.0
+    scores: Scores = []
+    seconds = 0.0
     rate = Fraction(probe_rate(path)).limit_denominator(1001)  # which also tells what is no video
     with ExitStack() as stack:
         names = (f"{target}_{name}.mp4" for name in ("reconstruction", "comparison"))
         writers = [stack.enter_context(VideoWriter(name, rate)) for name in names]
         frames = iterate_timed_frames(path)
-        while clip := list(islice(frames, clip_frames)):
-            times, pictures = zip(*clip)
-            video = torch.from_numpy(np.stack(pictures)).permute(3, 0, 1, 2)[None]  # (1, 3, T, H, W)
-            reconstruction, elapsed = timed_reconstruction(vae, video)
+        while part := list(islice(frames, clip_frames)):
+            times, pictures = zip(*part)
+            clip, reconstruction, elapsed = reconstruct_timed(vae, list(pictures), scores)
             seconds += elapsed
-            pair = fold_frames(video), fold_frames(reconstruction)  # (T, 3, H, W)
-            scores.append(measure(pair[1], pair[0]))
-            writers[0].write(pair[1].permute(0, 2, 3, 1), times)
-            writers[1].write(side_by_side(*pair), times)
+            writers[0].write(side_by_side(reconstruction), times)
+            writers[1].write(side_by_side(clip, reconstruction), times)
         if not scores:
             raise ValueError(f'"{path}" holds no video frames: remove or replace it.')
     name = f"{path.name}, {sum(len(values) for values, _ in scores)} frames"
-    return report(name, video.shape[3:], scores, seconds, vae.spatial_compression_ratio)
+    return report(name, clip.shape[3:], scores, seconds, vae.spatial_compression_ratio)
 
 
 def name_targets(inputs: list[Path], output_dir: Path) -> dict[str, Path]:
@@ -82,7 +85,8 @@ def name_targets(inputs: list[Path], output_dir: Path) -> dict[str, Path]:
     Raises:
         ValueError: If a result would have the name of another result, or of an input.
     """
-    targets, results = {}, output_dir.resolve()
+    targets: dict[str, Path] = {}
+    results = output_dir.resolve()
     for path in inputs:
         for file in list_files(path):
             if path.resolve() in results.parents and results in file.resolve().parents:
@@ -97,9 +101,9 @@ def name_targets(inputs: list[Path], output_dir: Path) -> dict[str, Path]:
     if not targets:
         raise ValueError(f'There is nothing in {", ".join(map(str, inputs))} but results in "{output_dir}".')
     files = {file.resolve() for file in targets.values()}
-    for target in targets:
-        for name in ("reconstruction.png", "comparison.png", "reconstruction.mp4", "comparison.mp4"):
-            if (result := Path(f"{target}_{name}").resolve()) in files:
+    for name in targets:
+        for ending in ("reconstruction.png", "comparison.png", "reconstruction.mp4", "comparison.mp4"):
+            if (result := Path(f"{name}_{ending}").resolve()) in files:
                 raise ValueError(f'"{result}" is an input and may not be replaced: name another --output_dir.')
     return targets
 
