@@ -273,17 +273,12 @@ def load_random_clip(
     return load_clip(source, start, num_frames, fps, name)
 
 
-def iterate_frames(source: Source, name: str | None = None) -> Iterator[np.ndarray]:
-    """Every frame of a video, as `load_clip` returns them, decoded as it is asked for.
+def iterate_timed_frames(source: Source, name: str | None = None) -> Iterator[tuple[float, np.ndarray]]:
+    """Every frame of a video and the second at which it is first shown, decoded as it is asked for.
 
     Raises:
         ValueError: "name: reason", if it is no video or breaks off.
     """
-    return (picture for _, picture in iterate_timed_frames(source, name))
-
-
-def iterate_timed_frames(source: Source, name: str | None = None) -> Iterator[tuple[float, np.ndarray]]:
-    """As `iterate_frames`, each with the second at which it is first shown."""
     with _open_video(source, name) as video:
         for second, _, frame in video.frames_from(0.0):
             yield second, np.ascontiguousarray(video.picture(frame))

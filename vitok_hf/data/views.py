@@ -154,13 +154,6 @@ class NativeView:
         return Batch(to_runs(pictures)[0]), left_over
 
 
-def random_square(clip: np.ndarray, size: int, min_share: float, rng: np.random.Generator) -> np.ndarray:
-    """A square of a random place and of `min_share` to all of the shorter side: (T, size, size, 3)."""
-    side = min(clip.shape[1:3]) * rng.uniform(min_share, 1.0)
-    top, left = (rng.uniform(0, length - side) for length in clip.shape[1:3])
-    return resize_clip(clip, (size, size), (left, top, left + side, top + side))
-
-
 @dataclass(frozen=True)
 class SquareView:
     """Squares and their classes, mirrored where the sampler says so (see `classes.ClassSampler`).
@@ -195,9 +188,11 @@ class SquareView:
     def load(self, item: Item | Decoded, rng: np.random.Generator) -> np.ndarray:
         """(T, resolution, resolution, 3) uint8. Raises as `Clip.load`."""
         clip = self.clip.load(item, rng)
-        if self.min_share < 1.0:
-            return random_square(clip, self.resolution, self.min_share, rng)
-        return np.stack([resize_and_crop(frame, self.resolution) for frame in clip])
+        if self.min_share >= 1.0:
+            return np.stack([resize_and_crop(frame, self.resolution) for frame in clip])
+        side = min(clip.shape[1:3]) * rng.uniform(self.min_share, 1.0)
+        top, left = (rng.uniform(0, length - side) for length in clip.shape[1:3])
+        return resize_clip(clip, (self.resolution, self.resolution), (left, top, left + side, top + side))
 
 
 @dataclass(frozen=True)
