@@ -102,10 +102,9 @@ def encode_shard(
     moments: dict[str, list[torch.Tensor]] = {"mean": [], "std": []}
     read: list[int] = []
     skipped: dict[int, str] = {}
+    dataset: Any = indices  # what has a length and an index will do
     read_batch = partial(read_squares, files, view)
-    # type: ignore below: what has a length and an index will do for a dataset
-    loader = DataLoader(indices, view.batch_size, num_workers=num_workers, collate_fn=read_batch)  # type: ignore[arg-type]
-    for squares, reasons in loader:
+    for squares, reasons in DataLoader(dataset, view.batch_size, num_workers=num_workers, collate_fn=read_batch):
         skipped |= reasons
         if not squares:
             continue
