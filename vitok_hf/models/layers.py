@@ -110,7 +110,7 @@ class Packing:
 
 
 def make_packing(sequences: list[torch.Tensor], grids: list[Grid], window_radius: int | None = None) -> Packing:
-    counts, boundaries, device = [len(run) for run in sequences], None, sequences[0].device
+    counts, boundaries, device = [run.shape[0] for run in sequences], None, sequences[0].device
     if len(sequences) > 1 and window_radius is None and device.type in VARLEN_DEVICES and varlen_attn is not None:
         lengths = [math.prod(grid) for count, grid in zip(counts, grids) for _ in range(count)]
         boundaries = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)

@@ -193,7 +193,7 @@ class MemoryMixin:
     ) -> Runs:
         """As `_run_tower`, in slices and tiles if these are on."""
         tiling, radius = settings.tiling, settings.window_radius
-        if settings.use_slicing and sum(map(len, runs)) > 1:
+        if settings.use_slicing and sum(run.shape[0] for run in runs) > 1:
             return [
                 torch.cat(
                     [self._run_batches(tower, [item], settings, steps_in, steps_out)[0] for item in run.split(1)]
