@@ -142,23 +142,7 @@ class TestLinks:
             load_evaluation_images(tmp_path, 16, 1)
 
 
-ODD = [
-    "a:b",
-    "100%",
-    "%03d",
-    "x#1",
-    "what?",
-    "-v",
-    "two\nlines",
-    "a b",
-    "[1]",
-    "{0..2}",
-    "http:",
-    "pipe:1",
-    "concat:a",
-    "\udcff",
-    "ü",
-]
+ODD = "a:b 100% %03d x#1 what? -v [1] {0..2} http: pipe:1 concat:a \udcff ü".split() + ["two\nlines", "a b"]
 
 
 class TestOddNames:
