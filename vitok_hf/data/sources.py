@@ -16,9 +16,9 @@ from typing import Protocol
 
 import numpy as np
 
-from .files import VIDEO_SUFFIXES, FileList, is_hidden, iterate_files, suffix_of
+from .files import VIDEO_SUFFIXES, FileList, is_hidden, iterate_files, suffix_of, suffixes_for
 from .items import Choice, Decoded, Indexed, Item
-from .media import load_image, suffixes_for
+from .media import load_image
 
 
 class Stream(Protocol):
