@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from ..clips import to_runs
-from .batches import Batch, Draw, Drawn
+from .batches import Batch, Draw
 from .items import Clip, Decoded, Item
 from .media import resize, resize_and_crop
 
@@ -76,7 +76,7 @@ class CropView:
 
     def _crop(self, rng: np.random.Generator, draw: Draw, height: int, width: int) -> np.ndarray:
         while True:
-            clip = draw(rng, lambda drawn: self.clip.load(drawn.item, rng))  # (T, h, w, 3)
+            clip, _ = draw(rng, lambda item: self.clip.load(item, rng))  # (T, h, w, 3)
             largest = min(clip.shape[1] / height, clip.shape[2] / width)
             scale = min(largest, np.exp(rng.uniform(0.0, np.log(max(largest, 1.0)))))
             # rounding must not make the box larger than the picture
@@ -143,7 +143,7 @@ class NativeView:
         rng, room, left_over = np.random.default_rng(seed), self.max_tokens, False
         pictures: list[torch.Tensor] = []  # (3, T, H, W)
         while room > 0:
-            clip = draw(rng, lambda drawn: self.clip.load(drawn.item, rng))  # (T, h, w, 3)
+            clip, _ = draw(rng, lambda item: self.clip.load(item, rng))  # (T, h, w, 3)
             height, width = self.native_size(*clip.shape[1:3])
             room -= self.tokens(height, width)
             if left_over := room < 0:
@@ -177,13 +177,9 @@ class SquareView:
     def __call__(self, seed: tuple[int, ...], draw: Draw) -> tuple[Batch, bool]:
         rng = np.random.default_rng(seed)
         places = np.random.default_rng((*seed, 1))  # of crops and clips: what is drawn next does not depend on them
-
-        def load(drawn: Drawn) -> tuple[np.ndarray, int | None]:
-            square = self.load(drawn.item, places)
-            return mirror(square, drawn.mirrored), drawn.label
-
-        squares, labels = zip(*(draw(rng, load) for _ in range(self.batch_size)))
-        return Batch([to_pixels(squares)], labels=torch.tensor(labels)), False
+        drawn = [draw(rng, lambda item: self.load(item, places)) for _ in range(self.batch_size)]
+        pixels = to_pixels([mirror(square, choice.mirrored) for square, choice in drawn])
+        return Batch([pixels], labels=torch.tensor([choice.label for _, choice in drawn])), False
 
     def load(self, item: Item | Decoded, rng: np.random.Generator) -> np.ndarray:
         """(T, resolution, resolution, 3) uint8. Raises as `Clip.load`."""
@@ -203,9 +199,6 @@ class LatentView:
 
     def __call__(self, seed: tuple[int, ...], draw: Draw) -> tuple[Batch, bool]:
         rng = np.random.default_rng(seed)
-
-        def load(drawn: Drawn) -> tuple[torch.Tensor, int | None]:
-            return drawn.item[int(drawn.mirrored)], drawn.label
-
-        moments, labels = zip(*(draw(rng, load) for _ in range(self.batch_size)))
-        return Batch(moments=torch.stack(moments), labels=torch.tensor(labels)), False
+        drawn = [draw(rng, lambda both: both) for _ in range(self.batch_size)]
+        moments = torch.stack([both[int(choice.mirrored)] for both, choice in drawn])
+        return Batch(moments=moments, labels=torch.tensor([choice.label for _, choice in drawn])), False
