@@ -347,7 +347,7 @@ class TestDemoData:
         command = ("prepare_demo_data.py", "--output_dir", tmp_path / "data", "--sets", "emoji")
         for _ in range(2):
             assert "0 problems" in run_example(*command)
-        with pytest.raises(ValueError, match="has results with include_share_alike false, not true: name another"):
+        with pytest.raises(ValueError, match="has results with include_share_alike False, not True: name another"):
             run_example(*command, "--include_share_alike")
 
     def test_missing_tools_are_named(self, tmp_path, monkeypatch):
