@@ -1,17 +1,20 @@
-import inspect
 import logging
 from functools import partialmethod
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
 from diffusers.optimization import get_scheduler
 from torch import nn
 
-from tests.conftest import ASSETS, TINY, V2
+from tests.conftest import ARCHITECTURES, ASSETS, TINY, V2
 from tests.data.conftest import write_video
 from tests.training.conftest import next_batches, read_log, run, split_batch
 from vitok_hf.clips import to_float
+from vitok_hf.data.items import Clip
+from vitok_hf.data.loader import SourceSettings
+from vitok_hf.data.views import CropView, NativeView
 from vitok_hf.training import autoencoder_trainer
 from vitok_hf.training.autoencoder_trainer import AutoencoderTrainer
 
@@ -153,27 +156,17 @@ class TestLosses:
 
 class TestData:
     def test_settings_reach_the_data(self, arguments, monkeypatch):
-        given = {
-            "dataset_name": "name",
-            "dataset_config_name": "config",
-            "dataset_split": "validation",
-            "data_column": "picture",
-            "streaming": True,
-            "train_shards": ["a.tar"],
-            "shuffle_buffer": 7,
-        }
-        signature, bound = inspect.signature(autoencoder_trainer.make_dataset), {}
-
-        def record(*args, **kwargs):
-            bound.update(signature.bind(*args, **kwargs).arguments)
-            raise InterruptedError
-
-        monkeypatch.setattr(autoencoder_trainer, "make_dataset", record)
-        with pytest.raises(InterruptedError):
-            AutoencoderTrainer(arguments(**given, cache_gib=2.0, fps=5.0, random_flip=False))
-        assert {name: bound[name] for name in given} == given
-        assert bound["train_data_dir"] == [str(ASSETS)] and bound["cache_bytes"] == 2**31
-        assert bound["settings"].fps == 5.0 and bound["settings"].seed == 0 and not bound["settings"].flip
+        made = Mock(side_effect=InterruptedError)
+        monkeypatch.setattr(autoencoder_trainer, "make_dataset", made)
+        sources = {"dataset_name": "name", "train_data_dir": [], "shuffle_buffer": 7, "cache_gib": 2.0}
+        for view, overrides in (
+            (CropView([(24, 24, 1.0)], 8 * 24**2 * 4, Clip(4, 5.0), False), {"crop_sizes": []}),
+            (NativeView(64, 24**2, (2, 8), Clip(4, 5.0), False), {"crop_sizes": [], "max_tokens": 64}),
+        ):
+            with pytest.raises(InterruptedError):
+                options = {"resolution": 24, "fps": 5.0, "random_flip": False, "seed": 3}
+                AutoencoderTrainer(arguments(ARCHITECTURES["video"], **sources, **options, **overrides))
+            made.assert_called_with(view, SourceSettings(**sources), 3)
 
     def test_dataset_of_the_hub(self, arguments, tmp_path):
         (tmp_path / "pictures").mkdir()

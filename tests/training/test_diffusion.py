@@ -5,7 +5,6 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
 from vitok_hf.training.diffusion import (
-    PREDICTION_TYPES,
     add_noise,
     bucket_timesteps,
     diffusion_losses,
@@ -16,6 +15,7 @@ from vitok_hf.training.diffusion import (
 )
 
 
+PREDICTION_TYPES = ("epsilon", "v_prediction", "flow_prediction")
 SHAPES = [(3, 2, 4, 6), (3, 2, 2, 4, 6)]
 
 
@@ -42,10 +42,6 @@ class TestSchedulers:
             torch.testing.assert_close(scheduler.alphas_cumprod, DDPMScheduler().alphas_cumprod)
             assert scheduler.alphas_cumprod[700].item() == pytest.approx(alpha_bar(700), rel=1e-4)
         assert isinstance(make_scheduler("flow_prediction"), FlowMatchEulerDiscreteScheduler)
-
-    def test_unknown(self):
-        with pytest.raises(ValueError, match='one of epsilon, v_prediction, flow_prediction, but is "sample"'):
-            make_scheduler("sample")
 
 
 class TestTargets:
@@ -160,8 +156,3 @@ class TestDropout:
         assert (dropped == 7).float().mean().item() == pytest.approx(0.1, abs=0.01)
         assert torch.equal(dropped[dropped != 7], labels[dropped != 7])
         assert torch.equal(dropped, drop_labels(labels, 7, 0.1, seeded()))
-
-    def test_bounds(self):
-        labels = torch.arange(5)
-        assert torch.equal(drop_labels(labels, 5, 0.0), labels)
-        assert drop_labels(labels, 5, 1.0).tolist() == [5] * 5

@@ -68,7 +68,7 @@ class TrainerArguments:
 
     train_data_dir: list[str] = argument([], "Folders of pictures (video models: videos); their folders are classes.")
     resolution: int | None = argument(
-        None, "Side of the central squares; default: the autoencoder's sample_size.", minimum=1
+        None, "Side of the pictures in pixels; default: the model's sample_size.", minimum=1
     )
     random_flip: bool = argument(True, "Flip half of the pictures left to right.")
     train_batch_size: int = argument(32, "Pictures in a batch of one process.", minimum=1)
@@ -79,7 +79,7 @@ class TrainerArguments:
     seed: int = argument(0, "Seed of weights, data and noise.", minimum=0, maximum=2**31)
     max_train_steps: int = argument(100_000, "Optimiser steps.", minimum=1)
     max_minutes: float | None = argument(
-        None, "Save a checkpoint and stop after this time, at the next log, to be resumed.", minimum=0
+        None, "After this time, save a checkpoint and stop, at the next log.", minimum=0
     )
     gradient_accumulation_steps: int = argument(1, "Batches an optimiser step.", minimum=1)
     learning_rate: float = argument(1e-4, "Peak learning rate.", minimum=0)
@@ -90,9 +90,7 @@ class TrainerArguments:
     adam_weight_decay: float = argument(1e-4, "AdamW weight decay.", minimum=0)
     max_grad_norm: float = argument(1.0, "Gradients are clipped to this norm.", above=0, maximum=math.inf)
     use_ema: bool = argument(False, "Keep an exponential moving average of the weights, evaluated and saved too.")
-    ema_decay: float = argument(
-        0.9999, "Decay of the average after its warm-up, (1 + step) / (10 + step).", minimum=0, below=1
-    )
+    ema_decay: float = argument(0.9999, "Its decay, after a warm-up, (1 + step) / (10 + step).", minimum=0, below=1)
     mixed_precision: str = argument(
         "auto", "no, bf16, fp16, or auto: accelerate's configuration, else bf16 where the hardware has it."
     )
@@ -101,9 +99,7 @@ class TrainerArguments:
     report_to: str = argument("tensorboard", "Tracker of accelerate: tensorboard, wandb, ..., all, or none.")
     tracker_project_name: str = argument("vitok", "Project name for the trackers.")
     checkpointing_steps: int = argument(1000, "Steps between checkpoints.", minimum=1)
-    checkpoints_total_limit: int | None = argument(
-        None, "Checkpoints to keep; the oldest ones are deleted.", minimum=1
-    )
+    checkpoints_total_limit: int | None = argument(None, "Checkpoints to keep, the newest.", minimum=1)
     resume_from_checkpoint: str | None = argument(None, 'Folder of a checkpoint, or "latest".')
     push_to_hub: bool = argument(False, "Upload the final model.")
     hub_model_id: str | None = argument(None, "Repository to push to; default: the name of output_dir.")
@@ -142,17 +138,13 @@ class LossSettings:
 
     mse_weight: float = argument(1.0, "Weight of the squared error.", minimum=0)
     l1_weight: float = argument(0.0, "Weight of the absolute error.", minimum=0)
-    charbonnier_weight: float = argument(
-        0.0, "Weight of the Charbonnier loss, sqrt(error^2 + 1e-6) (ViTok-v2: 1).", minimum=0
-    )
+    charbonnier_weight: float = argument(0.0, "Weight of sqrt(error^2 + 1e-6) (ViTok-v2: 1).", minimum=0)
     ssim_weight: float = argument(0.0, "Weight of 1 - SSIM (ViTok-v2: 0.1).", minimum=0)
     lpips_weight: float = argument(1.0, "Weight of LPIPS (needs the VGG weights; without them it is 0).", minimum=0)
     dino_weight: float = argument(0.0, "Weight of the distance of DINO features (ViTok-v2: 500).", minimum=0)
     dino_model_name_or_path: str = argument("facebook/dinov3-vitb16-pretrain-lvd1689m", "Network of these features.")
     kl_weight: float = argument(1e-3, "Weight of the KL divergence, a mean over latent elements.", minimum=0)
-    patch_border_weight: float = argument(
-        1.0, "Weight of squared errors at the border of a patch; inside it is 1.", minimum=0
-    )
+    patch_border_weight: float = argument(1.0, "Of squared errors at a patch's border; inside: 1.", minimum=0)
 
 
 @dataclass
@@ -161,19 +153,13 @@ class AdversarySettings:
 
     gan_loss: str = argument("hinge", "hinge or non_saturating.")
     gan_weight: float = argument(0.05, "Weight of the decoder's GAN loss.", minimum=0)
-    gan_start_step: int = argument(
-        0, "Step from which on the decoder has a GAN loss; the discriminator starts at 0.", minimum=0
-    )
+    gan_start_step: int = argument(0, "First step with a GAN loss; the discriminator's is 0.", minimum=0)
     gan_ramp_steps: int = argument(0, "Steps in which the GAN loss grows linearly to its weight.", minimum=0)
     adaptive_gan_weight: float | None = argument(
         None, "Scale the GAN loss by the ratio of gradients, reconstruction over GAN, of at most this.", minimum=0
     )
-    discriminator_channels: int = argument(
-        64, "Channels of the first discriminator block; doubled down to 4 x 4.", minimum=1
-    )
-    discriminator_minibatch_stddev: bool = argument(
-        True, "Let the discriminator see the variation in groups of 4 frames."
-    )
+    discriminator_channels: int = argument(64, "Of the first block; doubled down to 4 x 4.", minimum=1)
+    discriminator_minibatch_stddev: bool = argument(True, "It sees the variation in groups of 4 frames.")
     discriminator_learning_rate: float = argument(2e-5, "Peak learning rate of the discriminator.", minimum=0)
     discriminator_warmup_steps: int = argument(25_000, "Steps of linear warm-up of the discriminator.", minimum=0)
     r1_weight: float = argument(0.0, "Weight of the gradient penalty on real pictures.", minimum=0)
@@ -209,12 +195,7 @@ class AutoencoderArguments(AdversarySettings, LossSettings, TransformerArguments
     streaming: bool = argument(False, "Read the data set while it is downloaded.")
     train_shards: list[str] = argument([], "WebDataset shards, files or URLs, as shards/{000..127}.tar.")
     shuffle_buffer: int = argument(1000, "Samples of a stream that are shuffled together.", minimum=1)
-    resolution: int | None = argument(
-        None, "Side in pixels of the training crops; default: the model's sample_size.", minimum=1
-    )
-    crop_sizes: list[str] = argument(
-        [], "Crops of several sizes, SIDE or HEIGHTxWIDTH with an optional share, as 128 64x256:0.5."
-    )
+    crop_sizes: list[str] = argument([], "Several sizes, SIDE or HEIGHTxWIDTH, perhaps with a share: 128 64x256:0.5.")
     max_tokens: int | None = argument(
         None, "Native aspect ratios: pictures of at most resolution^2 pixels, so many tokens a batch.", minimum=1
     )
@@ -222,9 +203,7 @@ class AutoencoderArguments(AdversarySettings, LossSettings, TransformerArguments
         16, "Crops of `resolution` in a batch of one process; other sizes: as many pixels.", minimum=1
     )
     cache_gib: float = argument(1.0, "Memory for decoded pictures in each worker, GiB.", minimum=0)
-    validation_resolution: int | None = argument(
-        None, "Side in pixels of the held-out pictures; default: sample_size.", minimum=1
-    )
+    validation_resolution: int | None = argument(None, "Side of held-out pictures; default: sample_size.", minimum=1)
     num_validation_images: int = argument(32, "Held-out pictures a folder.", minimum=1)
 
     def __post_init__(self):
@@ -269,17 +248,11 @@ class DiTArguments(TransformerArguments):
     class_file: str | None = argument(None, "Classes in the order of their ids, one a line; default: sorted.")
     no_flip_classes: list[str] = argument([], "Classes that are never flipped.")
     class_balanced: bool = argument(False, "Draw every class as often, however many pictures it has.")
-    num_statistics_images: int = argument(
-        2048, "Pictures for latent statistics, if the autoencoder has none.", minimum=1
-    )
+    num_statistics_images: int = argument(2048, "Pictures for statistics that the model lacks.", minimum=1)
     prediction_type: str = argument("epsilon", "epsilon, v_prediction or flow_prediction (flow matching).")
-    snr_gamma: float | None = argument(
-        None, "Min-SNR weighting with this gamma (the authors': 5), not for flows.", above=0
-    )
+    snr_gamma: float | None = argument(None, "Min-SNR weighting (the authors': 5), not for flows.", above=0)
     weighting_scheme: str = argument("logit_normal", "Timesteps of flow matching: logit_normal, or none: uniform.")
-    class_dropout: float = argument(
-        0.1, "Probability with which a class is replaced by none, for guidance.", minimum=0, maximum=1
-    )
+    class_dropout: float = argument(0.1, "Share of classes replaced by none, for guidance.", minimum=0, maximum=1)
     validation_data_dir: list[str] = argument([], "Folders of held-out pictures (or videos), with the same classes.")
     num_timestep_buckets: int = argument(10, "Parts of the schedule whose held-out loss is logged apart.", minimum=1)
     num_sample_classes: int = argument(8, "Classes to sample from while training, evenly spaced.", minimum=1)
@@ -319,6 +292,4 @@ class ClassifierArguments(TrainerArguments):
     random_flip: bool = argument(False, "Flip half of the pictures left to right.")
     train_batch_size: int = argument(64, "Pictures in a batch of one process.", minimum=1)
     num_validation_images: int = argument(2048, "Held-out pictures a folder.", minimum=1)
-    max_files_per_class: int | None = argument(
-        None, "Of larger classes, a fixed random choice of so many training pictures.", minimum=1
-    )
+    max_files_per_class: int | None = argument(None, "So many of larger classes, chosen at random.", minimum=1)

@@ -10,19 +10,8 @@ from diffusers.training_utils import compute_density_for_timestep_sampling, comp
 from torch import nn
 
 
-PREDICTION_TYPES = ("epsilon", "v_prediction", "flow_prediction")
-
-
 def make_scheduler(prediction_type: str) -> SchedulerMixin:
-    """The scheduler to train with and to sample from: DDIM with linear betas (DiT), or flow matching.
-
-    Raises:
-        ValueError: If `prediction_type` is not of `PREDICTION_TYPES`.
-    """
-    if prediction_type not in PREDICTION_TYPES:
-        raise ValueError(
-            f'`prediction_type` must be one of {", ".join(PREDICTION_TYPES)}, but is "{prediction_type}".'
-        )
+    """The scheduler to train with and to sample from: DDIM with linear betas (DiT), or flow matching."""
     if prediction_type == "flow_prediction":
         return FlowMatchEulerDiscreteScheduler()
     return DDIMScheduler(prediction_type=prediction_type, clip_sample=False)  # its betas are those of DiT

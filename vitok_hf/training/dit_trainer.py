@@ -2,6 +2,7 @@
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,10 +39,6 @@ def load_autoencoder(args: DiTArguments) -> AutoencoderViTok:
     vae = AutoencoderViTok.from_pretrained(args.vae_name_or_path, variant=args.vae_variant, dtype=torch.float32)
     vae.register_to_config(_name_or_path=last_folder(args.vae_name_or_path))
     return vae.eval().requires_grad_(False)
-
-
-def has_statistics(vae: AutoencoderViTok) -> bool:
-    return any(vae.config[name] not in (None, neutral) for name, neutral in NO_STATISTICS.items())
 
 
 def make_transformer(args: DiTArguments, vae: AutoencoderViTok, resolution: int, num_classes: int) -> ViTokDiTModel:
@@ -83,8 +80,9 @@ class DiTTrainer(Trainer[DiTArguments, ViTokDiTModel]):
         self.cache = None
         if args.latents_dir is not None:
             self.cache = LatentCache(args.latents_dir, verify=self.accelerator.is_local_main_process)
-        self.resolution = self._choose_resolution()
-        self.fps = self._choose_fps()
+        self.resolution = self._choose("resolution") or self.vae.config.sample_size
+        self.fps = self._choose("fps")
+        self._check_fit()
         dataset, self.classes = self._make_dataset()
         self._normalise(dataset)
         model = make_transformer(args, self.vae, self.resolution, len(self.classes))
@@ -96,34 +94,29 @@ class DiTTrainer(Trainer[DiTArguments, ViTokDiTModel]):
     def transformer(self) -> ViTokDiTModel:
         return self.trained.unwrapped
 
-    def _choose_resolution(self) -> int:
-        resolution, p = self.args.resolution, self.vae.spatial_compression_ratio
-        if self.cache is not None:
-            cached = self.cache.index["resolution"]
-            if resolution not in (None, cached):
-                raise ValueError(f"`resolution` is {resolution}, but the cached latents have {cached}: leave it out.")
-            if self.cache.index["vae_sha256"] != fingerprint(self.vae):
-                raise ValueError(
-                    f'The latents in "{self.args.latents_dir}" are of "{self.cache.index["vae"]}", which is not the '
-                    f'autoencoder "{self.args.vae_name_or_path}": name that one, or write them anew.'
-                )
-            resolution = cached
-        resolution = resolution or self.vae.config.sample_size
-        if resolution % p:
-            raise ValueError(f"`resolution` {resolution} must be a multiple of the autoencoder's patch_size {p}.")
-        return resolution
-
-    def _choose_fps(self) -> float | None:
-        fps = self.args.fps
-        if self.cache is None or self.vae.config.sample_frames == 1:
-            return fps
-        cached = self.cache.index["fps"]
-        if fps not in (None, cached):
+    def _choose(self, name: str) -> Any:
+        """The setting, or what it was when the latents were cached."""
+        value = getattr(self.args, name)
+        if self.cache is None or (
+            name == "fps" and self.vae.config.sample_frames == 1
+        ):  # of pictures, it means nothing
+            return value
+        cached = self.cache.index[name]
+        if value not in (None, cached):
             raise ValueError(
-                f"`fps` is {fps}, but the cached latents have {cached or 'all frames'}: leave it out, or write them "
-                "anew."
+                f"`{name}` is {value}, but the cached latents have {cached or 'all frames'}: leave it out."
             )
         return cached
+
+    def _check_fit(self) -> None:
+        p = self.vae.spatial_compression_ratio
+        if self.cache is not None and self.cache.index["vae_sha256"] != fingerprint(self.vae):
+            raise ValueError(
+                f'The latents in "{self.args.latents_dir}" are of "{self.cache.index["vae"]}", which is not the '
+                f'autoencoder "{self.args.vae_name_or_path}": name that one, or write them anew.'
+            )
+        if self.resolution % p:
+            raise ValueError(f"`resolution` {self.resolution} must be a multiple of the autoencoder's patch_size {p}.")
 
     def _make_dataset(self) -> tuple[DrawnBatches, list[str]]:
         args, num_frames = self.args, self.vae.config.sample_frames
@@ -146,7 +139,7 @@ class DiTTrainer(Trainer[DiTArguments, ViTokDiTModel]):
         if self.checkpoint:
             config = read_json(self.checkpoint / "pipeline" / "vae" / "config.json")
             self.vae.register_to_config(**{name: config[name] for name in NO_STATISTICS})
-        elif not has_statistics(self.vae):
+        elif all(self.vae.config[name] in (None, neutral) for name, neutral in NO_STATISTICS.items()):
             if self.cache is None:
                 batches = iterate_pixels(dataset, -(-args.num_statistics_images // args.train_batch_size))
                 statistics = compute_latent_statistics(self.vae, batches)
