@@ -16,7 +16,7 @@ from vitok_hf.data.files import FileList, list_files, printable, read_each, shor
 from vitok_hf.data.held_out import load_evaluation_images
 from vitok_hf.data.media import load_image
 from vitok_hf.data.sources import FolderFiles, MixedSources, parse_source
-from vitok_hf.data.video import load_clip, probe_rate
+from vitok_hf.data.video import load_clip, probe_rate, probe_video
 from vitok_hf.evaluation.visuals import VideoWriter
 from vitok_hf.training.publishing import last_folder
 
@@ -142,7 +142,7 @@ class TestLinks:
             load_evaluation_images(tmp_path, 16, 1)
 
 
-ODD = ["a:b", "100%", "%03d", "x#1", "what?", "-v", "two\nlines", "a b", "[1]", "{0..2}", "http:", "\udcff", "ü"]
+ODD = "a:b 100% %03d x#1 what? -v [1] {0..2} http: pipe:1 concat:a \udcff ü".split() + ["two\nlines", "a b"]
 
 
 class TestOddNames:
@@ -166,8 +166,9 @@ class TestOddNames:
         Path(name, f"{name}.mp4").write_bytes(video.read_bytes())
         Path(f"{name}.mp4").write_bytes(video.read_bytes())
         (item,) = FolderFiles(name, num_frames=2)
-        for source in (item.source, Path(f"{name}.mp4")):
+        for source in (item.source, f"{name}.mp4", tmp_path / f"{name}.mp4"):
             assert probe_rate(source) == 25.0 and load_clip(source, 0.4, 1).mean() / 5 == pytest.approx(10, abs=0.5)
+            assert probe_video(source)[0] == pytest.approx(2.0, abs=0.05)
 
     def test_addresses_that_are_folders(self, tmp_path, monkeypatch):
         write_noise(tmp_path / "memory:", 1, (16, 16))

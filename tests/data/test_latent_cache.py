@@ -1,17 +1,18 @@
 import json
 import logging
 import pickle
+import runpy
 import shutil
+import sys
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 
-from tests.conftest import make_vae
+from tests.conftest import ASSETS, make_vae
 from tests.data.conftest import write_noise, write_video
 from tests.faults.state import held_lock
 from vitok_hf import compute_latent_statistics
@@ -60,20 +61,13 @@ class TestCache:
             torch.testing.assert_close(ours.moments[:, 1], posterior.std, rtol=1e-4, atol=1e-4)
 
     def test_half_precision(self, files, tmp_path):
-        write(files, tmp_path / "whole")
+        write(files, tmp_path / "whole", num_workers=1)
         write(files, tmp_path / "half", dtype=torch.float16, batch_size=3)
         whole, half = LatentCache(tmp_path / "whole"), LatentCache(tmp_path / "half")
         for index in range(11):
             ours, theirs = half[index], whole[index]
             torch.testing.assert_close(ours, theirs, rtol=2e-3, atol=2e-3)
             assert ours.dtype == torch.float32 and not torch.equal(ours, theirs)
-
-    def test_videos(self, tmp_path):
-        (tmp_path / "data").mkdir()
-        write_video(tmp_path / "data" / "ramp" / "a.mp4")
-        vae = make_vae("video")
-        write(LabelledFiles([str(tmp_path / "data")], num_frames=4), tmp_path / "cache", vae, fps=12.5)
-        assert LatentCache(tmp_path / "cache")[0].shape == (2, 2, 4, 2, 2, 2)
 
     def test_draws_the_same_videos_as_without(self, tmp_path):
         """Mirrored alike; the clips are random without it."""
@@ -83,6 +77,7 @@ class TestCache:
         files = LabelledFiles([tmp_path / "data"], num_frames=4)
         write(files, tmp_path / "cache", make_vae("video"), fps=12.5)
         cache, choices = LatentCache(tmp_path / "cache"), []
+        assert cache[0].shape == (2, 2, 4, 2, 2, 2)
 
         class Noted(ClassSampler):
             def __call__(self, rng):
@@ -243,7 +238,7 @@ class TestCache:
 
     def test_workers(self, files, tmp_path):
         """Each opens the files itself."""
-        write(files, tmp_path / "cache", num_workers=1)
+        write(files, tmp_path / "cache")
         cache = LatentCache(tmp_path / "cache")
         assert pickle.loads(pickle.dumps(cache))[5].equal(cache[5])
         batches = draw(cache, LatentView(4))
@@ -274,18 +269,15 @@ class TestInputs:
 
     def test_another_folder_of_the_same_names(self, files, other, tmp_path):
         write(files, tmp_path / "cache")
+        before = LatentCache(tmp_path / "cache")[5]
+        (tmp_path / "cache" / "latents-00001.safetensors").unlink()
         message = (
             r'cache" has results with other files, 11 changed \(cat/000.png, cat/001.png, cat/002.png, ...\): name'
         )
         with pytest.raises(ValueError, match=message):
             write(other, tmp_path / "cache")
-        (tmp_path / "cache" / "latents-00001.safetensors").unlink()
-        with pytest.raises(ValueError, match=message):
-            write(other, tmp_path / "cache")
         write(files, tmp_path / "cache")
-        write(files, tmp_path / "again")
-        cache, again = LatentCache(tmp_path / "cache"), LatentCache(tmp_path / "again")
-        assert all(torch.equal(cache[index], again[index]) for index in range(11))
+        assert torch.equal(LatentCache(tmp_path / "cache")[5], before)
 
     def test_a_shard_of_other_files_is_written_again(self, files, other, tmp_path):
         """Somebody brought its file and its entry in the index from the cache of another folder."""
@@ -303,25 +295,6 @@ class TestInputs:
         write(files, tmp_path / "cache")
         assert torch.equal(LatentCache(tmp_path / "cache")[5], expected)
 
-    def test_a_picture_edited_in_place(self, files, folder, tmp_path):
-        write(files, tmp_path / "cache")
-        picture = np.asarray(Image.open(folder / "dog" / "003.png"))
-        Image.fromarray(255 - picture).save(folder / "dog" / "003.png")
-        with pytest.raises(ValueError, match=r"has results with other files, 1 changed \(dog/003.png\): name"):
-            write(files, tmp_path / "cache")
-
-    def test_files_that_come_and_go(self, files, folder, tmp_path):
-        write(files, tmp_path / "cache")
-        (folder / "dog" / "003.png").rename(folder / "cat" / "x.png")
-        with pytest.raises(ValueError, match=r"other files, 1 missing \(dog/003.png\), 1 new \(cat/x.png\): name"):
-            write(LabelledFiles([str(folder)]), tmp_path / "cache")
-
-    def test_another_order(self, folder, tmp_path):
-        orders = [LabelledFiles([str(folder / name) for name in names]) for names in (("cat", "dog"), ("dog", "cat"))]
-        write(orders[0], tmp_path / "cache")
-        with pytest.raises(ValueError, match="has results with the same files in another order: name"):
-            write(orders[1], tmp_path / "cache")
-
     def test_the_same_data_elsewhere(self, files, folder, tmp_path):
         """Moved, or copied with other times: nothing is encoded again."""
         index = write(files, tmp_path / "cache")
@@ -335,27 +308,15 @@ class TestInputs:
 
     def test_caches_of_earlier_versions(self, files, tmp_path):
         """They did not say what they hold."""
-        write(files, tmp_path / "cache")
-        index = json.loads((tmp_path / "cache" / "index.json").read_text())
+        index = write(files, tmp_path / "cache")
         del index["format"]
         (tmp_path / "cache" / "index.json").write_text(json.dumps(index))
         for read in (LatentCache, partial(write, files)):
             with pytest.raises(ValueError, match="of another version, of format None, not 3: write it anew"):
                 read(tmp_path / "cache")
-        (tmp_path / "cache" / "index.json").unlink()
-        (tmp_path / "cache" / RECORD).unlink()
-        with pytest.raises(
-            ValueError, match=f"has files, but no {RECORD} that says .* name another folder, or delete"
-        ):
-            write(files, tmp_path / "cache")
 
 
 def test_example(folder, tmp_path, monkeypatch, capsys):
-    import runpy
-    import sys
-
-    from tests.conftest import ASSETS
-
     make_vae("v1").save_pretrained(tmp_path / "vae")
     options = {"vae_name_or_path": tmp_path / "vae", "train_data_dir": folder, "output_dir": tmp_path / "cache"}
     command = [str(part) for name, value in options.items() for part in (f"--{name}", value)]

@@ -9,7 +9,7 @@ import torch
 from tests.data.conftest import assert_same, cut, write_noise
 from tests.data.test_batches import ONE, SEVERAL, Numbers, make_shards, numbers
 from vitok_hf.data import loader as loader_module
-from vitok_hf.data.batches import DrawnBatches, StreamBatches
+from vitok_hf.data.batches import Batch, DrawnBatches, StreamBatches
 from vitok_hf.data.loader import BatchLoader, SourceSettings, iterate_pixels, make_dataset
 from vitok_hf.data.views import CropView
 
@@ -61,11 +61,13 @@ class TestDrawnByIndex:
         list(BatchLoader(dataset, 0))
         assert options["pin_memory"] is available
 
-    def test_pinned_batches(self, dataset, monkeypatch):
-        pinned = []
-        monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: pinned.append(x) or x)
-        assert_same(dataset[0].pin_memory(), dataset[0])
-        assert len(pinned) == len(dataset[0].pixels)
+    def test_pinned_batches(self, monkeypatch):
+        monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: x + 1)
+        zeros = [torch.zeros(2, 3)] * 2
+        batch = Batch(zeros, zeros[0], zeros[1], ["a: reason"], {"epoch": 1}).pin_memory()
+        assert all((x == 1).all() for x in (*batch.pixels, batch.moments, batch.labels)) and len(batch.pixels) == 2
+        assert batch.skipped == ["a: reason"] and batch.position == {"epoch": 1}
+        assert Batch().pin_memory() == Batch()
 
     def test_workers_inherit_no_garbage(self, dataset, monkeypatch):
         """Frames of PyAV wait for their threads when they are freed, and a forked process has no threads."""

@@ -10,7 +10,8 @@ import pytest
 from PIL import ExifTags, Image, ImageCms, PngImagePlugin
 
 from tests.conftest import ASSETS
-from vitok_hf.data.media import evenly_spaced, load_image, resize_and_crop
+from vitok_hf.data.media import evenly_spaced, load_image
+from vitok_hf.data.video import probe_video
 
 
 RAMP = np.linspace(0, 255, 64).astype(np.uint8).reshape(8, 8)
@@ -278,24 +279,11 @@ def test_evenly_spaced():
         evenly_spaced(5, -1)
 
 
-def test_messages_do_not_change_between_runs():
+@pytest.mark.parametrize("read", [load_image, probe_video])
+def test_messages_do_not_change_between_runs(read):
     messages = []
     for _ in range(2):
-        with pytest.raises(ValueError, match="^picture: cannot be read") as error:
-            load_image(b"no such format" * 10, "picture")
+        with pytest.raises(ValueError, match="^it: cannot be read") as error:
+            read(b"no such format" * 10, "it")
         messages.append(str(error.value))
     assert messages[0] == messages[1] and "0x" not in messages[0]
-
-
-def test_central_square():
-    """Of a wide picture: red left of its own middle, and blue right of it."""
-    picture = np.zeros((32, 96, 3), np.uint8)
-    picture[:, 32:48, 0] = picture[:, 48:64, 2] = 255
-    for image in (picture, picture.transpose(1, 0, 2)):
-        square = resize_and_crop(image, 16)
-        square = square if image is picture else square.transpose(1, 0, 2)
-        assert (
-            square.shape == (16, 16, 3)
-            and (square[:, 1:7] == (255, 0, 0)).all()
-            and (square[:, 9:15] == (0, 0, 255)).all()
-        )

@@ -98,16 +98,14 @@ class TestFolders:
         with pytest.raises(ValueError, match="must not be negative nor all 0"):
             MixedSources(paths)
 
-    def test_decoded_pictures_are_bounded(self, video):
-        items = [*FolderFiles(ASSETS), Item("x", video, True)]
-        sizes = [load_image(item.source).nbytes for item in items[:4]]
-        decoded = DecodedPictures(items, 2 * max(sizes))
+    def test_decoded_pictures_are_bounded(self, video, tmp_path):
+        items = [*(Item(str(file), file) for file in write_noise(tmp_path, 4, (10, 10))), Item("x", video, True)]
+        decoded = DecodedPictures(items, 2 * 300)  # bytes of two pictures
         assert len(decoded) == 5 and decoded[4] == items[4] and not decoded.kept
-        for index in (0, 1, 0, 2, 3, 0):
+        for index, kept in ((0, [0]), (1, [0, 1]), (0, [1, 0]), (2, [0, 2]), (0, [2, 0]), (3, [0, 3])):
             assert np.array_equal(decoded[index].pixels, load_image(items[index].source))
-            assert decoded.num_bytes == sum(x.pixels.nbytes for x in decoded.kept.values()) <= 2 * max(sizes)
-        assert [*decoded.kept] == [3, 0] or len(decoded.kept) > 2
-        assert decoded[0] is decoded[0]
+            assert [*decoded.kept] == kept and decoded.num_bytes == 300 * len(kept)
+        assert decoded[3] is decoded[3] and len(DecodedPictures(items, 0)[0].pixels) == 10
 
 
 class TestEverySource:

@@ -80,6 +80,11 @@ def split_batch(batch: Batch, counts: list[int]) -> list[Batch]:
     return [Batch(*part) for part in zip(pixels, *parts)]
 
 
+def keep_gradients(trainer: Trainer) -> None:
+    """Steps of the first model leave its weights as they are, and the gradients in place."""
+    trainer.trained.optimizer.step = trainer.trained.optimizer.zero_grad = lambda: None
+
+
 def read_log(output_dir: str | Path, key: str = "loss") -> dict[int, float]:
     lines = (Path(output_dir) / "metrics.jsonl").read_text().splitlines()
     return {line["step"]: line[key] for line in map(json.loads, lines) if key in line}

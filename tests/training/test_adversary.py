@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.conftest import ARCHITECTURES, TINY
-from tests.training.conftest import next_batches, read_log, run, split_batch
+from tests.training.conftest import keep_gradients, next_batches, read_log, run, split_batch
 from vitok_hf.clips import to_float, to_runs
 from vitok_hf.data.batches import Batch
 from vitok_hf.training.autoencoder_trainer import AutoencoderTrainer
@@ -21,7 +21,7 @@ def step(trainer: AutoencoderTrainer, count: int = 1) -> list[dict[str, torch.Te
 
 
 def decoder_gradient(trainer: AutoencoderTrainer) -> torch.Tensor:
-    trainer.models["vae"].optimizer.zero_grad = lambda: None
+    keep_gradients(trainer)
     step(trainer)
     return torch.cat([parameter.grad.flatten() for parameter in trainer.vae.decoder.parameters()])
 
@@ -84,10 +84,8 @@ class TestStage2:
         assert len(fakes) == 2 and torch.equal(*fakes) and not fakes[1].requires_grad
 
     def test_learning_rates(self, stage2):
-        args = stage2(
-            learning_rate=1.0, lr_warmup_steps=0, discriminator_learning_rate=0.1, discriminator_warmup_steps=4
-        )
-        trainer = AutoencoderTrainer(args)
+        rates = {"discriminator_learning_rate": 0.1, "discriminator_warmup_steps": 4}
+        trainer = AutoencoderTrainer(stage2(learning_rate=1.0, lr_warmup_steps=0, **rates))
         rates = [trainer.models["discriminator"].learning_rate(step) for step in range(5)]
         assert rates == pytest.approx([0.0, 0.025, 0.05, 0.075, 0.1])
         assert trainer.models["vae"].learning_rate(0) == 1.0

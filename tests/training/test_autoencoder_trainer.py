@@ -9,8 +9,8 @@ from diffusers.optimization import get_scheduler
 from torch import nn
 
 from tests.conftest import ARCHITECTURES, ASSETS, TINY, V2
-from tests.data.conftest import write_video
-from tests.training.conftest import next_batches, read_log, run, split_batch
+from tests.data.conftest import write_noise, write_video
+from tests.training.conftest import keep_gradients, next_batches, read_log, run, split_batch
 from vitok_hf.clips import to_float
 from vitok_hf.data.items import Clip
 from vitok_hf.data.loader import SourceSettings
@@ -42,8 +42,7 @@ class TestStep:
             args = make(TINY, gradient_accumulation_steps=parts, max_grad_norm=1e9, lr_warmup_steps=0, **options)
             trainer = AutoencoderTrainer(args)
             (batch,) = next_batches(trainer)
-            trainer.models["vae"].optimizer.step = lambda: None
-            trainer.models["vae"].optimizer.zero_grad = lambda: None
+            keep_gradients(trainer)
             logs = trainer.training_step(split_batch(batch, [8 // parts] * parts))
             assert len(logs) == parts and [("grad_norm" in log) for log in logs] == [False] * (parts - 1) + [True]
             models = [trained.model for trained in trainer.models.values()]
@@ -82,7 +81,7 @@ class TestStep:
         for checkpointing in (False, True):
             trainer = AutoencoderTrainer((arguments, stage2)[stage - 1](gradient_checkpointing=checkpointing))
             assert trainer.vae.is_gradient_checkpointing == checkpointing
-            trainer.models["vae"].optimizer.zero_grad = lambda: None
+            keep_gradients(trainer)
             trainer.training_step(next_batches(trainer))
             gradients.append([x.grad for x in trainer.vae.parameters() if x.requires_grad])
         for one, other in zip(*gradients):
@@ -101,18 +100,9 @@ class TestStep:
         """Both towers, with and without gradients, in training and evaluation, and batches of one."""
         # what is counted are graphs, whatever they are compiled to
         monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend="eager"))
-        args = stage2(
-            compile=True,
-            gradient_accumulation_steps=2,
-            crop_sizes=["16", "32"],
-            train_batch_size=4,
-            use_ema=True,
-            validation_data_dir=[str(ASSETS)],
-            validation_resolution=32,
-            num_validation_images=5,
-            validation_steps=2,
-        )
-        assert run(args).step == 6
+        data = {"crop_sizes": ["16", "32"], "train_batch_size": 4, "gradient_accumulation_steps": 2}
+        held_out = {"validation_data_dir": [str(ASSETS)], "validation_resolution": 32, "num_validation_images": 5}
+        assert run(stage2(compile=True, use_ema=True, validation_steps=2, **data, **held_out)).step == 6
 
     @pytest.mark.parametrize("logging_steps, step", [(1, 1), (50, 3)])
     def test_a_loss_that_is_no_number_ends_the_run(self, arguments, logging_steps, step):
@@ -169,9 +159,7 @@ class TestData:
             made.assert_called_with(view, SourceSettings(**sources), 3)
 
     def test_dataset_of_the_hub(self, arguments, tmp_path):
-        (tmp_path / "pictures").mkdir()
-        for index in range(3):
-            (tmp_path / "pictures" / f"{index}.png").write_bytes((ASSETS / "coffee.png").read_bytes())
+        write_noise(tmp_path / "pictures", 3)
         for streaming in (False, True):
             options = {"dataset_name": str(tmp_path / "pictures"), "streaming": streaming, "train_data_dir": []}
             args = arguments(**options, max_train_steps=2, output_dir=str(tmp_path / f"run{streaming}"))
@@ -188,11 +176,8 @@ class TestData:
         assert logs["mse"].item() == pytest.approx((sum(errors) / sum(x.numel() for x in pixels)).item(), rel=1e-4)
 
     def test_broken_files_are_counted(self, arguments, tmp_path, caplog):
-        for index in range(20):
-            name = "coffee.png" if index else "broken.png"
-            data = (ASSETS / "coffee.png").read_bytes()
-            (tmp_path / "data").mkdir(exist_ok=True)
-            (tmp_path / "data" / f"{index}-{name}").write_bytes(data if index else data[:5000])
+        write_noise(tmp_path / "data", 20)
+        (tmp_path / "data" / "broken.png").write_bytes((ASSETS / "coffee.png").read_bytes()[:5000])
         with caplog.at_level(logging.WARNING):
             args = arguments(train_data_dir=[str(tmp_path / "data")], max_train_steps=8)
             trainer = run(args)
@@ -203,19 +188,10 @@ class TestData:
     @pytest.mark.parametrize("stage", [1, 2])
     def test_videos(self, arguments, stage2, tmp_path, stage):
         write_video(tmp_path / "videos" / "a.mp4")
-        data = [str(tmp_path / "videos")]
-        config = TINY | {"temporal_patch_size": 2, "sample_frames": 4}
-        args = (arguments, stage2)[stage - 1](
-            config,
-            train_data_dir=data,
-            validation_data_dir=data,
-            validation_resolution=16,
-            max_train_steps=2,
-            validation_steps=2,
-            fps=12.5,
-        )
-        trainer = run(args)
-        assert read_log(args.output_dir, "videos_psnr")[2] > 3.0
+        data = {name: [str(tmp_path / "videos")] for name in ("train_data_dir", "validation_data_dir")}
+        options = {"validation_resolution": 16, "max_train_steps": 2, "validation_steps": 2, "fps": 12.5}
+        trainer = run((arguments, stage2)[stage - 1](ARCHITECTURES["video"], **data, **options))
+        assert read_log(trainer.output_dir, "videos_psnr")[2] > 3.0
         (batch,) = next_batches(trainer)
         assert batch.pixels[0].shape[1:3] == (3, 4) and trainer.count_pixels(batch) == 8 * 4 * 16 * 16
 

@@ -1,6 +1,7 @@
 import json
 from functools import partial
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -70,14 +71,11 @@ class TestFlags:
         assert saved.config.latent_norm and saved.config.latents_std == trainer.vae.config.latents_std
 
     def test_compile(self, arguments, monkeypatch):
-        calls = []
-        monkeypatch.setattr(
-            dit_trainer.ViTokDiTModel, "compile_repeated_blocks", lambda _, **options: calls.append(options)
-        )
-        DiTTrainer(arguments())
-        assert not calls
-        DiTTrainer(arguments(compile=True))
-        assert calls == [{"fullgraph": True, "dynamic": True}]
+        compiled = Mock()
+        monkeypatch.setattr(ViTokDiTModel, "compile_repeated_blocks", compiled)
+        assert not DiTTrainer(arguments()).transformer.gradient_checkpointing and not compiled.called
+        assert DiTTrainer(arguments(compile=True, gradient_checkpointing=True)).transformer.gradient_checkpointing
+        compiled.assert_called_once_with(fullgraph=True, dynamic=True)
 
 
 class TestModel:

@@ -11,14 +11,8 @@ from vitok_hf.training.publishing import last_folder
 
 class TestEvaluation:
     def test_held_out_pictures(self, arguments):
-        args = arguments(
-            validation_data_dir=[str(ASSETS)],
-            validation_resolution=32,
-            num_validation_images=3,
-            validation_steps=3,
-            use_ema=True,
-            ema_decay=0.5,
-        )
+        held_out = {"validation_data_dir": [str(ASSETS)], "validation_resolution": 32, "num_validation_images": 3}
+        args = arguments(**held_out, validation_steps=3, use_ema=True, ema_decay=0.5)
         trainer = run(args)
         assert trainer.held_out["assets"].shape[-2:] == (32, 32) and len(trainer.held_out["assets"]) == 3
         for key in ("assets_psnr", "assets_ssim", "assets_ema_psnr"):

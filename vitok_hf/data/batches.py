@@ -7,7 +7,7 @@ read is skipped. One worker cuts a whole batch.
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -54,18 +54,13 @@ class Batch:
         return replace(self, pixels=[run.pin_memory() for run in self.pixels], moments=moments, labels=labels)
 
 
-class Drawn(NamedTuple):
-    """A chosen item: an `Item` that is not decoded yet, or what else the data consist of."""
-
-    item: Any
-    mirrored: bool = False
-    label: int | None = None
-
-
 class Draw(Protocol):
-    """`draw(rng, load)` is `load` of an item that can be read, chosen by `rng` where the data have any choice."""
+    """`draw(rng, load)` chooses an item that can be read, by `rng` if there is any choice: what `load` makes of it.
 
-    def __call__(self, rng: np.random.Generator, load: Callable[[Drawn], T]) -> T: ...
+    An item is an `Item` that is not decoded yet, or what else the data consist of.
+    """
+
+    def __call__(self, rng: np.random.Generator, load: Callable[[Any], T]) -> tuple[T, Choice]: ...
 
 
 class View(Protocol):
@@ -113,9 +108,9 @@ class DrawnBatches(Dataset):
     def __getitem__(self, index: int) -> Batch:
         skipped: list[str] = []
 
-        def draw(rng: np.random.Generator, load: Callable[[Drawn], T]) -> T:
+        def draw(rng: np.random.Generator, load: Callable[[Any], T]) -> tuple[T, Choice]:
             return draw_readable(
-                lambda: self.sampler(rng), lambda choice: load(Drawn(self.items[choice.place], *choice[1:])), skipped
+                lambda: self.sampler(rng), lambda choice: (load(self.items[choice.place]), choice), skipped
             )
 
         batch, _ = self.view((self.seed, index), draw)
@@ -180,8 +175,8 @@ class StreamBatches(IterableDataset):
             taken.append(waiting.pop() if waiting else next(items))
             return taken[-1][0]
 
-        def draw(rng: np.random.Generator, load: Callable[[Drawn], T]) -> T:
-            return draw_readable(take, lambda item: load(Drawn(item)), skipped)
+        def draw(rng: np.random.Generator, load: Callable[[Any], T]) -> tuple[T, Choice]:
+            return draw_readable(take, load, skipped), Choice()
 
         for number in itertools.count(position["batch"]):
             skipped: list[str] = []

@@ -9,9 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from .files import FileList, iterate_files, printable
+from .files import FileList, iterate_files, printable, suffixes_for
 from .items import Choice
-from .media import suffixes_for
 from .sources import FolderFiles
 
 

@@ -30,6 +30,11 @@ HIDDEN_FOLDERS = frozenset(
 T = TypeVar("T")
 
 
+def suffixes_for(num_frames: int) -> frozenset[str]:
+    """Clips need videos; single frames may come from either."""
+    return VIDEO_SUFFIXES if num_frames > 1 else IMAGE_SUFFIXES | VIDEO_SUFFIXES
+
+
 def is_hidden(name: str) -> bool:
     """Whether systems hide what has this name: thumbnails, notebooks' checkpoints, resource forks, bins."""
     return name.startswith(".") or name in HIDDEN_FOLDERS

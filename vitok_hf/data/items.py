@@ -39,9 +39,9 @@ class Indexed(Protocol[T_co]):
 
 
 class Choice(NamedTuple):
-    """What a sampler chose: the place of an item, whether to mirror it, and its class, if the data have any."""
+    """What a sampler chose: the place of an item, whether to mirror it, and its class; streams leave no choice."""
 
-    place: int
+    place: int = 0
     mirrored: bool = False
     label: int | None = None
 

@@ -10,6 +10,7 @@ is tried again.
 import hashlib
 import logging
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +18,11 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from ..clips import to_float
-from ..disk import (
-    atomic_file,
-    checksum,
-    inside,
-    is_sealed,
-    locked,
-    remove_leftovers,
-    seal,
-    write_json,
-)
+from ..disk import atomic_file, checksum, inside, is_sealed, locked, remove_leftovers, seal, write_json
 from ..latents import NO_STATISTICS
 from ..loading.strict import read_json
 from ..models import AutoencoderViTok
@@ -53,6 +45,8 @@ def fingerprint(vae: AutoencoderViTok) -> str:
 
     Statistics do not count: they do not change what `encode` gives.
     """
+    if vae.encoder is None:
+        raise ValueError("The autoencoder has no encoder: load it whole.")
     config = {name: value for name, value in vae.config.items() if name not in NO_STATISTICS}
     return weights_checksum(vae.encoder, config)
 
@@ -82,47 +76,49 @@ def check_shard(folder: Path, shard: dict) -> None:
         raise ValueError(f'"{path}" {state}: delete it and run `vitok cache-latents` again, which restores it.')
 
 
-class _Squares(Dataset):
-    """Item `i` is (clip, index of the file, ""), or, if it cannot be read, (`None`, index, "name: reason")."""
-
-    def __init__(self, files: LabelledFiles, indices: Sequence[int], view: SquareView):
-        self.files, self.indices, self.view = files, indices, view
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, item: int) -> tuple[np.ndarray | None, int, str]:
-        index = self.indices[item]
+def read_squares(
+    files: LabelledFiles, view: SquareView, indices: Sequence[int]
+) -> tuple[dict[int, np.ndarray], dict[int, str]]:
+    """What `view` shows of these files, by index, and why others cannot be read."""
+    squares, skipped = {}, {}
+    for index in indices:
         try:
-            return self.view.load(self.files[index], np.random.default_rng((0, index))), index, ""
+            squares[index] = view.load(files[index], np.random.default_rng((0, index)))
         except ValueError as error:
-            return None, index, str(error)
+            skipped[index] = str(error)
+    return squares, skipped
 
 
 @torch.no_grad()
 def encode_shard(
-    vae: AutoencoderViTok, squares: _Squares, dtype: torch.dtype, num_workers: int
+    vae: AutoencoderViTok,
+    files: LabelledFiles,
+    view: SquareView,
+    indices: Sequence[int],
+    dtype: torch.dtype,
+    num_workers: int,
 ) -> tuple[dict[str, torch.Tensor] | None, dict[int, str]]:
     """The tensors of a shard, or `None` if nothing can be read; and of what cannot be read, index -> reason."""
-    means, stds = [], []
-    labels: list[int] = []
+    moments: dict[str, list[torch.Tensor]] = {"mean": [], "std": []}
+    read: list[int] = []
     skipped: dict[int, str] = {}
-    for batch in DataLoader(squares, squares.view.batch_size, num_workers=num_workers, collate_fn=list):
-        skipped |= {index: reason for clip, index, reason in batch if clip is None}
-        read = [(clip, int(squares.files.labels[index])) for clip, index, _ in batch if clip is not None]
-        if not read:
+    dataset: Any = indices  # what has a length and an index will do
+    read_batch = partial(read_squares, files, view)
+    for squares, reasons in DataLoader(dataset, view.batch_size, num_workers=num_workers, collate_fn=read_batch):
+        skipped |= reasons
+        if not squares:
             continue
-        pixels = to_float(to_pixels([clip for clip, _ in read]).to(vae.device))
+        pixels = to_float(to_pixels([*squares.values()]).to(vae.device))
         both = torch.stack([pixels, pixels.flip(-1)], dim=1).flatten(0, 1)  # (2 B, 3, T, H, W)
         both = both.squeeze(2) if both.shape[2] == 1 else both  # latents of pictures have no t in the files
-        posterior = vae.encode(both).latent_dist
-        means.append(posterior.mean.unflatten(0, (-1, 2)).to("cpu", dtype))  # (B, 2, c, [t,] h, w)
-        stds.append(posterior.std.unflatten(0, (-1, 2)).to("cpu", dtype))
-        labels += [label for _, label in read]
-    if not labels:
+        posterior = vae.encode(both, return_dict=False)[0]
+        for name, batches in moments.items():
+            batches.append(getattr(posterior, name).unflatten(0, (-1, 2)).to("cpu", dtype))  # (B, 2, c, [t,] h, w)
+        read += squares
+    if not read:
         return None, skipped
-    tensors = {"mean": torch.cat(means), "std": torch.cat(stds), "labels": torch.tensor(labels)}
-    return tensors, skipped
+    tensors = {name: torch.cat(batches) for name, batches in moments.items()}
+    return tensors | {"labels": torch.from_numpy(files.labels[read])}, skipped
 
 
 def write_latents(
@@ -174,13 +170,9 @@ def write_latents(
             digest = hashlib.sha256("".join(f"{files.labels[i]} {contents[i]}\n" for i in part).encode()).hexdigest()
             shard = index["shards"].get(str(number))
             if shard is not None and shard["files_sha256"] == digest and _is_kept(folder, shard):
-                squares = _Squares(files, shard["skipped"], view)
-                if all(
-                    squares[item][0] is None for item in range(len(squares))
-                ):  # what could not be read, still cannot
+                if not read_squares(files, view, shard["skipped"])[0]:  # what could not be read, still cannot
                     continue
-            squares = _Squares(files, part, view)
-            tensors, skipped = encode_shard(vae, squares, dtype, num_workers)
+            tensors, skipped = encode_shard(vae, files, view, part, dtype, num_workers)
             for reason in skipped.values():
                 logger.warning("Skipped what cannot be read: %s", reason)
             written = _write_shard(folder / f"latents-{number:05d}.safetensors", tensors)
@@ -219,13 +211,12 @@ class LatentCache:
         if not (self.folder / INDEX).is_file():
             raise ValueError(f'"{folder}" has no index.json: write it with `vitok cache-latents`.')
         self.index = read_index(self.folder)
-        found, expected = len(self.index["shards"]), self.index["num_shards"]
-        if found < expected:
+        shards, expected = self.index["shards"], self.index["num_shards"]
+        if len(shards) < expected:
             raise ValueError(
-                f'"{folder}" has {found} of {expected} shards: run `vitok cache-latents` again, which goes on.'
+                f'"{folder}" has {len(shards)} of {expected} shards: run `vitok cache-latents` again, which goes on.'
             )
-        shards = [self.index["shards"][str(number)] for number in range(expected)]
-        self.shards = [shard for shard in shards if shard["file"] is not None]
+        self.shards = [x for x in map(shards.get, map(str, range(expected))) if x["file"] is not None]
         if not self.shards:
             raise ValueError(f'"{folder}" holds no latents: none of the files could be read.')
         for shard in self.shards if verify else ():

@@ -5,6 +5,7 @@ import os
 import re
 import threading
 import zlib
+from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
@@ -12,8 +13,6 @@ from pathlib import Path
 import fsspec
 import numpy as np
 from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
-
-from .files import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 
 
 Source = str | Path | bytes | Exception | None
@@ -166,16 +165,12 @@ def read_picture(file: str | BytesIO) -> np.ndarray:
             return _decode(BytesIO(_without_damaged_metadata(data)))
 
 
-def suffixes_for(num_frames: int) -> frozenset[str]:
-    """Clips need videos; single frames may come from either."""
-    return VIDEO_SUFFIXES if num_frames > 1 else IMAGE_SUFFIXES | VIDEO_SUFFIXES
-
-
-def _describe(source: Source) -> str:
+def describe(source: Source) -> str:
     return f"{len(source)} bytes" if isinstance(source, bytes) else str(source)
 
 
-def _open(source: Source) -> str | BytesIO:
+def open_source(source: Source) -> str | BytesIO:
+    """A path, or the content of what is no local file. Raises whatever its opening raises."""
     if isinstance(source, Exception):
         raise source
     if source is None:
@@ -189,7 +184,8 @@ def _open(source: Source) -> str | BytesIO:
 
 
 @contextmanager
-def _errors_name(name: str, kind: str):
+def errors_name(name: str, kind: str) -> Iterator[None]:
+    """Makes a `ValueError` that names the file of whatever is raised while it is read."""
     try:
         yield
     except UnidentifiedImageError as error:  # its message holds an address in memory
@@ -208,8 +204,8 @@ def load_image(source: Source, name: str | None = None) -> np.ndarray:
     Raises:
         ValueError: "name: reason", if it is no picture; `name` is the path by default.
     """
-    with _errors_name(name or _describe(source), "picture"):
-        return read_picture(_open(source))
+    with errors_name(name or describe(source), "picture"):
+        return read_picture(open_source(source))
 
 
 def resize(image: np.ndarray, size: tuple[int, int], box: tuple[float, float, float, float]) -> np.ndarray:

@@ -16,9 +16,9 @@ from typing import Protocol
 
 import numpy as np
 
-from .files import VIDEO_SUFFIXES, FileList, is_hidden, iterate_files, suffix_of
+from .files import VIDEO_SUFFIXES, FileList, is_hidden, iterate_files, suffix_of, suffixes_for
 from .items import Choice, Decoded, Indexed, Item
-from .media import load_image, suffixes_for
+from .media import load_image
 
 
 class Stream(Protocol):
@@ -142,16 +142,24 @@ class HubColumn:
         split: Split, with an optional slice, as "train[:1000]".
         column: Column of pictures or videos; default: "image", or "video" for clips.
         num_frames: Frames of a clip; more than 1 make the column a column of videos.
-        streaming: Do not download the dataset first.
 
     Raises:
         ValueError: If there is no such column.
         ImportError: If the package `datasets` is not installed.
     """
 
-    def __init__(self, name, config_name=None, split="train", column=None, num_frames=1, streaming=False):
+    streaming = False
+
+    def __init__(
+        self,
+        name: str,
+        config_name: str | None = None,
+        split: str = "train",
+        column: str | None = None,
+        num_frames: int = 1,
+    ):
         datasets = import_optional("datasets")
-        rows = datasets.load_dataset(name, config_name, split=split, streaming=streaming)
+        rows = datasets.load_dataset(name, config_name, split=split, streaming=self.streaming)
         column = column or ("video" if num_frames > 1 else "image")
         if rows.features is None:
             raise ValueError(f'The columns of "{name}" are unknown before it is read: do not stream it.')
@@ -161,7 +169,7 @@ class HubColumn:
         self.name, self.column = name, column
         self.is_video = num_frames > 1 or isinstance(rows.features[column], datasets.Video)
         feature = datasets.Video(decode=False) if self.is_video else datasets.Image(decode=False)
-        if streaming:
+        if self.streaming:
             rows = rows.decode(False)  # a remote stream comes with threads that decode, before any cast
         self.rows = rows.select_columns([column]).cast_column(column, feature)
 
@@ -185,8 +193,7 @@ class HubRows(HubColumn):
 class HubStream(HubColumn):
     """A dataset of the Hub as a stream; see `HubColumn`."""
 
-    def __init__(self, name, config_name=None, split="train", column=None, num_frames=1):
-        super().__init__(name, config_name, split, column, num_frames, streaming=True)
+    streaming = True
 
     @property
     def num_shards(self) -> int:
@@ -237,7 +244,8 @@ class TarStream:
         return len(self.urls)
 
     def items(self, shard: int) -> Iterator[Item]:
-        url, errors = self.urls[shard], []
+        url = self.urls[shard]
+        errors: list[Exception] = []
 
         def note(error: Exception) -> bool:
             errors.append(error)

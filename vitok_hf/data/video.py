@@ -17,7 +17,7 @@ from av.format import Flags
 from av.stream import Disposition
 from PIL import Image
 
-from .media import Source, _describe, _errors_name, _open, resize
+from .media import Source, describe, errors_name, open_source, resize
 
 
 MAX_TOLERANCE = 2e-3  # seconds; Matroska rounds time stamps to milliseconds
@@ -33,7 +33,7 @@ class _Video:
     """The pictures of an open file. Times are in seconds since the first of them."""
 
     def __init__(self, source: Source):
-        self.file = _open(source)
+        self.file = open_source(source)
         self._start()
 
     def rewind(self) -> None:
@@ -220,7 +220,7 @@ def _upright(pixels: np.ndarray, frame: av.VideoFrame) -> np.ndarray:
 
 @contextmanager
 def _open_video(source: Source, name: str | None) -> Iterator[_Video]:
-    with _errors_name(name or _describe(source), "video"):
+    with errors_name(name or describe(source), "video"):
         video = _Video(source)
         with closing(video):
             yield video
@@ -243,7 +243,7 @@ def load_clip(
         pictures = video.clip(start, num_frames, fps)
     if len(pictures) < num_frames:
         raise ValueError(
-            f"{name or _describe(source)}: has {len(pictures)} frames from {start:.2f} s on at fps={fps}, but needs "
+            f"{name or describe(source)}: has {len(pictures)} frames from {start:.2f} s on at fps={fps}, but needs "
             f"{num_frames}."
         )
     return np.stack(pictures)
@@ -273,17 +273,12 @@ def load_random_clip(
     return load_clip(source, start, num_frames, fps, name)
 
 
-def iterate_frames(source: Source, name: str | None = None) -> Iterator[np.ndarray]:
-    """Every frame of a video, as `load_clip` returns them, decoded as it is asked for.
+def iterate_timed_frames(source: Source, name: str | None = None) -> Iterator[tuple[float, np.ndarray]]:
+    """Every frame of a video and the second at which it is first shown, decoded as it is asked for.
 
     Raises:
         ValueError: "name: reason", if it is no video or breaks off.
     """
-    return (picture for _, picture in iterate_timed_frames(source, name))
-
-
-def iterate_timed_frames(source: Source, name: str | None = None) -> Iterator[tuple[float, np.ndarray]]:
-    """As `iterate_frames`, each with the second at which it is first shown."""
     with _open_video(source, name) as video:
         for second, _, frame in video.frames_from(0.0):
             yield second, np.ascontiguousarray(video.picture(frame))

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from ..clips import to_runs
-from .batches import Batch, Draw, Drawn
+from .batches import Batch, Draw
 from .items import Clip, Decoded, Item
 from .media import resize, resize_and_crop
 
@@ -76,7 +76,7 @@ class CropView:
 
     def _crop(self, rng: np.random.Generator, draw: Draw, height: int, width: int) -> np.ndarray:
         while True:
-            clip = draw(rng, lambda drawn: self.clip.load(drawn.item, rng))  # (T, h, w, 3)
+            clip, _ = draw(rng, lambda item: self.clip.load(item, rng))  # (T, h, w, 3)
             largest = min(clip.shape[1] / height, clip.shape[2] / width)
             scale = min(largest, np.exp(rng.uniform(0.0, np.log(max(largest, 1.0)))))
             # rounding must not make the box larger than the picture
@@ -143,7 +143,7 @@ class NativeView:
         rng, room, left_over = np.random.default_rng(seed), self.max_tokens, False
         pictures: list[torch.Tensor] = []  # (3, T, H, W)
         while room > 0:
-            clip = draw(rng, lambda drawn: self.clip.load(drawn.item, rng))  # (T, h, w, 3)
+            clip, _ = draw(rng, lambda item: self.clip.load(item, rng))  # (T, h, w, 3)
             height, width = self.native_size(*clip.shape[1:3])
             room -= self.tokens(height, width)
             if left_over := room < 0:
@@ -152,13 +152,6 @@ class NativeView:
                 clip = resize_clip(clip, (width, height), (0, 0, clip.shape[2], clip.shape[1]))
             pictures += to_pixels([mirror(clip, self.flip and rng.random() < 0.5)])
         return Batch(to_runs(pictures)[0]), left_over
-
-
-def random_square(clip: np.ndarray, size: int, min_share: float, rng: np.random.Generator) -> np.ndarray:
-    """A square of a random place and of `min_share` to all of the shorter side: (T, size, size, 3)."""
-    side = min(clip.shape[1:3]) * rng.uniform(min_share, 1.0)
-    top, left = (rng.uniform(0, length - side) for length in clip.shape[1:3])
-    return resize_clip(clip, (size, size), (left, top, left + side, top + side))
 
 
 @dataclass(frozen=True)
@@ -184,20 +177,18 @@ class SquareView:
     def __call__(self, seed: tuple[int, ...], draw: Draw) -> tuple[Batch, bool]:
         rng = np.random.default_rng(seed)
         places = np.random.default_rng((*seed, 1))  # of crops and clips: what is drawn next does not depend on them
-
-        def load(drawn: Drawn) -> tuple[np.ndarray, int | None]:
-            square = self.load(drawn.item, places)
-            return mirror(square, drawn.mirrored), drawn.label
-
-        squares, labels = zip(*(draw(rng, load) for _ in range(self.batch_size)))
-        return Batch([to_pixels(squares)], labels=torch.tensor(labels)), False
+        drawn = [draw(rng, lambda item: self.load(item, places)) for _ in range(self.batch_size)]
+        pixels = to_pixels([mirror(square, choice.mirrored) for square, choice in drawn])
+        return Batch([pixels], labels=torch.tensor([choice.label for _, choice in drawn])), False
 
     def load(self, item: Item | Decoded, rng: np.random.Generator) -> np.ndarray:
         """(T, resolution, resolution, 3) uint8. Raises as `Clip.load`."""
         clip = self.clip.load(item, rng)
-        if self.min_share < 1.0:
-            return random_square(clip, self.resolution, self.min_share, rng)
-        return np.stack([resize_and_crop(frame, self.resolution) for frame in clip])
+        if self.min_share >= 1.0:
+            return np.stack([resize_and_crop(frame, self.resolution) for frame in clip])
+        side = min(clip.shape[1:3]) * rng.uniform(self.min_share, 1.0)
+        top, left = (rng.uniform(0, length - side) for length in clip.shape[1:3])
+        return resize_clip(clip, (self.resolution, self.resolution), (left, top, left + side, top + side))
 
 
 @dataclass(frozen=True)
@@ -208,9 +199,6 @@ class LatentView:
 
     def __call__(self, seed: tuple[int, ...], draw: Draw) -> tuple[Batch, bool]:
         rng = np.random.default_rng(seed)
-
-        def load(drawn: Drawn) -> tuple[torch.Tensor, int | None]:
-            return drawn.item[int(drawn.mirrored)], drawn.label
-
-        moments, labels = zip(*(draw(rng, load) for _ in range(self.batch_size)))
-        return Batch(moments=torch.stack(moments), labels=torch.tensor(labels)), False
+        drawn = [draw(rng, lambda both: both) for _ in range(self.batch_size)]
+        moments = torch.stack([both[int(choice.mirrored)] for both, choice in drawn])
+        return Batch(moments=moments, labels=torch.tensor([choice.label for _, choice in drawn])), False

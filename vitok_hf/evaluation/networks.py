@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..clips import to_float
+from ..disk import checksum
 from .metrics import check_size
 
 
@@ -113,8 +114,7 @@ def load_i3d(path: str | Path | None = None) -> FeatureNetwork:
             "no library downloads I3D: give the path of i3d_torchscript.pt (of the StyleGAN-V repository)"
         )
     network = torch.jit.load(str(path), map_location="cpu")
-    sha256 = hashlib.sha256(Path(path).read_bytes()).hexdigest()
-    return FeatureNetwork("I3D, Kinetics-400, StyleGAN-V", freeze(I3DFeatures(network)), sha256)
+    return FeatureNetwork("I3D, Kinetics-400, StyleGAN-V", freeze(I3DFeatures(network)), checksum(path))
 
 
 class LPIPSDistance(nn.Module):
