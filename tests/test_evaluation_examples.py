@@ -12,13 +12,13 @@ import numpy as np
 import paper_tables
 import pytest
 import torch
-from compare_codecs import ImageCodec, Quantizer, decode
 from datasets import config as datasets_config
 from diffusers import AutoencoderTiny
 from evaluate_demo import patch_border_ratio, reconstruct_in_tiles
 from evaluate_sharpness import high_frequency_energy
 from PIL import Image
 from studies.baselines import PEERS, PatchPCA, make_peer
+from studies.codecs import ImageCodec, Quantizer, decode
 
 from tests.conftest import ASSETS, make_vae
 from tests.data.conftest import write_video

@@ -12,11 +12,11 @@ import estimate_training
 import lpips
 import numpy as np
 import onnxruntime
-import prepare_demo_data as demo
 import pytest
 import torch
 from demo_data.download import run as run_tool
 from demo_data.emoji import SKIN_TONES, normal_code, render_emoji, squash
+from demo_data.photos import OPEN_LICENCE, photo_rows
 from PIL import Image
 
 from tests.conftest import ASSETS, EXAMPLES, TINY, launch_example, make_input, make_vae
@@ -320,10 +320,10 @@ def test_evaluate_demo(run_example, model, tmp_path):
 
 class TestDemoData:
     def test_splits_do_not_overlap(self):
-        photos = demo.photo_rows()
+        photos = photo_rows()
         assert len(photos) == len({path for _, path in photos}) == 61
         assert sum(row["split"] == "test" for row, _ in photos) == 15
-        open_ones = [row for row, _ in photos if row["split"] == "train" and demo.OPEN_LICENCE.match(row["licence"])]
+        open_ones = [row for row, _ in photos if row["split"] == "train" and OPEN_LICENCE.match(row["licence"])]
         assert len(open_ones) == 9
         assert not any("SA" in row["licence"] or "GPL" in row["licence"] for row in open_ones)
 
@@ -347,7 +347,7 @@ class TestDemoData:
         command = ("prepare_demo_data.py", "--output_dir", tmp_path / "data", "--sets", "emoji")
         for _ in range(2):
             assert "0 problems" in run_example(*command)
-        with pytest.raises(ValueError, match="has results with include_share_alike false, not true: name another"):
+        with pytest.raises(ValueError, match="has results with include_share_alike False, not True: name another"):
             run_example(*command, "--include_share_alike")
 
     def test_missing_tools_are_named(self, tmp_path, monkeypatch):

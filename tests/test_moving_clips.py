@@ -42,26 +42,17 @@ def to_tensor(frames: np.ndarray) -> torch.Tensor:
 
 class TestClips:
     def test_files_and_classes(self, run_example, drawings, tmp_path):
+        command = ("prepare_moving_clips.py", "--drawings", drawings, "--clips_per_class", 2, "--output_dir")
         for folder, seed in (("one", 3), ("same", 3), ("other", 4)):
-            options = ("--output_dir", folder, "--clips_per_class", 2, "--seed", seed)
-            assert "6 x 2 clips of 2 drawings" in run_example(
-                "prepare_moving_clips.py", "--drawings", drawings, *options
-            )
+            assert "6 x 2 clips of 2 drawings" in run_example(*command, folder, "--seed", seed)
         files = LabelledFiles([str(tmp_path / "one")], num_frames=8)
         assert files.classes == MOTIONS and np.bincount(files.labels).tolist() == [2] * 6
         assert len(list((tmp_path / "one").rglob("*.mp4"))) == 12
         with pytest.raises(ValueError, match="has results with seed 3, not 5"):
-            run_example(
-                *("prepare_moving_clips.py", "--drawings", drawings, "--output_dir", "one", "--clips_per_class", 2),
-                *("--seed", 5),
-            )
-        mirrored = Image.fromarray(make_drawing()[:, ::-1])
-        mirrored.save(drawings / "a_face.png")
+            run_example(*command, "one", "--seed", 5)
+        Image.fromarray(make_drawing()[:, ::-1]).save(drawings / "a_face.png")
         with pytest.raises(ValueError, match=r"has results with other files, 1 changed \(a_face.png\)"):
-            run_example(
-                *("prepare_moving_clips.py", "--drawings", drawings, "--output_dir", "one", "--clips_per_class", 2),
-                *("--seed", 3),
-            )
+            run_example(*command, "one", "--seed", 3)
         one, same, other = (load_evaluation_images(tmp_path / name, 64, 12, 8) for name in ("one", "same", "other"))
         assert one.shape == (12, 3, 8, 64, 64)
         assert torch.equal(one, same) and not torch.equal(one, other)

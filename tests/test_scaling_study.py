@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import scaling_study
 from PIL import Image
-from scaling_study import STUDIES, Point, r_squared
+from studies.scaling import STUDIES, Point, r_squared
 
 from tests.data.conftest import write_noise
 from vitok_hf import AutoencoderViTok

@@ -18,12 +18,6 @@ def images():
     return load_evaluation_images(ASSETS, 64, 4)
 
 
-def test_uint8_round_trip():
-    levels = torch.arange(256, dtype=torch.uint8)
-    assert torch.equal(to_uint8(to_float(levels)), levels)
-    assert to_float(levels).min() == -1.0 and to_float(levels).max() == 1.0
-
-
 class TestReconstruct:
     @pytest.mark.parametrize("architecture, shape", [("v1", (2, 3, 1, 13, 21)), ("video", (1, 3, 3, 13, 21))])
     def test_sizes_that_do_not_fit_are_padded_and_restored(self, architecture, shape):

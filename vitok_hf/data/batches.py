@@ -49,7 +49,7 @@ class Batch:
         return sum(map(len, self.pixels)) if self.moments is None else len(self.moments)
 
     def pin_memory(self) -> "Batch":
-        """In memory that a device reads without a copy; a `DataLoader` asks for it."""
+        """The same batch in memory that a device reads without a copy; a `DataLoader` asks for it."""
         moments, labels = (x if x is None else x.pin_memory() for x in (self.moments, self.labels))
         return replace(self, pixels=[run.pin_memory() for run in self.pixels], moments=moments, labels=labels)
 
@@ -94,7 +94,7 @@ class DrawnBatches(Dataset):
         items: `Item`s, or what else the view takes.
         sampler: Chooses among them.
         view: Cuts the batches; what does not fit into one is dropped.
-        seed: Of everything random.
+        seed: Seed of everything random.
 
     Raises:
         ValueError: From items, if 100 in a row cannot be read.
@@ -130,7 +130,7 @@ class StreamBatches(IterableDataset):
     Args:
         source: `HubStream`, `TarStream` or alike.
         view: Cuts the batches.
-        seed: Of everything random.
+        seed: Seed of everything random.
         shuffle_buffer: Samples of a block. They are held in memory, undecoded, by each reader, and are read before the
             first of them is used.
 

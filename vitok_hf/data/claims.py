@@ -117,7 +117,7 @@ def claim_folder(
     """Stores in a folder what its content is made from; all processes must call it, the main one reads and writes.
 
     Args:
-        folder: Of the results, which may not exist yet.
+        folder: Folder of the results, which may not exist yet.
         settings: All else that the results depend on, JSON-able.
         files: The input files, in the order in which they count.
         may_change: Those of them of which there are no results yet, as they could not be read.

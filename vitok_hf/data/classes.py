@@ -53,7 +53,7 @@ class LabelledFiles(FolderFiles):
         folders: Where they are.
         classes: In the order of their ids; default: those that there are, sorted.
         num_frames: Frames of a clip; for more than 1, only videos count.
-        max_files_per_class: Of a class that has more, only so many: a random choice, but always the same.
+        max_files_per_class: How many files of a larger class count: a random choice, but always the same.
 
     Raises:
         ValueError: If there is no file, or one outside of the classes.

@@ -41,7 +41,7 @@ INDEX = "index.json"
 
 
 def fingerprint(vae: AutoencoderViTok) -> str:
-    """Of the config and the encoder's weights in half precision: another one gives other latents.
+    """Checksum of the config and the encoder's weights in half precision: another one gives other latents.
 
     Statistics do not count: they do not change what `encode` gives.
     """
@@ -127,6 +127,7 @@ def write_latents(
     files: LabelledFiles,
     folder: str | Path,
     resolution: int,
+    *,
     fps: float | None = None,
     batch_size: int = 16,
     shard_size: int = 4096,
@@ -140,12 +141,12 @@ def write_latents(
         name: Its name, for the index.
         files: Pictures; or videos for a video model, of each one clip, from a random second that depends on its number
             alone: with few long videos, train without a cache, where every draw takes another clip.
-        folder: Of the cache.
+        folder: Folder of the cache.
         resolution: Side of the central squares in pixels.
         fps: Frames a second of clips; `None`: every frame.
         batch_size: Files that are encoded at once, both flips.
         shard_size: Files of a shard.
-        dtype: Of the cache.
+        dtype: Type in which the latents are stored.
         num_workers: Processes that read files.
 
     Raises:

@@ -44,7 +44,7 @@ def _any_size():
 
 
 def _without_damaged_metadata(data: bytes) -> bytes:
-    """Of a PNG, the chunks that make its pixels, and those of its profile and orientation if they are sound.
+    """The chunks of a PNG that make its pixels, and those of its profile and orientation if they are sound.
 
     Pillow opens no PNG with a damaged chunk, and no AVIF with damaged EXIF, which is given an unknown name here.
     """

@@ -155,7 +155,7 @@ class _Video:
         return chain(kept, packets)
 
     def clip(self, start: float, num_frames: int, fps: float | None) -> list[np.ndarray]:
-        """As `load_clip`, but fewer frames, if there are no more."""
+        """The frames of `load_clip`, or fewer, if there are no more."""
         pictures, due = [], start
         for _, until, frame in self.frames_from(start):
             while due < until - self.tolerance:  # more than once, if `fps` is above the video's rate
@@ -193,7 +193,7 @@ class _Video:
         return [*times, times[-1] + step]
 
     def length(self) -> float:
-        """Of the pictures, whatever the length of the sound."""
+        """Seconds of pictures, whatever the length of the sound."""
         if self.can_seek and self.stream.duration:
             return self.stream.duration * self.tick
         if self.can_seek:
@@ -252,7 +252,7 @@ def load_clip(
 def load_random_clip(
     source: Source, num_frames: int, fps: float | None, rng: np.random.Generator, name: str | None = None
 ) -> np.ndarray:
-    """As `load_clip`, from a random second on, such that the clip fits.
+    """What `load_clip` gives from a random second on, such that the clip fits.
 
     Raises:
         ValueError: "name: reason", if it is no video or too short.

@@ -1,6 +1,7 @@
 """Files sent through an autoencoder: reconstructions, comparisons side by side, a line with PSNR and SSIM of each."""
 
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from fractions import Fraction
 from itertools import islice
@@ -19,47 +20,46 @@ from .reconstruction import reconstruct, save_comparison, side_by_side
 from .visuals import VideoWriter
 
 
-Scores = list[tuple[torch.Tensor, torch.Tensor]]  # PSNR and SSIM of the frames of clips, (T,) each
+class MeasuredFile:
+    """Sends the frames of a file through an autoencoder, clip by clip, and notes PSNR, SSIM and seconds."""
 
+    def __init__(self, vae: AutoencoderViTok):
+        self.vae, self.seconds, self.size = vae, 0.0, (0, 0)
+        self.psnrs: list[torch.Tensor] = []  # (T,) each
+        self.ssims: list[torch.Tensor] = []
 
-def reconstruct_timed(
-    vae: AutoencoderViTok, frames: list[np.ndarray], scores: Scores
-) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """Frames (H, W, 3) uint8 -> the clip, (1, 3, T, H, W), its reconstruction, and seconds; adds to `scores`.
+    def reconstruct(self, frames: Sequence[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Frames (H, W, 3) uint8 -> the clip, (1, 3, T, H, W), and its reconstruction."""
+        clip = torch.from_numpy(np.stack(frames)).permute(3, 0, 1, 2)[None]
+        began = time.perf_counter()
+        reconstruction = reconstruct(self.vae, clip)  # on the CPU, hence complete
+        self.seconds += time.perf_counter() - began
+        self.size = (clip.shape[3], clip.shape[4])
+        self.psnrs += frame_values(psnr, reconstruction, clip)
+        if min(self.size) >= SSIM_MIN_SIZE:
+            self.ssims += frame_values(ssim, reconstruction, clip)
+        return clip, reconstruction
 
-    The SSIM of pictures that are too small for it is no number.
-    """
-    clip = torch.from_numpy(np.stack(frames)).permute(3, 0, 1, 2)[None]
-    began = time.perf_counter()
-    reconstruction = reconstruct(vae, clip)  # on the CPU, hence complete
-    seconds = time.perf_counter() - began
-    psnrs = frame_values(psnr, reconstruction, clip)[0]
-    fits = min(clip.shape[3:]) >= SSIM_MIN_SIZE
-    scores.append((psnrs, frame_values(ssim, reconstruction, clip)[0] if fits else torch.full_like(psnrs, torch.nan)))
-    return clip, reconstruction, seconds
-
-
-def report(name: str, size: torch.Size, scores: Scores, seconds: float, p: int) -> str:
-    height, width = size
-    padded = " (padded)" if height % p or width % p else ""
-    mean_psnr, mean_ssim = (torch.cat(values).mean() for values in zip(*scores))
-    similarity = f"{mean_ssim:.4f}" if min(height, width) >= SSIM_MIN_SIZE else f"needs {SSIM_MIN_SIZE} pixels a side"
-    return f"{printable(name)}: {width}x{height}{padded}  PSNR {mean_psnr:.2f} dB  SSIM {similarity}  {seconds:.2f} s"
+    def report(self, name: str) -> str:
+        (height, width), p = self.size, self.vae.spatial_compression_ratio
+        padded = " (padded)" if height % p or width % p else ""
+        similarity = f"{torch.cat(self.ssims).mean():.4f}" if self.ssims else f"needs {SSIM_MIN_SIZE} pixels a side"
+        values = f"PSNR {torch.cat(self.psnrs).mean():.2f} dB  SSIM {similarity}"
+        return f"{printable(name)}: {width}x{height}{padded}  {values}  {self.seconds:.2f} s"
 
 
 def reconstruct_image(vae: AutoencoderViTok, path: Path, target: str) -> str:
-    scores: Scores = []
-    image, reconstruction, seconds = reconstruct_timed(vae, [load_image(path)], scores)
+    file = MeasuredFile(vae)
+    image, reconstruction = file.reconstruct([load_image(path)])
     Image.fromarray(side_by_side(reconstruction)[0].numpy()).save(f"{target}_reconstruction.png")
     save_comparison(f"{target}_comparison.png", image, reconstruction)
-    return report(path.name, image.shape[3:], scores, seconds, vae.spatial_compression_ratio)
+    return file.report(path.name)
 
 
 def reconstruct_video(vae: AutoencoderViTok, path: Path, target: str) -> str:
     """Clip by clip, so that the memory does not grow with the length of the video."""
     clip_frames = 8 if vae.is_image_model else max(vae.config.sample_frames, vae.temporal_compression_ratio)
-    scores: Scores = []
-    seconds = 0.0
+    file = MeasuredFile(vae)
     rate = Fraction(probe_rate(path)).limit_denominator(1001)  # which also tells what is no video
     with ExitStack() as stack:
         names = (f"{target}_{name}.mp4" for name in ("reconstruction", "comparison"))
@@ -67,14 +67,12 @@ def reconstruct_video(vae: AutoencoderViTok, path: Path, target: str) -> str:
         frames = iterate_timed_frames(path)
         while part := list(islice(frames, clip_frames)):
             times, pictures = zip(*part)
-            clip, reconstruction, elapsed = reconstruct_timed(vae, list(pictures), scores)
-            seconds += elapsed
+            clip, reconstruction = file.reconstruct(pictures)
             writers[0].write(side_by_side(reconstruction), times)
             writers[1].write(side_by_side(clip, reconstruction), times)
-        if not scores:
+        if not file.psnrs:
             raise ValueError(f'"{path}" holds no video frames: remove or replace it.')
-    name = f"{path.name}, {sum(len(values) for values, _ in scores)} frames"
-    return report(name, clip.shape[3:], scores, seconds, vae.spatial_compression_ratio)
+    return file.report(f"{path.name}, {sum(map(len, file.psnrs))} frames")
 
 
 def name_targets(inputs: list[Path], output_dir: Path) -> dict[str, Path]:

@@ -279,7 +279,7 @@ class DiTArguments(TransformerArguments):
 
 @dataclass
 class ClassifierArguments(TrainerArguments):
-    """Settings of `ClassifierTrainer`, the arguments of `examples/train_classifier.py`."""
+    """Settings of `ClassifierTrainer`."""
 
     max_train_steps: int = argument(600, "Optimiser steps.", minimum=1)
     learning_rate: float = argument(2e-3, "Peak learning rate.", minimum=0)
