@@ -13,8 +13,9 @@ from tqdm.auto import tqdm
 
 from vitok_hf import AutoencoderViTok, compute_latent_statistics
 from vitok_hf.commands import run_command
-from vitok_hf.data.batches import CropBatches, iterate_pixels
-from vitok_hf.data.cropping import CropSettings
+from vitok_hf.data.items import Clip
+from vitok_hf.data.loader import SourceSettings, iterate_pixels, make_dataset
+from vitok_hf.data.views import CropView
 
 
 def main():
@@ -38,8 +39,8 @@ def main():
 
     vae = AutoencoderViTok.from_pretrained(args.model).to(PartialState().default_device)
     size = args.size or vae.config.sample_size
-    settings = CropSettings([(size, size, 1.0)], 2**20, num_frames=vae.config.sample_frames, fps=args.fps, flip=False)
-    batches = iterate_pixels(CropBatches(args.train_data_dir, settings), args.num_batches)
+    view = CropView([(size, size, 1.0)], 2**20, Clip(vae.config.sample_frames, args.fps), flip=False)
+    batches = iterate_pixels(make_dataset(view, SourceSettings(args.train_data_dir)), args.num_batches)
     statistics = compute_latent_statistics(vae, tqdm(batches, desc="latent statistics", total=args.num_batches))
     config = statistics.to_config(args.normalization == "channels")
     vae.register_to_config(_name_or_path=args.output_dir.name, **config)  # not the path of the run

@@ -6,7 +6,10 @@ import pytest
 import torch
 from PIL import Image
 
-from vitok_hf.data.cropping import Batch
+from vitok_hf.data.batches import Batch, DrawnBatches
+from vitok_hf.data.classes import LabelledFiles
+from vitok_hf.data.loader import SourceSettings, make_dataset
+from vitok_hf.data.views import CropView, NativeView
 
 
 def write_video(path: Path, **options: str) -> None:
@@ -38,7 +41,27 @@ def write_noise(folder: Path, count: int, size: tuple[int, int] = (40, 32)) -> l
     return paths
 
 
+@pytest.fixture
+def folder(tmp_path):
+    """Three classes of 6, 3 and 2 pictures, which all differ."""
+    for name, count in (("dog", 6), ("cat", 3), ("flag", 2)):
+        write_noise(tmp_path / "data" / name, count)
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def files(folder):
+    return LabelledFiles([folder])
+
+
 def assert_same(ours: Batch, theirs: Batch) -> None:
     assert len(ours.pixels) == len(theirs.pixels)
     assert all(torch.equal(x, y) for x, y in zip(ours.pixels, theirs.pixels))
     assert ours.skipped == theirs.skipped and ours.position == theirs.position
+    assert (ours.labels is None) is (theirs.labels is None)
+    assert ours.labels is None or torch.equal(ours.labels, theirs.labels)
+
+
+def cut(view: CropView | NativeView, *sources: object, seed: int = 0) -> DrawnBatches:
+    """Batches of a view from files and folders."""
+    return make_dataset(view, SourceSettings(list(map(str, sources))), seed)

@@ -1,7 +1,7 @@
-import gc
+import io
 import json
-import weakref
-from itertools import islice
+from collections import Counter
+from itertools import islice, takewhile
 
 import numpy as np
 import pytest
@@ -9,277 +9,206 @@ import torch
 from PIL import Image
 
 from tests.conftest import ASSETS
-from tests.data.conftest import assert_same, write_noise
-from vitok_hf.data import batches, cropping
-from vitok_hf.data.batches import BatchLoader, CropBatches, iterate_pixels, make_dataset
-from vitok_hf.data.cropping import Batch, CropSettings
-from vitok_hf.data.files import list_files
-from vitok_hf.data.media import load_image
-from vitok_hf.data.sources import parse_source
-from vitok_hf.data.streams import StreamBatches
+from tests.data.conftest import assert_same, cut, write_noise
+from vitok_hf.data import batches, items
+from vitok_hf.data.batches import Batch, StreamBatches
+from vitok_hf.data.items import Clip, Item
+from vitok_hf.data.views import CropView, NativeView
 
 
-class TestCropBatches:
-    SETTINGS = CropSettings([(32, 32, 1.0), (16, 64, 1.0)], 8 * 32 * 32)
+def test_batch_counts_its_items():
+    runs = [torch.zeros(2, 3, 1, 8, 8), torch.zeros(3, 3, 1, 8, 16)]
+    assert Batch(runs).num_items == 5 and Batch(moments=torch.zeros(4, 2, 16, 1, 2, 2)).num_items == 4
+
+
+class TestDrawnBatches:
+    VIEW = CropView([(8, 8, 1.0)], 32 * 64)
 
     def test_an_item_depends_on_seed_and_index_alone(self):
-        one, other = (CropBatches([str(ASSETS)], self.SETTINGS) for _ in range(2))
+        one, other, reseeded = (cut(self.VIEW, ASSETS, seed=seed) for seed in (0, 0, 1))
         other[5]
-        assert torch.equal(one[3].pixels, other[3].pixels)
-        assert one[3].pixels.dtype == torch.uint8
-        reseeded = CropBatches([str(ASSETS)], CropSettings([(32, 32, 1.0)], 8 * 32 * 32, seed=1))
-        plain = CropBatches([str(ASSETS)], CropSettings([(32, 32, 1.0)], 8 * 32 * 32))
-        assert not torch.equal(plain[0].pixels, reseeded[0].pixels)
+        assert_same(one[3], other[3])
+        assert not torch.equal(one[3].pixels[0], reseeded[3].pixels[0])
 
-    def test_crops_stay_what_they_were(self):
-        settings = CropSettings([(32, 32, 1.0), (16, 64, 2.0)], 8 * 32 * 32)
-        dataset = CropBatches([f"{ASSETS}/coffee.png:2", f"{ASSETS}:4"], settings)
-        means = [dataset[index].pixels.float().mean().item() for index in range(4)]
-        assert means == pytest.approx([93.74, 87.76, 102.84, 109.33], abs=0.1)
-
-    def test_sizes_share_a_pixel_budget(self):
-        shapes = {CropBatches([str(ASSETS)], self.SETTINGS)[index].pixels.shape for index in range(12)}
-        assert shapes == {(8, 3, 32, 32), (8, 3, 16, 64)}
-
-    def test_source_weights(self, tmp_path):
-        for name, colour in (("red", (200, 0, 0)), ("blue", (0, 0, 200))):
-            (tmp_path / name).mkdir()
-            Image.effect_noise((64, 64), 80).convert("RGB").save(tmp_path / name / "x.png")
-            pixels = np.asarray(Image.open(tmp_path / name / "x.png")) // 4 + np.array(colour, dtype=np.uint8)
-            Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / name / "x.png")
-        sources = [f"{tmp_path}/red:3", f"{tmp_path}/blue:1"]
-        dataset = CropBatches(sources, CropSettings([(8, 8, 1.0)], 400 * 64))
-        red = (dataset[0].pixels.float().mean(dim=(2, 3))[:, 0] > 150).float().mean()
-        assert red == pytest.approx(0.75, abs=0.08)
-
-    def test_flip(self, tmp_path):
-        ramp = np.repeat(np.arange(0, 256, 4, dtype=np.uint8)[None, :, None], 64, axis=0).repeat(3, axis=2)
-        Image.fromarray(ramp).save(tmp_path / "ramp.png")
-
-        def rising(flip):
-            dataset = CropBatches([str(tmp_path)], CropSettings([(32, 32, 1.0)], 64 * 32 * 32, flip=flip))
-            pixels = dataset[0].pixels.int()
-            return (pixels[:, 0, 0, -1] > pixels[:, 0, 0, 0]).float().mean()
-
-        assert rising(False) == 1.0
-        assert 0.3 < rising(True) < 0.7
-
-    def test_flat_crops_are_rare(self, tmp_path):
-        pixels = np.full((64, 64, 3), 128, dtype=np.uint8)
-        pixels[:, :32] = np.random.default_rng(0).integers(0, 256, (64, 32, 3))
-        Image.fromarray(pixels).save(tmp_path / "half.png")
-        batch = CropBatches([str(tmp_path)], CropSettings([(4, 4, 1.0)], 512 * 16))[0].pixels.float()
-        assert (batch.std(dim=(1, 2, 3)) < 4).float().mean() < 0.15  # about 0.4 without the rule
-
-    def test_cache_is_bounded(self):
-        largest = max(load_image(file).nbytes for file in list_files(ASSETS))
-        dataset = CropBatches([str(ASSETS)], self.SETTINGS, cache_bytes=2 * largest)
-        reference = CropBatches([str(ASSETS)], self.SETTINGS)
-        for index in range(4):
-            assert torch.equal(dataset[index].pixels, reference[index].pixels)
-            assert dataset.cached_bytes == sum(x.nbytes for x in dataset.cache.values()) <= 2 * largest
-
-
-class TestSources:
-    def test_sources(self):
-        assert parse_source("a/b:0.5") == ("a/b", 0.5)
-        assert parse_source("a/b") == ("a/b", None)
-        assert parse_source("C:folder") == ("C:folder", None)
-
-    def test_weights_that_make_no_distribution(self):
-        with pytest.raises(ValueError, match="must not be negative nor all 0"):
-            CropBatches([f"{ASSETS}:0"], CropSettings([(8, 8, 1.0)], 64))
-
-    @pytest.mark.parametrize(
-        "weights, shares", [(("", ""), (4, 1)), (("", ":0.5"), (2, 1)), ((":3", ""), (3, 1)), ((":1", ":9"), (1, 9))]
-    )
-    def test_weights_that_are_left_out(self, weights, shares):
-        sources = [str(path) + weight for path, weight in zip((ASSETS, ASSETS / "coffee.png"), weights)]
-        dataset = CropBatches(sources, CropSettings([(8, 8, 1.0)], 64))
-        assert dataset.source_probabilities.tolist() == pytest.approx([share / sum(shares) for share in shares])
-
-    def test_pictures_whose_crop_is_rounded_to_more_than_they_have(self, tmp_path):
-        write_noise(tmp_path, 1, (116, 150))
-        dataset = CropBatches([str(tmp_path)], CropSettings([(224, 224, 1.0)], 224 * 224))
-        assert dataset[0].pixels.shape == (1, 3, 224, 224)
-
-
-class TestVideos:
-    def test_clips_of_every_frame_end_before_the_video(self, video):
-        dataset = CropBatches([str(video)], CropSettings([(8, 8, 1.0)], 4 * 40 * 64, num_frames=40))
-        assert [dataset[index].skipped for index in range(3)] == [[]] * 3  # 40 of the 50 frames
-
-    def test_clips_in_batches(self, video):
-        dataset = CropBatches([str(video)], CropSettings([(16, 32, 1.0)], 2 * 4 * 16 * 32, num_frames=4, fps=12.5))
-        for index in range(6):
-            batch = dataset[index].pixels
-            assert batch.shape == (2, 3, 4, 16, 32)
-            steps = batch.float().mean(dim=(1, 3, 4)).diff(dim=1) / 5
-            torch.testing.assert_close(steps, torch.full((2, 3), 2.0), rtol=0, atol=0.5)
-
-    def test_frames_of_videos_train_image_models(self, video):
-        batch = CropBatches([str(video)], CropSettings([(16, 16, 1.0)], 4 * 16 * 16))[0].pixels
-        assert batch.shape == (4, 3, 16, 16)
-
-
-class TestBrokenFiles:
-    SETTINGS = CropSettings([(8, 8, 1.0)], 32 * 64)
-
-    def test_are_skipped_and_named(self, tmp_path):
+    def test_broken_files_are_skipped_and_named(self, tmp_path):
         paths = write_noise(tmp_path, 60)
         whole = paths[0].read_bytes()
         chunk = whole.replace(b"IDAT", b"I\x00\x01T")  # Pillow raises a SyntaxError
         broken = {paths[5]: whole[:500], paths[20]: b"", paths[21]: b"no picture", paths[40]: chunk}
         for path, content in broken.items():
             path.write_bytes(content)
-        dataset = CropBatches([str(tmp_path)], self.SETTINGS)
-        again = CropBatches([str(tmp_path)], self.SETTINGS)
+        dataset, again = (cut(self.VIEW, tmp_path) for _ in range(2))
         paths[50].unlink()
-        batches = [dataset[index] for index in range(12)]
-        assert {len(batch.pixels) for batch in batches} == {32}
-        named = {reason.split(": ")[0] for batch in batches for reason in batch.skipped}
+        drawn = [dataset[index] for index in range(12)]
+        assert {batch.num_items for batch in drawn} == {32}
+        named = {reason.split(": ")[0] for batch in drawn for reason in batch.skipped}
         assert named == {str(path) for path in (*broken, paths[50])}
-        assert_same(again[7], batches[7])
+        assert_same(again[7], drawn[7])
 
-    def test_huge_pictures_are_read(self, tmp_path, monkeypatch):
-        """Beyond twice its limit, Pillow refuses them."""
-        write_noise(tmp_path, 3)
-        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 40 * 32 // 2 - 1)
-        batch = CropBatches([str(tmp_path)], self.SETTINGS)[0]
-        assert len(batch.pixels) == 32 and not batch.skipped
-
-    def test_videos(self, tmp_path, video, monkeypatch):
+    def test_broken_videos(self, tmp_path, video, monkeypatch):
         whole = video.read_bytes()
         contents = {"whole": whole, "cut": whole[:2000], "empty": b"", "text": b"no video" * 1000}
         for name, content in contents.items():
             (tmp_path / f"{name}.mp4").write_bytes(content)
-        dataset = CropBatches([str(tmp_path)], CropSettings([(8, 8, 1.0)], 24 * 64 * 4, num_frames=4))
-        batch = dataset[0]
-        assert batch.pixels.shape == (24, 3, 4, 8, 8)
+        batch = cut(CropView([(8, 8, 1.0)], 24 * 64 * 4, Clip(4)), tmp_path)[0]
+        assert batch.pixels[0].shape == (24, 3, 4, 8, 8)
         named = {reason.split(": ")[0] for reason in batch.skipped}
         assert named == {str(tmp_path / f"{name}.mp4") for name in ("cut", "empty", "text")}
-        monkeypatch.setattr(cropping, "MAX_FAILURES", 2)
-        too_long = CropBatches([str(video)], CropSettings([(8, 8, 1.0)], 1, num_frames=60))
+        longest = cut(CropView([(8, 8, 1.0)], 4 * 40 * 64, Clip(40)), video)
+        assert [longest[index].skipped for index in range(3)] == [[]] * 3  # 40 of the 50 frames
+        monkeypatch.setattr(batches, "MAX_FAILURES", 2)
         with pytest.raises(ValueError, match=r"2 .* in a row .*ramp.mp4: has 50 frames"):
-            too_long[0]
+            cut(CropView([(8, 8, 1.0)], 1, Clip(60)), video)[0]
 
     def test_nothing_readable(self, tmp_path):
         (tmp_path / "x.png").touch()
         with pytest.raises(ValueError, match="100 pictures or videos in a row could not be read; check .*x.png"):
-            CropBatches([str(tmp_path)], self.SETTINGS)[0]
-
-    def test_are_logged_where_only_pixels_are_wanted(self, tmp_path, caplog):
-        write_noise(tmp_path, 2)[1].write_bytes(b"")
-        pixels = list(iterate_pixels(CropBatches([str(tmp_path)], self.SETTINGS), 2))
-        assert [batch.shape for batch in pixels] == [(32, 3, 8, 8)] * 2
-        assert "001.png" in caplog.text
+            cut(self.VIEW, tmp_path)[0]
 
 
-class TestBatchLoader:
-    SETTINGS = CropSettings([(16, 16, 1.0), (8, 32, 1.0)], 4 * 256)
-
-    @pytest.fixture(scope="class")
-    def folder(self, tmp_path_factory):
-        folder = tmp_path_factory.mktemp("noise")
-        write_noise(folder, 12)[3].write_bytes(b"")
-        return str(folder)
-
-    @pytest.mark.parametrize("num_workers", [0, 2])
-    def test_resumes_after_the_last_batch_handed_out(self, folder, num_workers):
-        dataset = CropBatches([folder], self.SETTINGS)
-        loader = BatchLoader(dataset, num_workers)
-        assert all(map(same_as(dataset, [0, 1, 2]), islice(loader, 3)))
-        state = json.loads(json.dumps(loader.state_dict()))
-        resumed = BatchLoader(CropBatches([folder], self.SETTINGS), 2 - num_workers)
-        resumed.load_state_dict(state)
-        assert all(map(same_as(dataset, [3, 4, 5]), islice(resumed, 3)))
-        assert all(map(same_as(dataset, [3, 4]), islice(loader, 2)))  # the next `iter` goes on, too
-
-    def test_processes_share_the_indices_and_may_change_in_number(self, folder):
-        dataset = CropBatches([folder], self.SETTINGS)
-        loaders = [BatchLoader(dataset, 0, rank, 2) for rank in range(2)]
-        for rank, loader in enumerate(loaders):
-            assert all(map(same_as(dataset, [rank, rank + 2]), islice(loader, 2)))
-        assert loaders[0].state_dict() == loaders[1].state_dict()
-        for rank in range(3):
-            resumed = BatchLoader(dataset, 0, rank, 3)
-            resumed.load_state_dict(loaders[1].state_dict())
-            assert all(map(same_as(dataset, [4 + rank, 7 + rank]), islice(resumed, 2)))
-
-    def test_leaves_the_random_numbers_of_the_run_alone(self, folder):
-        before = torch.get_rng_state()
-        next(iter(BatchLoader(CropBatches([folder], self.SETTINGS), 1)))
-        assert torch.equal(torch.get_rng_state(), before)
-
-    @pytest.mark.parametrize("available", [False, True])
-    def test_pins_memory_for_accelerators(self, folder, monkeypatch, available):
-        options = {}
-
-        def record(dataset, **kwargs):
-            options.update(kwargs)
-            return []
-
-        monkeypatch.setattr(batches, "DataLoader", record)
-        monkeypatch.setattr(torch.accelerator, "is_available", lambda: available)
-        list(BatchLoader(CropBatches([folder], self.SETTINGS), 0))
-        assert options["pin_memory"] is available
-
-    def test_workers_inherit_no_garbage(self, folder, monkeypatch):
-        """Frames of PyAV wait for their threads when they are freed, and a forked process has no threads."""
-
-        class Cycle:
-            pass
-
-        gc.disable()
-        try:
-            cycle = Cycle()
-            cycle.own, alive = cycle, weakref.ref(cycle)
-            del cycle
-            monkeypatch.setattr(batches, "DataLoader", lambda *args, **kwargs: [alive()])
-            assert list(BatchLoader(CropBatches([folder], self.SETTINGS), 1)) == [None]
-        finally:
-            gc.enable()
-
-    def test_states_of_streams_are_refused(self, folder):
-        loader = BatchLoader(CropBatches([folder], self.SETTINGS), 0)
-        with pytest.raises(ValueError, match="The state is of a stream, but the data are data drawn by index"):
-            loader.load_state_dict({"batches": 3, "readers": {}, "positions": [None]})
+def numbered_picture(number: int, width: int = 8) -> bytes:
+    """A PNG of 8 rows of the grey `number` and its opposite."""
+    file = io.BytesIO()
+    pixels = np.full((8, width, 3), number, dtype=np.uint8)
+    pixels[1::2] = 255 - number
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
 
 
-def same_as(dataset: CropBatches, indices: list[int]):
-    """Compares one batch after the other with items of the dataset."""
-    expected = iter(indices)
+class Numbers:
+    """A stream of numbered pictures, of a width that differs; `shards` holds their numbers, `broken` some of them."""
 
-    def check(batch: Batch) -> bool:
-        assert_same(batch, dataset[next(expected)])
-        return True
+    name = "numbers"
 
-    return check
+    def __init__(self, shards: list[list[int]], broken: set[int] = frozenset()):
+        self.shards, self.broken = shards, broken
+
+    @property
+    def num_shards(self) -> int:
+        return len(self.shards)
+
+    def items(self, shard: int):
+        for number in self.shards[shard]:
+            picture = numbered_picture(number, width=8 * (1 + number % 3))
+            yield Item(str(number), picture[:40] if number in self.broken else picture)
 
 
-class TestMakeDataset:
-    SETTINGS = CropSettings([(8, 8, 1.0)], 256)
+def make_shards(lengths: list[int]) -> list[list[int]]:
+    ends = np.cumsum(lengths)
+    return [list(range(end - length, end)) for end, length in zip(ends, lengths)]
 
-    def test_folders(self, tmp_path):
-        write_noise(tmp_path, 2)
-        dataset = make_dataset(self.SETTINGS, train_data_dir=[f"{tmp_path}:2"], cache_bytes=7)
-        assert isinstance(dataset, CropBatches) and dataset.cache_bytes == 7
-        assert_same(dataset[1], CropBatches([str(tmp_path)], self.SETTINGS)[1])
 
-    def test_shards(self):
-        dataset = make_dataset(self.SETTINGS, train_shards=["a/{00..02}.tar", "b.tar"], shuffle_buffer=5)
-        assert isinstance(dataset, StreamBatches) and dataset.shuffle_buffer == 5
-        assert dataset.source.urls == ["a/00.tar", "a/01.tar", "a/02.tar", "b.tar"]
+ONE = NativeView(max_tokens=1, max_pixels=64, token_size=(1, 8))  # a picture a batch
+SEVERAL = NativeView(max_tokens=7, max_pixels=192, token_size=(1, 8))  # of 1 to 3 tokens each
 
-    @pytest.mark.parametrize(
-        "places, message",
-        [
-            ({}, "Set exactly one of train_data_dir, dataset_name, train_shards"),
-            ({"train_data_dir": ["x"], "train_shards": ["y"]}, "Set exactly one of .*'train_shards': \\['y'\\]"),
-            ({"train_data_dir": ["x"], "streaming": True}, "belong to `dataset_name`, which is not set"),
-            ({"train_shards": ["x"], "data_column": "image"}, "belong to `dataset_name`, which is not set"),
-        ],
-    )
-    def test_errors(self, places, message):
-        with pytest.raises(ValueError, match=message):
-            make_dataset(self.SETTINGS, **places)
+
+def numbers(batches) -> list[int]:
+    return [int(picture[0, 0, 0, 0]) for batch in batches for run in batch.pixels for picture in run]
+
+
+def read_epoch(stream: StreamBatches, reader: int, num_readers: int, epoch: int = 0) -> list[int]:
+    batches = takewhile(lambda batch: batch.position["epoch"] <= epoch, stream.read(reader, num_readers))
+    return numbers(batch for batch in batches if batch.position["epoch"] == epoch)
+
+
+class TestStreamOrder:
+    @pytest.mark.parametrize("num_readers", [1, 2, 3, 5, 7])
+    @pytest.mark.parametrize("epoch", [0, 1])
+    def test_every_sample_once_an_epoch(self, num_readers, epoch):
+        stream = StreamBatches(Numbers(make_shards([7, 0, 12, 9, 8])), ONE, shuffle_buffer=4)
+        parts = [read_epoch(stream, reader, num_readers, epoch) for reader in range(num_readers)]
+        assert sorted(sum(parts, [])) == list(range(36))
+
+    def test_readers_share_a_few_shards_evenly(self):
+        stream = StreamBatches(Numbers(make_shards([20, 22])), ONE)
+        assert {len(read_epoch(stream, reader, 4)) for reader in range(4)} <= {10, 11}
+
+    def test_shards_are_shuffled_every_epoch(self):
+        shards = make_shards([2] * 8)
+        stream = StreamBatches(Numbers(shards), ONE, shuffle_buffer=1)
+        epochs = [read_epoch(stream, 0, 1, epoch) for epoch in range(2)]
+        assert epochs[0] != epochs[1] and list(range(16)) not in epochs
+        assert all(epoch[::2] == [number - 1 for number in epoch[1::2]] for epoch in epochs)  # in order in a shard
+        assert read_epoch(StreamBatches(Numbers(shards), ONE, 1, shuffle_buffer=1), 0, 1) != epochs[0]
+
+    def test_samples_are_shuffled_in_blocks(self):
+        stream = StreamBatches(Numbers(make_shards([24])), ONE, shuffle_buffer=8)
+        for epoch in range(2):
+            order = read_epoch(stream, 0, 1, epoch)
+            blocks = [order[start : start + 8] for start in (0, 8, 16)]
+            assert [sorted(block) for block in blocks] == make_shards([8, 8, 8])
+            assert len({tuple(number % 8 for number in block) for block in blocks}) == 3
+        assert read_epoch(stream, 0, 1, 0) != read_epoch(stream, 0, 1, 1)
+
+    def test_the_buffer_is_not_decoded(self, monkeypatch):
+        loaded, load_image = [], items.load_image
+        monkeypatch.setattr(items, "load_image", lambda *args: loaded.append(args) or load_image(*args))
+        next(StreamBatches(Numbers(make_shards([50])), ONE, shuffle_buffer=50).read(0, 1))
+        assert len(loaded) == 1
+
+    def test_crops_differ_between_readers_and_batches(self):
+        class Same(Numbers):
+            def items(self, shard):
+                pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+                file = io.BytesIO()
+                Image.fromarray(pixels).save(file, "PNG")
+                return (Item(str(number), file.getvalue()) for number in self.shards[shard])
+
+        stream = StreamBatches(Same(make_shards([4, 4])), CropView([(8, 8, 1.0)], 64))
+        drawn = [batch for reader in range(2) for batch in islice(stream.read(reader, 2), 3)]
+        assert len({batch.pixels[0].numpy().tobytes() for batch in drawn}) == 6
+
+
+class TestStreamBudget:
+    def test_what_does_not_fit_opens_the_next_batch(self):
+        stream = StreamBatches(Numbers(make_shards([9, 10, 11])), SEVERAL, shuffle_buffer=6)
+        drawn = list(islice(stream.read(0, 1), 40))
+        counts = Counter(numbers(drawn))  # nothing is lost
+        assert len(counts) == 30 and max(counts.values()) - min(counts.values()) <= 1
+        tokens = [[1 + number % 3 for number in numbers([batch])] for batch in drawn]
+        assert max(map(sum, tokens)) == 7
+        assert all(sum(batch) + following[0] > 7 for batch, following in zip(tokens, tokens[1:]))
+
+
+class TestStreamPositions:
+    @pytest.mark.parametrize("view", [ONE, SEVERAL, CropView([(4, 4, 1.0), (8, 2, 1.0)], 5 * 16)])
+    @pytest.mark.parametrize("reader, num_readers", [(0, 1), (1, 2), (2, 5)])
+    def test_from_every_position(self, view, reader, num_readers):
+        source = Numbers(make_shards([7, 1, 12, 9]), broken={2, 9, 10, 25})
+        stream = StreamBatches(source, view, shuffle_buffer=5)
+        straight = list(islice(stream.read(reader, num_readers), 33))
+        assert straight[-1].position["epoch"] > 0 and any(batch.skipped for batch in straight)
+        for index, batch in enumerate(straight[:30]):
+            position = json.loads(json.dumps(batch.position))
+            for ours, theirs in zip(islice(stream.read(reader, num_readers, position), 3), straight[index + 1 :]):
+                assert_same(ours, theirs)
+
+
+class TestStreamErrors:
+    def test_broken_samples_are_skipped_and_named_once_an_epoch(self):
+        broken = {4, 17}
+        stream = StreamBatches(Numbers(make_shards([20, 20]), broken), ONE)
+        drawn = list(islice(stream.read(0, 1), 2 * 38))
+        assert sorted(numbers(drawn)[:38]) == sorted(set(range(40)) - broken)
+        reasons = [reason for batch in drawn for reason in batch.skipped]
+        assert sorted(reason.split(": ")[0] for reason in reasons) in (["17", "17", "4", "4"], ["17", "4", "4"])
+        assert all("cannot be read as a picture" in reason for reason in reasons)
+
+    def test_nothing_readable(self):
+        stream = StreamBatches(Numbers(make_shards([3]), {0, 1, 2}), ONE)
+        with pytest.raises(ValueError, match="100 pictures or videos in a row could not be read"):
+            next(stream.read(0, 1))
+
+    def test_empty_streams(self):
+        with pytest.raises(ValueError, match='"numbers" has no shards'):
+            StreamBatches(Numbers([]), ONE)
+        with pytest.raises(ValueError, match='"numbers" had no sample for reader 0 of 1'):
+            next(StreamBatches(Numbers([[], []]), ONE).read(0, 1))
+        with pytest.raises(ValueError, match="had no sample for reader 2 of 3 .*use fewer workers"):
+            next(StreamBatches(Numbers([[1, 2]]), ONE).read(2, 3))
+        with pytest.raises(ValueError, match="`shuffle_buffer` must be at least 1"):
+            StreamBatches(Numbers([[1]]), ONE, shuffle_buffer=0)
+
+    def test_a_reader_may_be_dealt_an_empty_shard(self):
+        stream = StreamBatches(Numbers([[1, 2], []]), ONE)
+        assert all(set(numbers(islice(stream.read(reader, 2), 4))) == {1, 2} for reader in range(2))

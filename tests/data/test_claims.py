@@ -62,6 +62,14 @@ class TestClaim:
         with pytest.raises(ValueError, match=r"with other files, 1 changed \(b/x\)"):
             claim_folder(tmp_path / "out", {}, files(data))
 
+    def test_files_that_come_and_go(self, data, tmp_path):
+        claim_folder(tmp_path / "out", {}, files(data))
+        with pytest.raises(ValueError, match="has results with the same files in another order: name another folder"):
+            claim_folder(tmp_path / "out", {}, files(data)[::-1])
+        (data / "b" / "x").rename(data / "b" / "z")
+        with pytest.raises(ValueError, match=r"other files, 1 missing \(b/x\), 1 new \(b/z\): name"):
+            claim_folder(tmp_path / "out", {}, files(data))
+
     def test_files_that_may_change(self, data, tmp_path):
         claim_folder(tmp_path / "out", {}, files(data))
         for name in ("a/y", "b/x"):
@@ -88,11 +96,11 @@ class TestClaim:
         with pytest.raises(ValueError, match=r"1 missing \(a/x'\)"):
             claim_folder(tmp_path / "out", {}, files(data))
 
-    @pytest.mark.parametrize("content", ["[]", "{}", '{"files": {"x": 3}, "settings": {}}', '{"files": {}}'])
+    @pytest.mark.parametrize("content", ["", "[]", "{}", '{"files": {"x": 3}, "settings": {}}', '{"files": {}}'])
     def test_damaged_records(self, tmp_path, content):
         claim_folder(tmp_path / "out", {})
         (tmp_path / "out" / RECORD).write_text(content)
-        with pytest.raises(ValueError, match=f'{RECORD}" is damaged .*: restore it, or name another folder'):
+        with pytest.raises(ValueError, match=f'{RECORD}" is (no JSON file, or )?damaged'):
             claim_folder(tmp_path / "out", {})
         (reason,) = note_inputs(tmp_path / "run", {}, [], tmp_path / "out")
         assert "unknown inputs: " in reason
@@ -128,13 +136,6 @@ class TestNote:
         assert note_inputs(run, {}, files(data), run) == []
         (data / "a" / "x").write_text("longer")
         assert note_inputs(run, {}, files(data), run) == [f"other files, 1 changed ({count} files together)"]
-
-    def test_a_damaged_record_stops_nothing(self, data, tmp_path):
-        (tmp_path / RECORD).touch()
-        (reason,) = note_inputs(tmp_path / "run", {}, files(data), tmp_path)
-        assert f'"{tmp_path / RECORD}" is no JSON file, or damaged' in reason
-        with pytest.raises(ValueError, match="is no JSON file, or damaged"):
-            claim_folder(tmp_path, {}, files(data))
 
     def test_unknown(self, tmp_path):
         (reason,) = note_inputs(tmp_path / "run", {}, [], tmp_path)

@@ -11,14 +11,12 @@ import torch
 
 from tests.data.conftest import write_noise
 from vitok_hf.data import classes, files, sources
-from vitok_hf.data.batches import CropBatches
 from vitok_hf.data.classes import LabelledFiles
-from vitok_hf.data.cropping import CropSettings
 from vitok_hf.data.files import FileList, list_files, printable, read_each, short_names
-from vitok_hf.data.items import load_evaluation_images
+from vitok_hf.data.held_out import load_evaluation_images
 from vitok_hf.data.media import load_image
-from vitok_hf.data.sources import FolderFiles, parse_source
-from vitok_hf.data.video import load_clip, probe_rate
+from vitok_hf.data.sources import FolderFiles, MixedSources, parse_source
+from vitok_hf.data.video import load_clip, probe_rate, probe_video
 from vitok_hf.evaluation.visuals import VideoWriter
 from vitok_hf.training.publishing import last_folder
 
@@ -68,7 +66,7 @@ class TestLists:
         for name in ("cats.jpg", "film.mp4"):
             write_noise(tmp_path / name, 1, (16, 16))
         assert listed(tmp_path) == ["cats.jpg/000.png", "film.mp4/000.png"]
-        assert load_evaluation_images(tmp_path, 16, 2).shape == (2, 3, 16, 16)
+        assert load_evaluation_images(tmp_path, 16, 2).shape == (2, 3, 1, 16, 16)
         assert LabelledFiles([tmp_path]).classes == ["cats.jpg", "film.mp4"]
 
     def test_hidden_files_and_folders(self, tmp_path):
@@ -144,7 +142,7 @@ class TestLinks:
             load_evaluation_images(tmp_path, 16, 1)
 
 
-ODD = ["a:b", "100%", "%03d", "x#1", "what?", "-v", "two\nlines", "a b", "[1]", "{0..2}", "http:", "\udcff", "ü"]
+ODD = "a:b 100% %03d x#1 what? -v [1] {0..2} http: pipe:1 concat:a \udcff ü".split() + ["two\nlines", "a b"]
 
 
 class TestOddNames:
@@ -168,8 +166,9 @@ class TestOddNames:
         Path(name, f"{name}.mp4").write_bytes(video.read_bytes())
         Path(f"{name}.mp4").write_bytes(video.read_bytes())
         (item,) = FolderFiles(name, num_frames=2)
-        for source in (item.source, Path(f"{name}.mp4")):
+        for source in (item.source, f"{name}.mp4", tmp_path / f"{name}.mp4"):
             assert probe_rate(source) == 25.0 and load_clip(source, 0.4, 1).mean() / 5 == pytest.approx(10, abs=0.5)
+            assert probe_video(source)[0] == pytest.approx(2.0, abs=0.05)
 
     def test_addresses_that_are_folders(self, tmp_path, monkeypatch):
         write_noise(tmp_path / "memory:", 1, (16, 16))
@@ -188,9 +187,7 @@ class TestOddNames:
         touch(tmp_path, "a:0.5/x.png", "a/x.png")
         assert parse_source("a:0.5") == ("a:0.5", None) and parse_source("a:0.5:2") == ("a:0.5", 2.0)
         assert parse_source("a:nan") == ("a:nan", None) and parse_source("a:inf") == ("a:inf", None)
-        assert [item.source for item in CropBatches(["a:0.5"], CropSettings([(8, 8, 1.0)], 64)).sources[0]] == [
-            Path("a:0.5/x.png")
-        ]
+        assert [item.source for item in MixedSources(["a:0.5"])] == [Path("a:0.5/x.png")]
         assert last_folder("a:0.5") == "a:0.5"
 
 

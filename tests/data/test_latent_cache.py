@@ -1,45 +1,36 @@
 import json
 import logging
 import pickle
+import runpy
 import shutil
+import sys
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 
-from tests.conftest import make_vae
+from tests.conftest import ASSETS, make_vae
 from tests.data.conftest import write_noise, write_video
 from tests.faults.state import held_lock
 from vitok_hf import compute_latent_statistics
 from vitok_hf.clips import to_float
 from vitok_hf.data import latent_cache
-from vitok_hf.data.batches import BatchLoader
+from vitok_hf.data.batches import DrawnBatches
 from vitok_hf.data.claims import RECORD
-from vitok_hf.data.classes import ClassSampler, LabelledFiles, PictureBatches, read_classes
-from vitok_hf.data.latent_cache import LatentBatches, LatentCache, fingerprint, write_latents
+from vitok_hf.data.classes import ClassSampler, LabelledFiles
+from vitok_hf.data.items import Choice, Clip
+from vitok_hf.data.latent_cache import LatentCache, fingerprint, write_latents
+from vitok_hf.data.loader import iterate_pixels
+from vitok_hf.data.views import LatentView, SquareView
 from vitok_hf.disk import checksum, seal
 from vitok_hf.latents import summarize_latents
 
 
-@pytest.fixture
-def folder(tmp_path):
-    """Three classes of 6, 3 and 2 pictures, which all differ."""
-    for name, count in (("dog", 6), ("cat", 3), ("flag", 2)):
-        write_noise(tmp_path / "data" / name, count)
-    return tmp_path / "data"
-
-
-@pytest.fixture
-def files(folder):
-    return LabelledFiles([str(folder)])
-
-
-def make_batches(files, batch_size=8, seed=0, **options):
-    return PictureBatches(files, ClassSampler(files.labels, files.classes, **options), 16, batch_size, seed=seed)
+def draw(data, view, seed=0, **options):
+    return DrawnBatches(data, ClassSampler(data.labels, data.classes, **options), view, seed)
 
 
 def write(files, folder, vae=None, **overrides):
@@ -52,115 +43,6 @@ def state(folder):
     return {path.name: path.stat().st_mtime_ns for path in folder.iterdir() if path.name != ".lock"}
 
 
-class TestFiles:
-    def test_classes_are_folders(self, files, folder):
-        assert files.classes == ["cat", "dog", "flag"]
-        assert np.bincount(files.labels).tolist() == [3, 6, 2]
-        assert all(files.classes[label] in item.name for item, label in zip(files.items, files.labels))
-        several = LabelledFiles([str(folder / "dog"), str(folder / "cat")])
-        assert several.classes == ["cat", "dog"] and len(several) == 9
-
-    def test_links_are_of_the_class_they_are_in(self, folder, tmp_path):
-        """As in the cache of the Hub, where they lead to files without a class."""
-        source = next((folder / "cat").iterdir())
-        for name in ("dog", "flag"):
-            (tmp_path / "links" / name).mkdir(parents=True)
-            (tmp_path / "links" / name / "x.png").symlink_to(source)
-        assert LabelledFiles([tmp_path / "links"]).classes == ["dog", "flag"]
-
-    def test_given_classes(self, folder, tmp_path):
-        (tmp_path / "classes.txt").write_text("flag\ncat\nbird\n\ndog\n")
-        classes = read_classes(tmp_path / "classes.txt")
-        files = LabelledFiles([str(folder)], classes)
-        assert np.bincount(files.labels).tolist() == [2, 3, 0, 6]
-        with pytest.raises(ValueError, match='is in folder "flag", which is no class'):
-            LabelledFiles([str(folder)], ["cat", "dog"])
-        (tmp_path / "classes.txt").write_text("cat\ncat\n")
-        with pytest.raises(ValueError, match="one class a line and each once"):
-            read_classes(tmp_path / "classes.txt")
-
-    def test_large_classes_are_limited(self, files, folder):
-        limited = LabelledFiles([str(folder)], max_files_per_class=3)
-        assert np.bincount(limited.labels).tolist() == [3, 3, 2]
-        names = [item.name for item in limited.items]
-        assert names == [item.name for item in files.items if item.name in names]  # in the same order
-        again = LabelledFiles([str(folder / "dog"), str(folder / "cat")], max_files_per_class=3)
-        assert {item.name for item in again.items} == {name for name in names if "flag" not in name}
-        with pytest.raises(ValueError, match="`max_files_per_class` must be positive, but is 0"):
-            LabelledFiles([str(folder)], max_files_per_class=0)
-
-
-class TestSampler:
-    def draw(self, files, **options):
-        sampler, rng = ClassSampler(files.labels, files.classes, **options), np.random.default_rng(0)
-        return [sampler(rng) for _ in range(4000)]
-
-    def test_uniform(self, files):
-        counts = np.bincount([index for index, _ in self.draw(files)])
-        assert counts.min() > 270 and counts.max() < 460 and len(counts) == 11
-
-    def test_balanced(self, files):
-        counts = np.bincount([files.labels[index] for index, _ in self.draw(files, class_balanced=True)])
-        assert counts.min() > 1250 and counts.max() < 1420
-
-    def test_flips(self, files):
-        for label, share in ((0, 0.5), (2, 0.0)):
-            flips = [
-                flip for index, flip in self.draw(files, no_flip_classes=["flag"]) if files.labels[index] == label
-            ]
-            assert np.mean(flips) == pytest.approx(share, abs=0.05)
-        assert not any(flip for _, flip in self.draw(files, flip=False))
-        with pytest.raises(ValueError, match=r"`no_flip_classes` has \['flags'\], but the classes are cat, dog, flag"):
-            self.draw(files, no_flip_classes=["flags"])
-
-
-class TestPictures:
-    def test_batch(self, files):
-        batch = make_batches(files)[3]
-        assert batch.pixels.shape == (8, 3, 16, 16) and batch.pixels.dtype == torch.uint8
-        assert batch.labels.dtype == torch.int64 and batch.labels.max() < 3
-        again, other, seeded = make_batches(files)[3], make_batches(files)[4], make_batches(files, seed=1)[3]
-        assert torch.equal(batch.pixels, again.pixels) and torch.equal(batch.labels, again.labels)
-        assert not torch.equal(batch.pixels, other.pixels) and not torch.equal(batch.pixels, seeded.pixels)
-
-    def test_squares_and_flips(self, tmp_path):
-        """The middle of a wide picture, red left of its own middle and blue right of it."""
-        picture = np.zeros((16, 48, 3), np.uint8)
-        picture[:, 16:24, 0] = picture[:, 24:32, 2] = 255
-        (tmp_path / "a").mkdir()
-        Image.fromarray(picture).save(tmp_path / "a" / "a.png")
-        pixels = make_batches(LabelledFiles([str(tmp_path)]), batch_size=32)[0].pixels
-        left_red = pixels[:, 0, :, :8].float().mean(dim=(1, 2)) > 250
-        left_blue = pixels[:, 2, :, :8].float().mean(dim=(1, 2)) > 250
-        assert torch.equal(left_red, ~left_blue) and 6 < left_red.sum() < 26
-
-    def test_broken_files_are_skipped(self, files, folder):
-        broken = folder / "dog" / "000.png"
-        broken.write_bytes(broken.read_bytes()[:100])
-        batches = [make_batches(files)[index] for index in range(5)]
-        assert all(len(batch.pixels) == len(batch.labels) == 8 for batch in batches)
-        skipped = [reason for batch in batches for reason in batch.skipped]
-        assert skipped and all("000.png: cannot be read" in reason for reason in skipped)
-
-    def test_clips(self, tmp_path):
-        write_video(tmp_path / "ramp" / "a.mp4")
-        files = LabelledFiles([str(tmp_path)], num_frames=4)
-        batches = PictureBatches(files, ClassSampler(files.labels, files.classes), 16, 2, num_frames=4, fps=12.5)
-        pixels = batches[0].pixels
-        assert pixels.shape == (2, 3, 4, 16, 16)
-        steps = pixels.float().mean(dim=(1, 3, 4)).diff(dim=1)
-        torch.testing.assert_close(steps, torch.full((2, 3), 10.0), rtol=0, atol=2.0)
-
-    def test_loader_resumes(self, files):
-        loader = BatchLoader(make_batches(files), num_workers=0)
-        batches = iter(loader)
-        next(batches)
-        resumed = BatchLoader(make_batches(files), num_workers=1)
-        resumed.load_state_dict(loader.state_dict())
-        ours, theirs = next(iter(resumed)), next(batches)
-        assert torch.equal(ours.pixels, theirs.pixels) and torch.equal(ours.labels, theirs.labels)
-
-
 class TestCache:
     def test_equals_fresh_latents(self, files, tmp_path):
         """The same pictures in the same batches, in all classes and mirrored where they are."""
@@ -170,50 +52,44 @@ class TestCache:
         options = {"no_flip_classes": ["flag"], "class_balanced": True}
         cache = LatentCache(tmp_path / "cache")
         assert cache.labels.tolist() == files.labels.tolist() and cache.classes == files.classes
-        cached = LatentBatches(cache, ClassSampler(cache.labels, cache.classes, **options), 8)
-        fresh = make_batches(files, **options)
+        cached, fresh = draw(cache, LatentView(8), **options), draw(files, SquareView(16, 8), **options)
         for number in range(3):
             ours, theirs = cached[number], fresh[number]
-            posterior = vae.encode(to_float(theirs.pixels)).latent_dist
+            posterior = vae.encode(to_float(theirs.pixels[0])).latent_dist
             assert torch.equal(ours.labels, theirs.labels)
-            torch.testing.assert_close(ours.pixels[:, 0], posterior.mean, rtol=1e-4, atol=1e-4)
-            torch.testing.assert_close(ours.pixels[:, 1], posterior.std, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(ours.moments[:, 0], posterior.mean, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(ours.moments[:, 1], posterior.std, rtol=1e-4, atol=1e-4)
 
     def test_half_precision(self, files, tmp_path):
-        write(files, tmp_path / "whole")
+        write(files, tmp_path / "whole", num_workers=1)
         write(files, tmp_path / "half", dtype=torch.float16, batch_size=3)
         whole, half = LatentCache(tmp_path / "whole"), LatentCache(tmp_path / "half")
         for index in range(11):
-            ours, theirs = half.moments(index, True), whole.moments(index, True)
+            ours, theirs = half[index], whole[index]
             torch.testing.assert_close(ours, theirs, rtol=2e-3, atol=2e-3)
             assert ours.dtype == torch.float32 and not torch.equal(ours, theirs)
-
-    def test_videos(self, tmp_path):
-        (tmp_path / "data").mkdir()
-        write_video(tmp_path / "data" / "ramp" / "a.mp4")
-        vae = make_vae("video")
-        write(LabelledFiles([str(tmp_path / "data")], num_frames=4), tmp_path / "cache", vae, fps=12.5)
-        assert LatentCache(tmp_path / "cache").moments(0).shape == (2, 4, 2, 2, 2)
 
     def test_draws_the_same_videos_as_without(self, tmp_path):
         """Mirrored alike; the clips are random without it."""
         for name in ("a", "b", "c", "d"):
             (tmp_path / "data" / name).mkdir(parents=True)
             write_video(tmp_path / "data" / name / "ramp.mp4")
-        files = LabelledFiles([str(tmp_path / "data")], num_frames=4)
-        drawn = []
+        files = LabelledFiles([tmp_path / "data"], num_frames=4)
+        write(files, tmp_path / "cache", make_vae("video"), fps=12.5)
+        cache, choices = LatentCache(tmp_path / "cache"), []
+        assert cache[0].shape == (2, 2, 4, 2, 2, 2)
 
         class Noted(ClassSampler):
             def __call__(self, rng):
-                drawn.append(super().__call__(rng))
-                return drawn[-1]
+                choices.append(super().__call__(rng))
+                return choices[-1]
 
-        write(files, tmp_path / "cache", make_vae("video"), fps=12.5)
-        sampler, cache = Noted(files.labels, files.classes), LatentCache(tmp_path / "cache")
-        cached = LatentBatches(cache, sampler, 8, seed=3)[5]
-        fresh = PictureBatches(files, sampler, 16, 8, num_frames=4, fps=12.5, seed=3)[5]
-        assert torch.equal(cached.labels, fresh.labels) and drawn[:8] == drawn[8:]
-        assert len({int(clip[0, 0].float().mean()) for clip in fresh.pixels}) > 4  # clips of four equal videos
+        sampler = Noted(files.labels, files.classes)
+        cached = DrawnBatches(cache, sampler, LatentView(8), 3)[5]
+        fresh = DrawnBatches(files, sampler, SquareView(16, 8, Clip(4, 12.5)), 3)[5]
+        assert torch.equal(cached.labels, fresh.labels) and choices[:8] == choices[8:]
+        assert all(torch.equal(x, cache[place][int(flip)]) for x, (place, flip, _) in zip(cached.moments, choices))
+        assert len({int(clip[0, 0].float().mean()) for clip in fresh.pixels[0]}) > 4  # clips of four equal videos
 
     def test_resumes(self, files, tmp_path, monkeypatch):
         write(files, tmp_path / "whole")
@@ -238,7 +114,7 @@ class TestCache:
         assert sorted(after) == ["index.json", *(f"latents-0000{number}.safetensors" for number in range(3)), RECORD]
         whole, parts = LatentCache(tmp_path / "whole"), LatentCache(tmp_path / "parts")
         assert whole.index == parts.index
-        assert all(torch.equal(whole.moments(index), parts.moments(index)) for index in range(11))
+        assert all(torch.equal(whole[index], parts[index]) for index in range(11))
 
     def test_corrupted_shards(self, files, tmp_path):
         write(files, tmp_path / "cache")
@@ -325,7 +201,7 @@ class TestCache:
         assert caplog.text.count("cannot be read as a picture") == 3
         assert sorted(number for shard in index["shards"].values() for number in shard["skipped"]) == [4, 9, 10]
         cache = LatentCache(tmp_path / "cache")
-        assert np.bincount(cache.labels).tolist() == [3, 5] and cache.moments(7).shape == (2, 4, 2, 2)
+        assert np.bincount(cache.labels).tolist() == [3, 5] and cache[7].shape == (2, 2, 4, 1, 2, 2)
         assert write(files, tmp_path / "cache", shard_size=1) == index
 
     def test_what_failed_is_tried_again(self, files, folder, tmp_path, monkeypatch):
@@ -346,28 +222,28 @@ class TestCache:
         write(files, tmp_path / "whole")
         whole, mended = LatentCache(tmp_path / "whole"), LatentCache(tmp_path / "cache")
         assert len(mended) == 11
-        assert all(torch.equal(whole.moments(index), mended.moments(index)) for index in range(11))
+        assert all(torch.equal(whole[index], mended[index]) for index in range(11))
 
-        load = latent_cache.load_square
+        load = SquareView.load
         with monkeypatch.context() as patch:
 
-            def fail_once(item, *shape):
+            def fail_once(view, item, rng):
                 if item.name.endswith("cat/000.png"):
                     raise ValueError("the disk is gone")
-                return load(item, *shape)
+                return load(view, item, rng)
 
-            patch.setattr(latent_cache, "load_square", fail_once)
+            patch.setattr(SquareView, "load", fail_once)
             assert write(files, tmp_path / "other")["shards"]["0"]["num_items"] == 3
         assert write(files, tmp_path / "other")["shards"] == LatentCache(tmp_path / "whole").index["shards"]
 
     def test_workers(self, files, tmp_path):
         """Each opens the files itself."""
-        write(files, tmp_path / "cache", num_workers=1)
+        write(files, tmp_path / "cache")
         cache = LatentCache(tmp_path / "cache")
-        assert pickle.loads(pickle.dumps(cache)).moments(5).equal(cache.moments(5))
-        batches = LatentBatches(cache, ClassSampler(cache.labels, cache.classes), 4)
+        assert pickle.loads(pickle.dumps(cache))[5].equal(cache[5])
+        batches = draw(cache, LatentView(4))
         (batch,) = DataLoader(batches, None, sampler=[2], num_workers=1)
-        assert torch.equal(batch.pixels, batches[2].pixels)
+        assert torch.equal(batch.moments, batches[2].moments)
 
     def test_statistics(self, files, tmp_path):
         vae = make_vae("v1")
@@ -375,8 +251,8 @@ class TestCache:
         cached = summarize_latents(LatentCache(tmp_path / "cache").iterate_moments(100))
         assert cached.num_items == 11 and cached.num_latents == 11 * 4
         order = iter(range(11))
-        squares = PictureBatches(files, lambda rng: (next(order), False), 16, 11)
-        fresh = compute_latent_statistics(vae, squares.iterate(1))
+        squares = DrawnBatches(files, lambda rng: Choice(next(order), label=0), SquareView(16, 11))
+        fresh = compute_latent_statistics(vae, iterate_pixels(squares, 1))
         assert cached.channel_mean == pytest.approx(fresh.channel_mean, rel=1e-3)
         assert cached.channel_std == pytest.approx(fresh.channel_std, rel=1e-3)
 
@@ -393,53 +269,31 @@ class TestInputs:
 
     def test_another_folder_of_the_same_names(self, files, other, tmp_path):
         write(files, tmp_path / "cache")
+        before = LatentCache(tmp_path / "cache")[5]
+        (tmp_path / "cache" / "latents-00001.safetensors").unlink()
         message = (
             r'cache" has results with other files, 11 changed \(cat/000.png, cat/001.png, cat/002.png, ...\): name'
         )
         with pytest.raises(ValueError, match=message):
             write(other, tmp_path / "cache")
-        (tmp_path / "cache" / "latents-00001.safetensors").unlink()
-        with pytest.raises(ValueError, match=message):
-            write(other, tmp_path / "cache")
         write(files, tmp_path / "cache")
-        write(files, tmp_path / "again")
-        cache, again = LatentCache(tmp_path / "cache"), LatentCache(tmp_path / "again")
-        assert all(torch.equal(cache.moments(index), again.moments(index)) for index in range(11))
+        assert torch.equal(LatentCache(tmp_path / "cache")[5], before)
 
     def test_a_shard_of_other_files_is_written_again(self, files, other, tmp_path):
         """Somebody brought its file and its entry in the index from the cache of another folder."""
         for source, name in ((files, "cache"), (other, "foreign")):
             write(source, tmp_path / name)
         indices = [json.loads((tmp_path / name / "index.json").read_text()) for name in ("cache", "foreign")]
-        expected = LatentCache(tmp_path / "cache").moments(5)
+        expected = LatentCache(tmp_path / "cache")[5]
         indices[0]["shards"]["1"] = indices[1]["shards"]["1"]
         (tmp_path / "cache" / "index.json").write_text(json.dumps(indices[0]))
         with pytest.raises(ValueError, match='index.json" has changed since it was written: restore it, or delete'):
             write(files, tmp_path / "cache")
         (tmp_path / "cache" / "index.json").write_text(json.dumps(seal(indices[0])))
         (tmp_path / "foreign" / "latents-00001.safetensors").replace(tmp_path / "cache" / "latents-00001.safetensors")
-        assert not torch.equal(LatentCache(tmp_path / "cache").moments(5), expected)
+        assert not torch.equal(LatentCache(tmp_path / "cache")[5], expected)
         write(files, tmp_path / "cache")
-        assert torch.equal(LatentCache(tmp_path / "cache").moments(5), expected)
-
-    def test_a_picture_edited_in_place(self, files, folder, tmp_path):
-        write(files, tmp_path / "cache")
-        picture = np.asarray(Image.open(folder / "dog" / "003.png"))
-        Image.fromarray(255 - picture).save(folder / "dog" / "003.png")
-        with pytest.raises(ValueError, match=r"has results with other files, 1 changed \(dog/003.png\): name"):
-            write(files, tmp_path / "cache")
-
-    def test_files_that_come_and_go(self, files, folder, tmp_path):
-        write(files, tmp_path / "cache")
-        (folder / "dog" / "003.png").rename(folder / "cat" / "x.png")
-        with pytest.raises(ValueError, match=r"other files, 1 missing \(dog/003.png\), 1 new \(cat/x.png\): name"):
-            write(LabelledFiles([str(folder)]), tmp_path / "cache")
-
-    def test_another_order(self, folder, tmp_path):
-        orders = [LabelledFiles([str(folder / name) for name in names]) for names in (("cat", "dog"), ("dog", "cat"))]
-        write(orders[0], tmp_path / "cache")
-        with pytest.raises(ValueError, match="has results with the same files in another order: name"):
-            write(orders[1], tmp_path / "cache")
+        assert torch.equal(LatentCache(tmp_path / "cache")[5], expected)
 
     def test_the_same_data_elsewhere(self, files, folder, tmp_path):
         """Moved, or copied with other times: nothing is encoded again."""
@@ -454,27 +308,15 @@ class TestInputs:
 
     def test_caches_of_earlier_versions(self, files, tmp_path):
         """They did not say what they hold."""
-        write(files, tmp_path / "cache")
-        index = json.loads((tmp_path / "cache" / "index.json").read_text())
+        index = write(files, tmp_path / "cache")
         del index["format"]
         (tmp_path / "cache" / "index.json").write_text(json.dumps(index))
         for read in (LatentCache, partial(write, files)):
             with pytest.raises(ValueError, match="of another version, of format None, not 3: write it anew"):
                 read(tmp_path / "cache")
-        (tmp_path / "cache" / "index.json").unlink()
-        (tmp_path / "cache" / RECORD).unlink()
-        with pytest.raises(
-            ValueError, match=f"has files, but no {RECORD} that says .* name another folder, or delete"
-        ):
-            write(files, tmp_path / "cache")
 
 
 def test_example(folder, tmp_path, monkeypatch, capsys):
-    import runpy
-    import sys
-
-    from tests.conftest import ASSETS
-
     make_vae("v1").save_pretrained(tmp_path / "vae")
     options = {"vae_name_or_path": tmp_path / "vae", "train_data_dir": folder, "output_dir": tmp_path / "cache"}
     command = [str(part) for name, value in options.items() for part in (f"--{name}", value)]
@@ -483,4 +325,4 @@ def test_example(folder, tmp_path, monkeypatch, capsys):
     assert "11 latents of 3 classes" in capsys.readouterr().out
     index = json.loads((tmp_path / "cache" / "index.json").read_text())
     assert index["vae"] == "vae" and index["resolution"] == 24 and str(tmp_path) not in json.dumps(index)
-    assert LatentCache(tmp_path / "cache").moments(0).shape == (2, 4, 3, 3)
+    assert LatentCache(tmp_path / "cache")[0].shape == (2, 2, 4, 1, 3, 3)

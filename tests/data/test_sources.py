@@ -10,16 +10,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.conftest import ASSETS
 from tests.data.conftest import assert_same, write_noise
 from vitok_hf.data import sources
-from vitok_hf.data.batches import BatchLoader, CropBatches, make_dataset
-from vitok_hf.data.cropping import CropSettings
+from vitok_hf.data.batches import DrawnBatches, StreamBatches
+from vitok_hf.data.items import Clip, Item
+from vitok_hf.data.loader import BatchLoader, SourceSettings, make_dataset
 from vitok_hf.data.media import load_image
-from vitok_hf.data.sources import HubRows, HubStream, TarStream
-from vitok_hf.data.streams import StreamBatches
+from vitok_hf.data.sources import DecodedPictures, FolderFiles, HubRows, HubStream, MixedSources, TarStream
+from vitok_hf.data.views import CropView, NativeView
 
 
-SETTINGS = CropSettings([(16, 16, 1.0), (8, 32, 1.0)], 4 * 256)
+VIEW = CropView([(16, 16, 1.0), (8, 32, 1.0)], 4 * 256)
 
 
 @pytest.fixture(autouse=True)
@@ -74,6 +76,38 @@ def all_items(stream) -> list:
     return [item for shard in range(stream.num_shards) for item in stream.items(shard)]
 
 
+class TestFolders:
+    @pytest.mark.parametrize(
+        "weights, shares", [(("", ""), (4, 1)), (("", ":0.5"), (2, 1)), ((":3", ""), (3, 1)), ((":1", ":9"), (1, 9))]
+    )
+    def test_weights(self, weights, shares):
+        mixed = MixedSources([f"{path}{weight}" for path, weight in zip((ASSETS, ASSETS / "coffee.png"), weights)])
+        rng, whole = np.random.default_rng(0), sum(shares)
+        places = np.array([mixed.draw(rng).place for _ in range(4000)])
+        assert (places == 4).mean() == pytest.approx(shares[1] / whole, abs=0.03)
+        assert set(places.tolist()) == set(range(5))  # and alike inside of a source
+        assert np.bincount(places)[:4].min() > 0.8 * np.bincount(places)[:4].max()
+
+    def test_items(self):
+        mixed, files = MixedSources([str(ASSETS / "coffee.png"), FolderFiles(ASSETS)]), FolderFiles(ASSETS)
+        assert len(mixed) == 5 and [mixed[index] for index in range(1, 5)] == list(files)
+        assert mixed[0].source == ASSETS / "coffee.png"
+
+    @pytest.mark.parametrize("paths", [[f"{ASSETS}:0"], [f"{ASSETS}:1", f"{ASSETS}:-1"], []])
+    def test_weights_that_make_no_distribution(self, paths):
+        with pytest.raises(ValueError, match="must not be negative nor all 0"):
+            MixedSources(paths)
+
+    def test_decoded_pictures_are_bounded(self, video, tmp_path):
+        items = [*(Item(str(file), file) for file in write_noise(tmp_path, 4, (10, 10))), Item("x", video, True)]
+        decoded = DecodedPictures(items, 2 * 300)  # bytes of two pictures
+        assert len(decoded) == 5 and decoded[4] == items[4] and not decoded.kept
+        for index, kept in ((0, [0]), (1, [0, 1]), (0, [1, 0]), (2, [0, 2]), (0, [2, 0]), (3, [0, 3])):
+            assert np.array_equal(decoded[index].pixels, load_image(items[index].source))
+            assert [*decoded.kept] == kept and decoded.num_bytes == 300 * len(kept)
+        assert decoded[3] is decoded[3] and len(DecodedPictures(items, 0)[0].pixels) == 10
+
+
 class TestEverySource:
     @pytest.fixture(params=["folder", "rows", "hub stream", "tars"])
     def make(self, request, pictures, parquet, tars):
@@ -83,7 +117,7 @@ class TestEverySource:
             "hub stream": {"dataset_name": parquet, "streaming": True, "shuffle_buffer": 5},
             "tars": {"train_shards": [tars], "shuffle_buffer": 5},
         }
-        return lambda settings=SETTINGS: make_dataset(settings, **arguments[request.param])
+        return lambda view=VIEW: make_dataset(view, SourceSettings(**arguments[request.param]))
 
     @pytest.mark.parametrize("num_workers", [0, 2])
     def test_resumes_exactly(self, make, num_workers):
@@ -96,13 +130,12 @@ class TestEverySource:
             assert_same(ours, theirs)
         reasons = {reason.split(": ")[0] for batch in straight for reason in batch.skipped}
         assert len(reasons) == 1 and reasons.pop().endswith("009.png")
-        assert len({batch.pixels.numpy().tobytes() for batch in straight}) == 12
+        assert len({batch.pixels[0].numpy().tobytes() for batch in straight}) == 12
 
     def test_pictures_are_those_of_the_files(self, make, pictures):
-        settings = CropSettings(max_tokens=9, max_pixels=40 * 32, token_size=(1, 16), flip=False)
         stored = {load_image(file).tobytes() for file in pictures if "009" not in file.name}
-        batches = islice(BatchLoader(make(settings), 0), 80)
-        drawn = {picture.permute(1, 2, 0).numpy().tobytes() for batch in batches for picture in batch.pixels}
+        batches = islice(BatchLoader(make(NativeView(9, 40 * 32, flip=False)), 0), 80)
+        drawn = {x[:, 0].permute(1, 2, 0).numpy().tobytes() for batch in batches for run in batch.pixels for x in run}
         assert drawn <= stored and len(drawn) > 15
 
 
@@ -122,8 +155,8 @@ class TestHub:
 
     def test_workers_share_a_single_shard(self, pictures, tmp_path):
         name = write_parquet(tmp_path / "one", pictures[10:], 1)
-        settings = CropSettings(max_tokens=1, max_pixels=256, flip=False)
-        batches = islice(BatchLoader(make_dataset(settings, dataset_name=name, streaming=True), 2), 14)
+        dataset = make_dataset(NativeView(1, 256, flip=False), SourceSettings(dataset_name=name, streaming=True))
+        batches = islice(BatchLoader(dataset, 2), 14)
         assert len({batch.pixels[0].numpy().tobytes() for batch in batches}) == 14
 
     def test_streams_that_decode_in_threads_are_read_undecoded(self, parquet, pictures, monkeypatch):
@@ -137,21 +170,22 @@ class TestHub:
             (tmp_path / "data" / "train").mkdir(parents=True, exist_ok=True)
             (tmp_path / "data" / "train" / file.name).write_bytes(file.read_bytes())
         Image.new("RGBA", (32, 32), (255, 0, 0, 0)).save(tmp_path / "data" / "train" / "transparent.png")
-        settings = CropSettings(max_tokens=4, max_pixels=32 * 32)
-        dataset = make_dataset(settings, dataset_name=str(tmp_path / "data"), streaming=streaming)
-        assert isinstance(dataset, StreamBatches if streaming else CropBatches)
-        pixels = [picture for batch in islice(BatchLoader(dataset, 0), 12) for picture in batch.pixels]
+        places = SourceSettings(dataset_name=str(tmp_path / "data"), streaming=streaming)
+        dataset = make_dataset(NativeView(4, 32 * 32), places)
+        assert isinstance(dataset, StreamBatches if streaming else DrawnBatches)
+        pixels = [x for batch in islice(BatchLoader(dataset, 0), 12) for run in batch.pixels for x in run]
         assert any((picture == 255).all() for picture in pixels)  # on white
 
     @pytest.mark.parametrize("streaming", [False, True])
     def test_videos(self, video, tmp_path, streaming):
         (tmp_path / "broken.mp4").write_bytes(b"")
         name = write_parquet(tmp_path / "clips", [video, tmp_path / "broken.mp4"] * 2, 1, column="video")
-        settings = CropSettings([(8, 16, 1.0)], 4 * 4 * 128, num_frames=4, fps=5)
-        batch = next(iter(BatchLoader(make_dataset(settings, dataset_name=name, streaming=streaming), 0)))
-        assert batch.pixels.shape == (4, 3, 4, 8, 16) and "broken.mp4" in batch.skipped[0]
-        frames = make_dataset(SETTINGS, dataset_name=name, data_column="video", streaming=streaming)
-        assert next(iter(BatchLoader(frames, 0))).pixels.shape[:2] == (4, 3)
+        clips = CropView([(8, 16, 1.0)], 4 * 4 * 128, Clip(4, 5.0))
+        dataset = make_dataset(clips, SourceSettings(dataset_name=name, streaming=streaming))
+        batch = next(iter(BatchLoader(dataset, 0)))
+        assert batch.pixels[0].shape == (4, 3, 4, 8, 16) and "broken.mp4" in batch.skipped[0]
+        frames = make_dataset(VIEW, SourceSettings(dataset_name=name, data_column="video", streaming=streaming))
+        assert next(iter(BatchLoader(frames, 0))).pixels[0].shape[:3] == (4, 3, 1)
 
     @pytest.mark.parametrize("streaming", [False, True])
     def test_rows_without_a_picture(self, pictures, tmp_path, streaming):
@@ -159,7 +193,8 @@ class TestHub:
         features = datasets.Features({"photo": datasets.Image(decode=False)})
         (tmp_path / "gaps").mkdir()
         datasets.Dataset.from_dict({"photo": rows}, features).to_parquet(tmp_path / "gaps" / "train.parquet")
-        dataset = make_dataset(SETTINGS, dataset_name=str(tmp_path / "gaps"), data_column="photo", streaming=streaming)
+        places = SourceSettings(dataset_name=str(tmp_path / "gaps"), data_column="photo", streaming=streaming)
+        dataset = make_dataset(VIEW, places)
         reasons = {reason for batch in islice(BatchLoader(dataset, 0), 5) for reason in batch.skipped}
         assert (
             len(reasons) == 1 and "row 0: cannot be read as a picture (ValueError: it holds neither" in reasons.pop()
@@ -173,7 +208,7 @@ class TestHub:
             file.write_bytes(whole[:-500])
             items = all_items(stream)
             assert len(items) == 17 and f"{parquet}, shard 1 after row 0" in [item.name for item in items]
-            batches = list(islice(BatchLoader(StreamBatches(stream, SETTINGS), 0), 8))
+            batches = list(islice(BatchLoader(StreamBatches(stream, VIEW), 0), 8))
         finally:
             file.write_bytes(whole)
         assert any("shard 1 after row 0: cannot be read" in reason for batch in batches for reason in batch.skipped)
@@ -181,9 +216,11 @@ class TestHub:
     @pytest.mark.parametrize("streaming", [False, True])
     def test_errors(self, parquet, streaming):
         with pytest.raises(ValueError, match='has no column "video": set `data_column` to one of image, label'):
-            make_dataset(CropSettings([(8, 8, 1.0)], 64, num_frames=2), dataset_name=parquet, streaming=streaming)
+            make_dataset(
+                CropView([(8, 8, 1.0)], 64, Clip(2)), SourceSettings(dataset_name=parquet, streaming=streaming)
+            )
         with pytest.raises(ValueError, match='has no column "photo"'):
-            make_dataset(SETTINGS, dataset_name=parquet, data_column="photo", streaming=streaming)
+            make_dataset(VIEW, SourceSettings(dataset_name=parquet, data_column="photo", streaming=streaming))
 
     def test_unknown_columns(self, tmp_path):
         (tmp_path / "lines").mkdir()
@@ -240,9 +277,9 @@ class TestTars:
         kept = [item for item in items if isinstance(item.source, bytes)]
         assert [item.source for item in kept] == [file.read_bytes() for file in pictures[11 : 11 + 3 * len(kept) : 3]]
         assert 1 <= len(kept) < 4 and items[-1].name == str(cut)
-        batches = list(islice(BatchLoader(StreamBatches(stream, SETTINGS), 0), 8))
+        batches = list(islice(BatchLoader(StreamBatches(stream, VIEW), 0), 8))
         named = {reason.split(": ")[0] for batch in batches for reason in batch.skipped}
-        assert {str(cut), str(missing)} <= named and {len(batch.pixels) for batch in batches} == {4}
+        assert {str(cut), str(missing)} <= named and {batch.num_items for batch in batches} == {4}
         reasons = "".join(reason for batch in batches for reason in batch.skipped)
         assert "ReadError" in reasons and "FileNotFoundError" in reasons
 

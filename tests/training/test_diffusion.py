@@ -5,7 +5,6 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
 from vitok_hf.training.diffusion import (
-    PREDICTION_TYPES,
     add_noise,
     bucket_timesteps,
     diffusion_losses,
@@ -16,15 +15,16 @@ from vitok_hf.training.diffusion import (
 )
 
 
-SHAPES = [(3, 2, 4, 6), (3, 2, 2, 4, 6)]
+PREDICTION_TYPES = ("epsilon", "v_prediction", "flow_prediction")
+SHAPE = (3, 2, 2, 4, 6)
 
 
 def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-def draw(shape):
-    return torch.randn(shape, generator=seeded(1)), torch.randn(shape, generator=seeded(2))
+def draw():
+    return torch.randn(SHAPE, generator=seeded(1)), torch.randn(SHAPE, generator=seeded(2))
 
 
 def alpha_bar(timestep):
@@ -43,15 +43,10 @@ class TestSchedulers:
             assert scheduler.alphas_cumprod[700].item() == pytest.approx(alpha_bar(700), rel=1e-4)
         assert isinstance(make_scheduler("flow_prediction"), FlowMatchEulerDiscreteScheduler)
 
-    def test_unknown(self):
-        with pytest.raises(ValueError, match='one of epsilon, v_prediction, flow_prediction, but is "sample"'):
-            make_scheduler("sample")
-
 
 class TestTargets:
-    @pytest.mark.parametrize("shape", SHAPES)
-    def test_diffusion(self, shape):
-        latents, noise = draw(shape)
+    def test_diffusion(self):
+        latents, noise = draw()
         timesteps = [0, 500, 999]
         for kind in ("epsilon", "v_prediction"):
             noisy, target = add_noise(make_scheduler(kind), latents, noise, torch.tensor(timesteps))
@@ -62,9 +57,8 @@ class TestTargets:
                 expected = e if kind == "epsilon" else signal * e - spread * x
                 torch.testing.assert_close(target[index], expected, rtol=1e-3, atol=1e-3)
 
-    @pytest.mark.parametrize("shape", SHAPES)
-    def test_flow(self, shape):
-        latents, noise = draw(shape)
+    def test_flow(self):
+        latents, noise = draw()
         noisy, target = add_noise(
             make_scheduler("flow_prediction"), latents, noise, torch.tensor([0.0, 250.5, 1000.0])
         )
@@ -75,7 +69,7 @@ class TestTargets:
 
     def test_flow_is_what_the_scheduler_integrates(self):
         """One step over the whole schedule along the target ends at the latents."""
-        latents, noise = draw(SHAPES[0])
+        latents, noise = draw()
         scheduler = make_scheduler("flow_prediction")
         _, target = add_noise(scheduler, latents, noise, torch.full((3,), 1000.0))
         scheduler.set_timesteps(1)
@@ -85,7 +79,7 @@ class TestTargets:
 
     @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
     def test_ddim_undoes_the_noise(self, kind):
-        latents, noise = draw(SHAPES[0])
+        latents, noise = draw()
         scheduler = make_scheduler(kind)
         noisy, target = add_noise(scheduler, latents, noise, torch.full((3,), 600))
         scheduler.set_timesteps(5)
@@ -96,7 +90,7 @@ class TestTargets:
 class TestLoss:
     @pytest.mark.parametrize("kind", PREDICTION_TYPES)
     def test_perfect_predictions(self, kind):
-        latents, noise = draw(SHAPES[0])
+        latents, noise = draw()
         scheduler, labels = make_scheduler(kind), torch.tensor([0, 1, 2])
         timesteps = sample_timesteps(scheduler, 3, generator=seeded())
         noisy, target = add_noise(scheduler, latents, noise, timesteps)
@@ -108,7 +102,7 @@ class TestLoss:
 
         prediction = target
         assert diffusion_losses(model, scheduler, latents, labels, noise, timesteps).tolist() == [0.0] * 3
-        prediction = target + torch.tensor([1.0, 2.0, 3.0]).view(3, 1, 1, 1)
+        prediction = target + torch.tensor([1.0, 2.0, 3.0]).view(3, 1, 1, 1, 1)
         losses = diffusion_losses(model, scheduler, latents, labels, noise, timesteps)
         assert losses.tolist() == pytest.approx([1.0, 4.0, 9.0], rel=1e-5)
         if kind != "flow_prediction":
@@ -134,10 +128,9 @@ class TestTimesteps:
         uniform = sample_timesteps(scheduler, 20_000, generator=seeded()) / 1000
         assert uniform.mean().item() == pytest.approx(0.5, abs=0.01)
         assert uniform.var().item() == pytest.approx(1 / 12, rel=0.05)
-        drawn = sample_timesteps(scheduler, 20_000, "logit_normal", 0.7, 0.5, seeded()) / 1000
-        logits = torch.logit(drawn)
-        assert logits.mean().item() == pytest.approx(0.7, abs=0.02)
-        assert logits.std().item() == pytest.approx(0.5, abs=0.02)
+        logits = torch.logit(sample_timesteps(scheduler, 20_000, "logit_normal", seeded()) / 1000)
+        assert logits.mean().item() == pytest.approx(0.0, abs=0.03)
+        assert logits.std().item() == pytest.approx(1.0, abs=0.02)
 
     @pytest.mark.parametrize("kind", PREDICTION_TYPES)
     def test_determinism(self, kind):
@@ -161,8 +154,3 @@ class TestDropout:
         assert (dropped == 7).float().mean().item() == pytest.approx(0.1, abs=0.01)
         assert torch.equal(dropped[dropped != 7], labels[dropped != 7])
         assert torch.equal(dropped, drop_labels(labels, 7, 0.1, seeded()))
-
-    def test_bounds(self):
-        labels = torch.arange(5)
-        assert torch.equal(drop_labels(labels, 5, 0.0), labels)
-        assert drop_labels(labels, 5, 1.0).tolist() == [5] * 5

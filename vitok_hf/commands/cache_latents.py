@@ -54,11 +54,11 @@ def run(args: argparse.Namespace) -> None:
         files,
         args.output_dir,
         args.resolution or vae.config.sample_size,
-        args.fps,
-        args.batch_size,
-        args.shard_size,
-        getattr(torch, args.dtype),
-        args.num_workers,
+        fps=args.fps,
+        batch_size=args.batch_size,
+        shard_size=args.shard_size,
+        dtype=getattr(torch, args.dtype),
+        num_workers=args.num_workers,
     )
     shards = index["shards"].values()
     items, skipped = sum(shard["num_items"] for shard in shards), sum(len(shard["skipped"]) for shard in shards)

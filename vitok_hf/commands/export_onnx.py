@@ -28,7 +28,7 @@ def parse(argv: list[str], program: str) -> argparse.Namespace:
 def run(args: argparse.Namespace) -> None:
     import torch
 
-    from ..data.cropping import parse_size
+    from ..data.views import parse_size
     from ..models import AutoencoderViTok
     from ..models.onnx import export_onnx
 

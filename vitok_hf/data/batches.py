@@ -1,226 +1,225 @@
-"""Training batches from folders of pictures and videos, from datasets of the Hub and from tar shards.
+"""Batches of what a view cuts: of data drawn at random by index, and of streams that can only be read in order.
 
-Folders and downloaded datasets are drawn from at random: a batch is a pure function of (seed, index). Streams are read
-in a shuffled order, with a position to resume from (see `streams`). One worker cuts a whole batch.
+A view (see `views`) knows what a batch looks like; here it is decided which items it is cut from, and what cannot be
+read is skipped. One worker cuts a whole batch.
 """
 
-import gc
 import itertools
-import logging
-import sys
-from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
-from .cropping import Batch, BatchCutter, CropSettings, draw_readable
-from .items import load_item
-from .media import Item
-from .sources import FolderFiles, HubRows, HubStream, TarStream, parse_source
-from .streams import StreamBatches
+from ..clips import Runs
+from .items import Choice, Indexed, Item
+from .sources import Stream
 
 
-logger = logging.getLogger(__name__)
+MAX_FAILURES = 100  # in a row; more are no accident
+MAX_EMPTY_EPOCHS = 10  # in a row, for a reader; one may be dealt an empty shard
+START = {"epoch": 0, "block": 0, "shard": 0, "sample": 0, "offset": 0, "batch": 0}
+
+T = TypeVar("T")
+U = TypeVar("U")
 
 
-class CropBatches(Dataset):
-    """Map-style dataset whose item `i` is a `Batch`, cut as `settings` tell.
-
-    What cannot be read is skipped, and another picture drawn in its place from the same random numbers. Under a token
-    budget, the picture that does not fit any more is dropped.
+@dataclass
+class Batch:
+    """One batch of training data: pixels or, of cached pictures, moments; items are in the order of the runs.
 
     Args:
-        sources: Folders or files, each with an optional weight ("DIR:0.5", unless a folder has this whole name), or
-            sequences of `Item`s; the weight is the share of the pictures and videos that come from there, 1 if only
-            others have one; if none has, all files are as likely.
-        settings: How batches are cut.
-        cache_bytes: Bound of the memory for decoded pictures, in each worker.
-
-    Raises:
-        ValueError: If a source is empty or no weights are positive; from items, if 100 in a row cannot be read.
+        pixels: Runs of (n, 3, T, H, W) uint8, one for each size; T is 1 for pictures. Empty for cached latents.
+        moments: (B, 2, c, t, h, w) float32, mean and standard deviation of the posteriors of cached latents.
+        labels: (B,) int64, the classes of data that have any.
+        skipped: "name: reason" of each picture or video that could not be read while the batch was drawn.
+        position: Where a stream goes on after the batch; `None` for data that are drawn by index.
     """
 
-    def __init__(self, sources: list[str | Sequence[Item]], settings: CropSettings, cache_bytes: int = 2**30):
-        self.settings, self.cutter = settings, BatchCutter(settings)
-        parsed = [parse_source(source) if isinstance(source, str) else (source, None) for source in sources]
-        self.sources = [
-            FolderFiles(source, settings.num_frames) if isinstance(source, str) else source for source, _ in parsed
-        ]
-        weighted = any(weight is not None for _, weight in parsed)
-        defaults = [1.0 if weighted else len(source) for source in self.sources]
-        weights = np.array([default if weight is None else weight for default, (_, weight) in zip(defaults, parsed)])
-        if not len(weights) or weights.min() < 0 or weights.sum() <= 0:
-            raise ValueError(f"The weights of the sources must not be negative nor all 0: {sources}.")
-        self.source_probabilities = weights / weights.sum()
-        self.cache_bytes = cache_bytes
-        self.cache: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
-        self.cached_bytes = 0
+    pixels: Runs = field(default_factory=list)
+    moments: torch.Tensor | None = None
+    labels: torch.Tensor | None = None
+    skipped: list[str] = field(default_factory=list)
+    position: dict[str, int] | None = None
 
-    def __getitem__(self, index: int) -> Batch:
-        rng, skipped = np.random.default_rng((self.settings.seed, index)), []
+    @property
+    def num_items(self) -> int:
+        return sum(map(len, self.pixels)) if self.moments is None else len(self.moments)
 
-        def choose() -> tuple[int, int]:
-            source = rng.choice(len(self.sources), p=self.source_probabilities)
-            return int(source), int(rng.integers(len(self.sources[source])))
-
-        def draw() -> np.ndarray:
-            return draw_readable(choose, lambda place: self._load(place, rng), skipped)
-
-        pixels, _ = self.cutter(rng, draw)
-        return Batch(pixels, skipped)
-
-    def _load(self, place: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
-        if place in self.cache:
-            self.cache.move_to_end(place)
-            return self.cache[place]
-        source, index = place
-        item = self.sources[source][index]
-        clip = load_item(item, self.settings.num_frames, self.settings.fps, rng)  # (T, h, w, 3)
-        if not item.is_video:
-            self.cache[place] = clip
-            self.cached_bytes += clip.nbytes
-            while self.cached_bytes > self.cache_bytes and len(self.cache) > 1:
-                self.cached_bytes -= self.cache.popitem(last=False)[1].nbytes
-        return clip
+    def pin_memory(self) -> "Batch":
+        """The same batch in memory that a device reads without a copy; a `DataLoader` asks for it."""
+        moments, labels = (x if x is None else x.pin_memory() for x in (self.moments, self.labels))
+        return replace(self, pixels=[run.pin_memory() for run in self.pixels], moments=moments, labels=labels)
 
 
-def make_dataset(
-    settings: CropSettings,
-    train_data_dir: list[str] | None = None,
-    dataset_name: str | None = None,
-    dataset_config_name: str | None = None,
-    dataset_split: str = "train",
-    data_column: str | None = None,
-    streaming: bool = False,
-    train_shards: list[str] | None = None,
-    shuffle_buffer: int = 1000,
-    cache_bytes: int = 2**30,
-) -> CropBatches | StreamBatches:
-    """Training data from exactly one of three places.
+class Draw(Protocol):
+    """`draw(rng, load)` chooses an item that can be read, by `rng` if there is any choice: what `load` makes of it.
 
-    Args:
-        settings: How batches are cut.
-        train_data_dir: Folders or files with optional weights, as "DIR:0.5".
-        dataset_name: Dataset on the Hub, or a local folder, for `datasets.load_dataset`.
-        dataset_config_name: Its configuration.
-        dataset_split: Its split.
-        data_column: Its column of pictures or videos; default: "image", or "video" for clips.
-        streaming: Do not download the dataset first.
-        train_shards: Tar shards for `webdataset`, as "shards/{000..012}.tar".
-        shuffle_buffer: Samples of a stream that are shuffled at once, in each worker.
-        cache_bytes: Bound of the memory for decoded pictures, in each worker; streams keep none.
+    An item is an `Item` that is not decoded yet, or what else the data consist of.
+    """
+
+    def __call__(self, rng: np.random.Generator, load: Callable[[Any], T]) -> tuple[T, Choice]: ...
+
+
+class View(Protocol):
+    """Cuts the batch of a seed out of what `draw` gives, and says whether the last item did not fit into it."""
+
+    def __call__(self, seed: tuple[int, ...], draw: Draw) -> tuple[Batch, bool]: ...
+
+
+def draw_readable(choose: Callable[[], T], load: Callable[[T], U], skipped: list[str]) -> U:
+    """`load(choose())`, again while `load` raises a ValueError, whose message is added to `skipped`.
 
     Raises:
-        ValueError: If not exactly one place is named, or a setting does not belong to it.
-        ImportError: If the package that reads it is not installed.
+        ValueError: After `MAX_FAILURES` failures in a row.
     """
-    places = {"train_data_dir": train_data_dir, "dataset_name": dataset_name, "train_shards": train_shards}
-    if sum(bool(place) for place in places.values()) != 1:
-        raise ValueError(f"Set exactly one of {', '.join(places)}, but they are {places}.")
-    of_hub = {"dataset_config_name": dataset_config_name, "data_column": data_column, "streaming": streaming}
-    if not dataset_name and any(of_hub.values()):
-        raise ValueError(f"{', '.join(of_hub)} belong to `dataset_name`, which is not set, but they are {of_hub}.")
-    if train_data_dir:
-        return CropBatches(train_data_dir, settings, cache_bytes)
-    if train_shards:
-        return StreamBatches(TarStream(train_shards, settings.num_frames), settings, shuffle_buffer)
-    column = (dataset_name, dataset_config_name, dataset_split, data_column, settings.num_frames)
-    if streaming:
-        return StreamBatches(HubStream(*column), settings, shuffle_buffer)
-    return CropBatches([HubRows(*column)], settings, cache_bytes)
+    for _ in range(MAX_FAILURES):
+        choice = choose()
+        try:
+            return load(choice)
+        except ValueError as error:
+            skipped.append(str(error))
+    raise ValueError(
+        f"{MAX_FAILURES} pictures or videos in a row could not be read; check the source of the data. The last: "
+        f"{skipped[-1]}"
+    )
 
 
-class BatchLoader:
-    """The endless `Batch`es of one process, prepared by workers, from where `load_state_dict` points.
-
-    Each `iter` goes on after the last batch that was handed out. Batches that workers prepared ahead do not count.
+class DrawnBatches(Dataset):
+    """Map-style dataset whose item `i` is a `Batch`, a pure function of (seed, i).
 
     Args:
-        dataset: What `make_dataset` returns.
-        num_workers: Processes that cut batches; 0: this one does.
-        process_index: Number of this process, over all machines.
-        num_processes: Processes that train, on all machines.
+        items: `Item`s, or what else the view takes.
+        sampler: Chooses among them.
+        view: Cuts the batches; what does not fit into one is dropped.
+        seed: Seed of everything random.
+
+    Raises:
+        ValueError: From items, if 100 in a row cannot be read.
     """
 
     def __init__(
-        self, dataset: CropBatches | StreamBatches, num_workers: int, process_index: int = 0, num_processes: int = 1
+        self, items: Indexed[Any], sampler: Callable[[np.random.Generator], Choice], view: View, seed: int = 0
     ):
-        self.dataset, self.num_workers = dataset, num_workers
+        self.items, self.sampler, self.view, self.seed = items, sampler, view, seed
+
+    def __getitem__(self, index: int) -> Batch:
+        skipped: list[str] = []
+
+        def draw(rng: np.random.Generator, load: Callable[[Any], T]) -> tuple[T, Choice]:
+            return draw_readable(
+                lambda: self.sampler(rng), lambda choice: (load(self.items[choice.place]), choice), skipped
+            )
+
+        batch, _ = self.view((self.seed, index), draw)
+        return replace(batch, skipped=skipped)
+
+
+class StreamBatches(IterableDataset):
+    """Endless `Batch`es from a stream (see `sources`).
+
+    A reader is one worker of one process. In every epoch the shards are shuffled by (seed, epoch) and dealt out to the
+    readers; if there are fewer shards than readers, each reader takes its share of the samples of every shard. A
+    reader shuffles blocks of `shuffle_buffer` samples, as they are stored, by (seed, epoch, reader, block). Over all
+    readers, an epoch has every sample once. A position names the start of a block and an offset in it, so that a
+    resumed reader reads its block once more, and goes on exactly where it stopped. What does not fit into a batch
+    opens the next one.
+
+    Args:
+        source: `HubStream`, `TarStream` or alike.
+        view: Cuts the batches.
+        seed: Seed of everything random.
+        shuffle_buffer: Samples of a block. They are held in memory, undecoded, by each reader, and are read before the
+            first of them is used.
+
+    Raises:
+        ValueError: If there are no shards; while reading, if a reader gets no sample in ten epochs, or if 100 samples
+            in a row cannot be read.
+    """
+
+    def __init__(self, source: Stream, view: View, seed: int = 0, shuffle_buffer: int = 1000):
+        if source.num_shards < 1:
+            raise ValueError(f'"{source.name}" has no shards: name at least one.')
+        if shuffle_buffer < 1:
+            raise ValueError(f"`shuffle_buffer` must be at least 1 sample, but is {shuffle_buffer}.")
+        self.source, self.view, self.seed, self.shuffle_buffer = source, view, seed, shuffle_buffer
+        self.start(0, 1, 0, [])
+
+    def start(
+        self, process_index: int, num_processes: int, batches: int, positions: list[dict[str, int] | None]
+    ) -> None:
+        """What `iter` reads: the part of a process that has had `batches` batches, and where its workers stopped.
+
+        Workers of a DataLoader take turns; their turns go on after `batches`.
+        """
         self.process_index, self.num_processes = process_index, num_processes
-        self.is_stream = isinstance(dataset, StreamBatches)
-        self.batches = 0  # of a stream: handed out by this process; else the index of the next on process 0
-        self.positions = [None] * max(1, num_workers)
+        self.batches, self.positions = batches, positions
 
     def __iter__(self) -> Iterator[Batch]:
-        for batch in self._make_dataloader():
-            if self.is_stream:
-                self.positions[self.batches % len(self.positions)] = batch.position
-            self.batches += 1 if self.is_stream else self.num_processes
-            yield batch
+        info = get_worker_info()
+        worker, num_workers = (info.id, info.num_workers) if info else (0, 1)
+        worker = (worker + self.batches) % num_workers
+        reader = self.process_index * num_workers + worker
+        return self.read(reader, self.num_processes * num_workers, self.positions[worker] if self.positions else None)
 
-    def _make_dataloader(self) -> DataLoader:
-        gc.collect()  # a worker that inherits PyAV's garbage waits for ever for threads that it has not
-        sampler = None
-        if self.is_stream:
-            self.dataset.start(self.process_index, self.num_processes, self.batches, list(self.positions))
-        else:
-            sampler = range(self.batches + self.process_index, sys.maxsize, self.num_processes)
-        return DataLoader(
-            self.dataset,
-            batch_size=None,
-            sampler=sampler,
-            num_workers=self.num_workers,
-            prefetch_factor=4 if self.num_workers else None,
-            pin_memory=torch.accelerator.is_available(),
-            generator=torch.Generator(),  # else it draws a number from the generator of the training run
+    def read(self, reader: int, num_readers: int, position: dict[str, int] | None = None) -> Iterator[Batch]:
+        """The batches of one of `num_readers` readers, after `position`."""
+        position = position or START
+        items = self._items(reader, num_readers, position)
+        waiting: list[tuple[Item, dict[str, int]]] = []
+        taken: list[tuple[Item, dict[str, int]]] = []
+
+        def take() -> Item:
+            taken.append(waiting.pop() if waiting else next(items))
+            return taken[-1][0]
+
+        def draw(rng: np.random.Generator, load: Callable[[Any], T]) -> tuple[T, Choice]:
+            return draw_readable(take, load, skipped), Choice()
+
+        for number in itertools.count(position["batch"]):
+            skipped: list[str] = []
+            taken.clear()
+            batch, left_over = self.view((self.seed, reader, number), draw)
+            if left_over:
+                waiting.append(taken.pop())
+            yield replace(batch, skipped=skipped, position=taken[-1][1] | {"batch": number + 1})
+
+    def _items(self, reader: int, num_readers: int, position: dict[str, int]) -> Iterator[tuple[Item, dict[str, int]]]:
+        """Endless shuffled items, each with the position after it."""
+        epoch, block, shard, sample, offset = (position[name] for name in START if name != "batch")
+        empty_epochs = 0
+        while empty_epochs < MAX_EMPTY_EPOCHS:
+            stored = self._stored_items(epoch, reader, num_readers, shard, sample)
+            while items := dict(enumerate(itertools.islice(stored, self.shuffle_buffer))):
+                _, *end = items[len(items) - 1]
+                order = np.random.default_rng((self.seed, epoch, reader, block)).permutation(len(items)).tolist()
+                start = {"epoch": epoch, "block": block, "shard": shard, "sample": sample}
+                for index in order[offset:]:
+                    offset += 1
+                    yield items.pop(index)[0], start | {"offset": offset}
+                block, (shard, sample), offset = block + 1, end, 0
+            empty_epochs = 0 if block else empty_epochs + 1
+            epoch, block, shard, sample, offset = epoch + 1, 0, 0, 0, 0
+        raise ValueError(
+            f'"{self.source.name}" had no sample for reader {reader} of {num_readers} in {MAX_EMPTY_EPOCHS} epochs: '
+            "check the source, or use fewer workers or processes."
         )
 
-    def state_dict(self) -> dict:
-        """Where to go on after the last batch that was handed out; JSON-able.
+    def _stored_items(
+        self, epoch: int, reader: int, num_readers: int, first: int, sample: int
+    ) -> Iterator[tuple[Item, int, int]]:
+        """What the reader has to read of an epoch, from a place in its order of shards and a sample in that shard on.
 
-        Of data that are drawn by index it is the same on all processes, which must have had the same number of
-        batches, and may be loaded with any number of processes and workers. Of a stream, every process has its own.
+        Each item comes with the place and sample that follow it.
         """
-        if not self.is_stream:
-            return {"batches": self.batches}
-        return {"batches": self.batches, "readers": self._readers(), "positions": list(self.positions)}
-
-    def load_state_dict(self, state: dict) -> None:
-        """Goes on where `state_dict` was taken, from the next `iter` on.
-
-        Raises:
-            ValueError: If the state is of another kind of data, or, of a stream, of other readers.
-        """
-        if self.is_stream != ("positions" in state):
-            kinds = ("a stream", "data drawn by index")
-            saved, ours = kinds if "positions" in state else kinds[::-1]
-            raise ValueError(
-                f"The state is of {saved}, but the data are {ours}: resume with the data it started with."
-            )
-        if self.is_stream and state["readers"] != self._readers():
-            raise ValueError(
-                f"A stream resumes with the readers, shards and shuffling it was saved with, {state['readers']}, but "
-                f"these are {self._readers()}: restore them, or start the data anew."
-            )
-        self.batches = state["batches"]
-        self.positions = list(state.get("positions", self.positions))
-
-    def _readers(self) -> dict[str, int]:
-        return {
-            "num_processes": self.num_processes,
-            "num_workers": len(self.positions),
-            "process_index": self.process_index,
-            "num_shards": self.dataset.source.num_shards,
-            "shuffle_buffer": self.dataset.shuffle_buffer,
-            "seed": self.dataset.settings.seed,
-        }
-
-
-def iterate_pixels(dataset: CropBatches | StreamBatches, num_batches: int) -> Iterator[torch.Tensor]:
-    """The pixels of the first batches, for measurements over training data; logs what could not be read."""
-    for batch in itertools.islice(BatchLoader(dataset, num_workers=0), num_batches):
-        for reason in batch.skipped:
-            logger.warning("Skipped %s", reason)
-        yield batch.pixels
+        order = np.random.default_rng((self.seed, epoch)).permutation(self.source.num_shards).tolist()
+        share = len(order) < num_readers
+        shards = order if share else order[reader::num_readers]
+        for place in range(first, len(shards)):
+            items = itertools.islice(enumerate(self.source.items(shards[place])), sample, None)
+            for index, item in items:
+                if not share or (index + shards[place]) % num_readers == reader:
+                    yield item, place, index + 1
+            sample = 0

@@ -28,10 +28,10 @@ MAX_NAMED = 100_000  # files that a training run notes one by one
 
 def _name_files(paths: Sequence[str | os.PathLike]) -> dict[str, str]:
     """Names relative to the common folder -> absolute paths, in their order."""
-    paths = [os.path.abspath(path) for path in paths]
-    root = os.path.commonpath({os.path.dirname(path) for path in paths}) if paths else ""
-    named = {}
-    for path in paths:
+    absolute = [os.path.abspath(path) for path in paths]
+    root = os.path.commonpath({os.path.dirname(path) for path in absolute}) if absolute else ""
+    named: dict[str, str] = {}
+    for path in absolute:
         name = os.path.relpath(path, root)
         while name in named:  # it is listed twice
             name += "'"
@@ -55,9 +55,9 @@ def _make_record(settings: dict, files: Sequence[str | os.PathLike], known: dict
     named = _name_files(files)
     with ThreadPool(16) as pool:  # most of the time goes by waiting for the disk
         described = pool.imap(lambda name: _describe(named[name], known.get(name, ""), read), named, 64)
-        files = dict(zip(named, tqdm(described, "input files", len(named), delay=5)))
+        contents = dict(zip(named, tqdm(described, "input files", len(named), delay=5)))
     finite = {name: str(x) if isinstance(x, float) and not math.isfinite(x) else x for name, x in settings.items()}
-    return {"settings": json.loads(json.dumps(finite, default=str)), "files": files}
+    return {"settings": json.loads(json.dumps(finite, default=str)), "files": contents}
 
 
 def _read_record(path: Path) -> dict:
@@ -117,7 +117,7 @@ def claim_folder(
     """Stores in a folder what its content is made from; all processes must call it, the main one reads and writes.
 
     Args:
-        folder: Of the results, which may not exist yet.
+        folder: Folder of the results, which may not exist yet.
         settings: All else that the results depend on, JSON-able.
         files: The input files, in the order in which they count.
         may_change: Those of them of which there are no results yet, as they could not be read.

@@ -1,24 +1,16 @@
-"""Training batches for diffusion models: pictures by class, and the latents of pictures from a cache.
-
-A batch is a pure function of (seed, index), and from a cache of files that could all be read shows the same pictures
-and videos, mirrored alike, as without. A cache has one clip of each video; without it, every draw takes another one.
-"""
+"""Pictures and videos by class, which is the folder that holds them, and how they are drawn."""
 
 import itertools
 import os
 import random
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
-from torch.utils.data import Dataset
 
-from .cropping import Batch, draw_readable
-from .files import FileList, iterate_files, printable
-from .items import load_item
-from .media import Item, resize_and_crop, suffixes_for
+from .files import FileList, iterate_files, printable, suffixes_for
+from .items import Choice
 from .sources import FolderFiles
 
 
@@ -47,7 +39,7 @@ def limit_each_class(files: Sequence[str | Path], limit: int) -> list[str | Path
     """
     if limit < 1:
         raise ValueError(f"`max_files_per_class` must be positive, but is {limit}.")
-    members = {}
+    members: dict[str, list[int]] = {}
     for index, file in enumerate(files):
         members.setdefault(class_of(file), []).append(index)
     chosen = (random.Random(0).sample(group, min(limit, len(group))) for group in members.values())
@@ -61,7 +53,7 @@ class LabelledFiles(FolderFiles):
         folders: Where they are.
         classes: In the order of their ids; default: those that there are, sorted.
         num_frames: Frames of a clip; for more than 1, only videos count.
-        max_files_per_class: Of a class that has more, only so many: a random choice, but always the same.
+        max_files_per_class: How many files of a larger class count: a random choice, but always the same.
 
     Raises:
         ValueError: If there is no file, or one outside of the classes.
@@ -69,17 +61,20 @@ class LabelledFiles(FolderFiles):
 
     def __init__(
         self,
-        folders: list[str | Path],
+        folders: Sequence[str | Path],
         classes: list[str] | None = None,
         num_frames: int = 1,
         max_files_per_class: int | None = None,
     ):
-        files = (file for folder in folders for file in iterate_files(folder, suffixes_for(num_frames)))
+        files: Iterable[str | Path] = (
+            file for folder in folders for file in iterate_files(folder, suffixes_for(num_frames))
+        )
         if max_files_per_class is not None:
             files = limit_each_class(list(files), max_files_per_class)
-        found, numbers = {}, array("q")
+        found: dict[str, int] = {}
+        numbers = array("q")
 
-        def note_class(file: str) -> str:
+        def note_class(file: str | Path) -> str | Path:
             numbers.append(found.setdefault(class_of(file), len(found)))
             return file
 
@@ -93,11 +88,6 @@ class LabelledFiles(FolderFiles):
                 f'"{file}" is in folder "{class_of(file)}", which is no class: add it to the list of classes, or move '
                 f"the file. The classes are {', '.join(self.classes)}."
             )
-
-    @property
-    def items(self) -> Sequence[Item]:
-        """What `self[index]` gives."""
-        return self
 
 
 class ClassSampler:
@@ -128,68 +118,11 @@ class ClassSampler:
         self.flips = np.array([flip and name not in no_flip_classes for name in classes])
         self.members = [np.flatnonzero(labels == label) for label in np.unique(labels)] if class_balanced else None
 
-    def __call__(self, rng: np.random.Generator) -> tuple[int, bool]:
+    def __call__(self, rng: np.random.Generator) -> Choice:
         if self.members is None:
             index = rng.integers(len(self.labels))
         else:
             index = rng.choice(self.members[rng.integers(len(self.members))])
         mirrored = rng.random() < 0.5  # drawn in any case: the numbers that follow do not depend on the class
-        return int(index), bool(mirrored and self.flips[self.labels[index]])
-
-
-def load_square(
-    item: Item, resolution: int, num_frames: int, fps: float | None, rng: np.random.Generator
-) -> np.ndarray:
-    """The central square of a picture or clip, (T, resolution, resolution, 3) uint8. Raises as `load_item`."""
-    return np.stack([resize_and_crop(frame, resolution) for frame in load_item(item, num_frames, fps, rng)])
-
-
-def to_pixels(clips: Sequence[np.ndarray]) -> torch.Tensor:
-    """Clips (T, H, W, 3) -> (B, 3, H, W) if T is 1, else (B, 3, T, H, W)."""
-    pixels = torch.from_numpy(np.stack(clips)).permute(0, 4, 1, 2, 3).contiguous()  # (B, 3, T, H, W)
-    return pixels.squeeze(2) if pixels.shape[2] == 1 else pixels
-
-
-class PictureBatches(Dataset):
-    """Map-style dataset whose item `i` is a `Batch` of central squares and their classes.
-
-    What cannot be read is skipped, and another picture drawn in its place.
-
-    Args:
-        files: The pictures or videos.
-        sampler: Draws them; by default uniformly, half of them mirrored.
-        resolution: Side of the squares in pixels.
-        batch_size: Squares of a batch.
-        num_frames, fps: Of clips, which begin at random; `fps` `None`: every frame.
-        seed: Of everything random.
-    """
-
-    def __init__(
-        self,
-        files: LabelledFiles,
-        sampler: ClassSampler,
-        resolution: int,
-        batch_size: int,
-        num_frames: int = 1,
-        fps: float | None = None,
-        seed: int = 0,
-    ):
-        self.files, self.sampler, self.batch_size, self.seed = files, sampler, batch_size, seed
-        self.shape = (resolution, num_frames, fps)
-
-    def __getitem__(self, index: int) -> Batch:
-        rng, skipped = np.random.default_rng((self.seed, index)), []
-        starts = np.random.default_rng((self.seed, index, 1))  # of clips: what is drawn next does not depend on them
-
-        def load(choice: tuple[int, bool]) -> tuple[np.ndarray, int]:
-            place, mirrored = choice
-            clip = load_square(self.files[place], *self.shape, starts)
-            return clip[:, :, ::-1] if mirrored else clip, self.files.labels[place]
-
-        drawn = [draw_readable(lambda: self.sampler(rng), load, skipped) for _ in range(self.batch_size)]
-        clips, labels = zip(*drawn)
-        return Batch(to_pixels(clips), skipped, labels=torch.tensor(labels))
-
-    def iterate(self, num_batches: int) -> Iterator[torch.Tensor]:
-        """The pixels of the first batches, for measurements."""
-        return (self[index].pixels for index in range(num_batches))
+        label = int(self.labels[index])
+        return Choice(int(index), bool(mirrored and self.flips[label]), label)

@@ -30,6 +30,11 @@ HIDDEN_FOLDERS = frozenset(
 T = TypeVar("T")
 
 
+def suffixes_for(num_frames: int) -> frozenset[str]:
+    """Clips need videos; single frames may come from either."""
+    return VIDEO_SUFFIXES if num_frames > 1 else IMAGE_SUFFIXES | VIDEO_SUFFIXES
+
+
 def is_hidden(name: str) -> bool:
     """Whether systems hide what has this name: thumbnails, notebooks' checkpoints, resource forks, bins."""
     return name.startswith(".") or name in HIDDEN_FOLDERS
@@ -44,7 +49,8 @@ def _walk(root: str, suffixes: frozenset[str]) -> Iterator[str]:
 
     Each folder is listed once, by its own name rather than a link's, and so are files.
     """
-    starts, seen, links, unread = [root], set(), [], Counter()
+    starts, seen, links = [root], set(), []
+    unread: Counter[str] = Counter()
     for start in starts:  # which grows by the links to folders that are found
         waiting = [start]
         while waiting:
@@ -103,7 +109,7 @@ def list_files(path: str | Path, suffixes: frozenset[str] = IMAGE_SUFFIXES | VID
     return [Path(file) for file in iterate_files(path, suffixes)]
 
 
-class FileList(Sequence):
+class FileList:
     """Paths in one buffer, and where each ends: lists of millions are copied to every worker."""
 
     def __init__(self, paths: Iterable[str | Path]):
@@ -115,6 +121,9 @@ class FileList(Sequence):
 
     def __len__(self) -> int:
         return len(self.ends) - 1
+
+    def __iter__(self) -> Iterator[Path]:
+        return map(self.__getitem__, range(len(self)))
 
     def __getitem__(self, index: int) -> Path:
         index = range(len(self))[index]

@@ -1,49 +1,112 @@
-"""Held-out pictures and clips, decoded one at a time."""
+"""Held-out pictures and clips, for evaluation while and after training, and how they are measured."""
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
 
+import numpy as np
 import torch
 
-from .media import Item, evenly_spaced, load_image, resize_and_crop
-from .protocol import Protocol
-from .video import load_clip, probe_rate
+from .files import IMAGE_SUFFIXES, VIDEO_SUFFIXES, list_files
+from .items import Clip, Indexed, Item
+from .media import evenly_spaced, resize_and_crop
+from .video import probe_rate
 
 
-Codec = Callable[[torch.Tensor], torch.Tensor]  # uint8 (B, 3, [T,] H, W) to its reconstruction
+Codec = Callable[[torch.Tensor], torch.Tensor]  # uint8 (B, 3, T, H, W) to its reconstruction
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """Everything that a value depends on besides the model and the data.
+
+    The fields after `fps` say in words what the code of this package does, so that results of a version that does
+    otherwise are told apart.
+
+    Args:
+        resolution: Side in pixels of the square that a picture is brought to; `None`: every picture as it is.
+        num_frames: Frames of a clip, the first of each video; 1: pictures.
+        fps: Frames a second of clips; `None`: all frames of the video.
+        crop: Which part of the picture is kept.
+        resize_filter: Filter that brings it to `resolution`.
+        value_range: In which, and in what precision, pixels are compared.
+        rounding: What happens to a model's output before anything is measured.
+        averaging: PSNR, SSIM, MS-SSIM and LPIPS are means of values of single pictures, for clips of the means over
+            their frames. No PSNR is above 58.92 dB, see `vitok_hf.evaluation.metrics.psnr`.
+        statistics: How features become values.
+        networks: "inception", "dino", "i3d", "lpips" -> {"name": architecture and preprocessing, "sha256": of the
+            weights}, those that were used.
+    """
+
+    resolution: int | None = 256
+    num_frames: int = 1
+    fps: float | None = None
+    crop: str = "central square"
+    resize_filter: str = "bicubic, antialiased (Pillow, reducing_gap 3)"
+    value_range: str = "0 to 255, RGB, float64"
+    rounding: str = "clipped and rounded to uint8"
+    averaging: str = "mean over frames, then over items; PSNR at most 58.92 dB"
+    statistics: str = "float64; unbiased covariances; IS of 10 splits, shuffled; precision and recall of 3 neighbours"
+    networks: dict[str, dict[str, str]] = field(default_factory=dict)
+
+    def __post_init__(self):
+        for name in ("resolution", "num_frames", "fps"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"`{name}` is {value}, but must be positive.")
+        if self.resolution is None:
+            object.__setattr__(self, "crop", "none")
+            object.__setattr__(self, "resize_filter", "none")
+
+    @classmethod
+    def from_dict(cls, values: dict) -> "Protocol":
+        """Inverse of `dataclasses.asdict`; raises `ValueError` for a protocol with other fields."""
+        if other := sorted(set(values) ^ {f.name for f in fields(cls)}):
+            raise ValueError(
+                f"The stored protocol and this version's differ in the fields {', '.join(other)}: measure again."
+            )
+        return cls(**values)
+
+    def differences(self, other: "Protocol") -> list[str]:
+        """Names of the fields that differ. A network counts that both used: without it, its metrics are missing."""
+        names = [f.name for f in fields(self) if f.name != "networks"]
+        differing = [name for name in names if getattr(self, name) != getattr(other, name)]
+        shared = sorted(set(self.networks) & set(other.networks))
+        return differing + [f"networks.{name}" for name in shared if self.networks[name] != other.networks[name]]
 
 
 class EvaluationData:
-    """Pictures (3, H, W) or clips (3, T, H, W) uint8, as the protocol crops them.
+    """Pictures and clips, (3, T, H, W) uint8, decoded one at a time, as the protocol crops them.
+
+    Held-out data are fixed: one that cannot be read is not skipped.
 
     Args:
         items: Where they are: `FolderFiles` or `HubRows` of `vitok_hf.data.sources`, or a list of `Item`s.
         protocol: Resolution, frames and frame rate. Of each video, the first clip is taken; where the protocol has
             one frame, the first frame.
         limit: At most so many, evenly spaced.
+        random_clips: Take of each video a clip at a random second, always the same one.
 
     Raises:
         ValueError: If there are none; on access, "name: reason", if one cannot be read.
     """
 
-    def __init__(self, items: Sequence[Item], protocol: Protocol, limit: int | None = None):
+    def __init__(self, items: Indexed[Item], protocol: Protocol, limit: int | None = None, random_clips: bool = False):
         if len(items) == 0:
             raise ValueError("There are no pictures to measure on: name others.")
-        self.items, self.protocol = items, protocol
+        self.items, self.protocol, self.random_clips = items, protocol, random_clips
         self.indices = evenly_spaced(len(items), limit)
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def __getitem__(self, index: int) -> torch.Tensor:
-        item, protocol = self.items[self.indices[index]], self.protocol
-        if item.is_video:
-            frames = load_clip(item.source, 0.0, protocol.num_frames, protocol.fps, item.name)
-        else:
-            frames = load_image(item.source, item.name)[None]
+        number, protocol = self.indices[index], self.protocol
+        rng = np.random.default_rng(number) if self.random_clips else None
+        frames = Clip(protocol.num_frames, protocol.fps).load(self.items[number], rng)  # (T, H, W, 3)
         if protocol.resolution is not None:
-            frames = [resize_and_crop(frame, protocol.resolution) for frame in frames]
-        clip = torch.stack([torch.tensor(frame) for frame in frames]).permute(3, 0, 1, 2)  # (3, T, H, W)
-        return clip if protocol.num_frames > 1 else clip[:, 0]
+            frames = np.stack([resize_and_crop(frame, protocol.resolution) for frame in frames])
+        return torch.tensor(frames).permute(3, 0, 1, 2)
 
     def frame_rate(self, index: int) -> float:
         """Frames a second of a clip."""
@@ -51,7 +114,7 @@ class EvaluationData:
         return self.protocol.fps or probe_rate(item.source, item.name)
 
     def batches(self, indices: Sequence[int], batch_size: int) -> Iterator[torch.Tensor]:
-        """(B, 3, [T,] H, W), in the order of `indices`; neighbours of different sizes go apart."""
+        """(B, 3, T, H, W), in the order of `indices`; neighbours of different sizes go apart."""
         batch: list[torch.Tensor] = []
         for index in indices:
             item = self[index]
@@ -61,3 +124,20 @@ class EvaluationData:
             batch.append(item)
         if batch:
             yield torch.stack(batch)
+
+
+def load_evaluation_images(
+    path: str | Path, size: int, limit: int, num_frames: int = 1, fps: float | None = None
+) -> torch.Tensor:
+    """At most `limit` pictures of a folder, evenly spaced in its sorted list: (N, 3, 1, size, size) uint8.
+
+    With `num_frames` > 1, the first clip of as many videos: (N, 3, num_frames, size, size).
+
+    Raises:
+        ValueError: If there is none, or one that cannot be read, which it names.
+    """
+    is_video = num_frames > 1
+    files = list_files(path, VIDEO_SUFFIXES if is_video else IMAGE_SUFFIXES)
+    items = [Item(str(file), file, is_video) for file in files]
+    data = EvaluationData(items, Protocol(size, num_frames, fps), limit)
+    return torch.stack([data[index] for index in range(len(data))])

@@ -1,37 +1,68 @@
-"""Pictures and clips alike: a random one for training, fixed ones for evaluation."""
+"""Pictures and videos as they are stored, and the frames that are read of them."""
 
-from pathlib import Path
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
-import torch
 
-from .files import IMAGE_SUFFIXES, VIDEO_SUFFIXES, list_files
-from .media import Item, evenly_spaced, load_image, resize_and_crop
+from .media import Source, load_image
 from .video import load_clip, load_random_clip
 
 
-def load_item(item: Item, num_frames: int, fps: float | None, rng: np.random.Generator) -> np.ndarray:
-    """(T, H, W, 3) uint8: the picture with T = 1, or a clip of T = `num_frames` from a random second of the video.
+T_co = TypeVar("T_co", covariant=True)
 
-    Raises:
-        ValueError: "name: reason", if it cannot be read.
+
+class Item(NamedTuple):
+    """A picture or video as it is stored.
+
+    `source` is the file's path, its address for fsspec ("hf://...", "https://..."), its bytes, the exception that was
+    raised in their place, for whoever loads the item. `name` stands for it in messages.
     """
-    if not item.is_video:
-        return load_image(item.source, item.name)[None]
-    return load_random_clip(item.source, num_frames, fps, rng, item.name)
+
+    name: str
+    source: Source
+    is_video: bool = False
 
 
-def load_evaluation_images(
-    path: str | Path, size: int, limit: int, num_frames: int = 1, fps: float | None = None
-) -> torch.Tensor:
-    """At most `limit` pictures of a folder, evenly spaced in its sorted list: (N, 3, size, size) uint8.
+class Decoded(NamedTuple):
+    """A picture that has been decoded, (H, W, 3) uint8."""
 
-    With `num_frames` > 1, the first clip of as many videos: (N, 3, num_frames, size, size). Held-out data are fixed:
-    a file that cannot be read raises a ValueError that names it.
-    """
-    files = list_files(path, IMAGE_SUFFIXES if num_frames == 1 else VIDEO_SUFFIXES)
-    files = [files[index] for index in evenly_spaced(len(files), limit)]
-    clips = [load_image(file)[None] if num_frames == 1 else load_clip(file, 0.0, num_frames, fps) for file in files]
-    clips = np.stack([np.stack([resize_and_crop(frame, size) for frame in clip]) for clip in clips])
-    clips = torch.from_numpy(clips).permute(0, 4, 1, 2, 3).contiguous()  # (N, 3, T, size, size)
-    return clips.squeeze(2) if num_frames == 1 else clips
+    pixels: np.ndarray
+
+
+class Indexed(Protocol[T_co]):
+    """What is read by index, as lists are."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> T_co: ...
+
+
+class Choice(NamedTuple):
+    """What a sampler chose: the place of an item, whether to mirror it, and its class; streams leave no choice."""
+
+    place: int = 0
+    mirrored: bool = False
+    label: int | None = None
+
+
+@dataclass(frozen=True)
+class Clip:
+    """What is read of videos: `num_frames` frames, `fps` a second, or with `None` every frame."""
+
+    num_frames: int = 1
+    fps: float | None = None
+
+    def load(self, item: Item | Decoded, rng: np.random.Generator | None = None) -> np.ndarray:
+        """(T, H, W, 3) uint8: a picture with T = 1, or a clip from a random second of a video, or its first.
+
+        Raises:
+            ValueError: "name: reason", if it cannot be read.
+        """
+        if isinstance(item, Decoded):
+            return item.pixels[None]
+        if not item.is_video:
+            return load_image(item.source, item.name)[None]
+        if rng is None:
+            return load_clip(item.source, 0.0, self.num_frames, self.fps, item.name)
+        return load_random_clip(item.source, self.num_frames, self.fps, rng, item.name)

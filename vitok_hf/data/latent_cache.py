@@ -10,34 +10,28 @@ is tried again.
 import hashlib
 import logging
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from ..clips import to_float
-from ..disk import (
-    atomic_file,
-    checksum,
-    inside,
-    is_sealed,
-    locked,
-    remove_leftovers,
-    seal,
-    write_json,
-)
+from ..disk import atomic_file, checksum, inside, is_sealed, locked, remove_leftovers, seal, write_json
 from ..latents import NO_STATISTICS
 from ..loading.strict import read_json
 from ..models import AutoencoderViTok
 from ..models.saving import weights_checksum
 from .claims import claim_folder, claimed_contents
-from .classes import ClassSampler, LabelledFiles, load_square, to_pixels
-from .cropping import Batch
+from .classes import LabelledFiles
+from .items import Clip
 from .media import evenly_spaced
+from .views import SquareView, to_pixels
 
 
 logger = logging.getLogger(__name__)
@@ -47,10 +41,12 @@ INDEX = "index.json"
 
 
 def fingerprint(vae: AutoencoderViTok) -> str:
-    """Of the config and the encoder's weights in half precision: another one gives other latents.
+    """Checksum of the config and the encoder's weights in half precision: another one gives other latents.
 
     Statistics do not count: they do not change what `encode` gives.
     """
+    if vae.encoder is None:
+        raise ValueError("The autoencoder has no encoder: load it whole.")
     config = {name: value for name, value in vae.config.items() if name not in NO_STATISTICS}
     return weights_checksum(vae.encoder, config)
 
@@ -80,44 +76,49 @@ def check_shard(folder: Path, shard: dict) -> None:
         raise ValueError(f'"{path}" {state}: delete it and run `vitok cache-latents` again, which restores it.')
 
 
-class _Squares(Dataset):
-    """Item `i` is (clip, index of the file, ""), or, if it cannot be read, (`None`, index, "name: reason")."""
-
-    def __init__(
-        self, files: LabelledFiles, indices: Sequence[int], resolution: int, num_frames: int, fps: float | None
-    ):
-        self.files, self.indices, self.shape = files, indices, (resolution, num_frames, fps)
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, item: int) -> tuple[np.ndarray | None, int, str]:
-        index = self.indices[item]
+def read_squares(
+    files: LabelledFiles, view: SquareView, indices: Sequence[int]
+) -> tuple[dict[int, np.ndarray], dict[int, str]]:
+    """What `view` shows of these files, by index, and why others cannot be read."""
+    squares, skipped = {}, {}
+    for index in indices:
         try:
-            return load_square(self.files[index], *self.shape, np.random.default_rng((0, index))), index, ""
+            squares[index] = view.load(files[index], np.random.default_rng((0, index)))
         except ValueError as error:
-            return None, index, str(error)
+            skipped[index] = str(error)
+    return squares, skipped
 
 
 @torch.no_grad()
-def encode_shard(vae: AutoencoderViTok, squares: _Squares, batch_size: int, dtype: torch.dtype, num_workers: int):
+def encode_shard(
+    vae: AutoencoderViTok,
+    files: LabelledFiles,
+    view: SquareView,
+    indices: Sequence[int],
+    dtype: torch.dtype,
+    num_workers: int,
+) -> tuple[dict[str, torch.Tensor] | None, dict[int, str]]:
     """The tensors of a shard, or `None` if nothing can be read; and of what cannot be read, index -> reason."""
-    means, stds, labels, skipped = [], [], [], {}
-    for batch in DataLoader(squares, batch_size, num_workers=num_workers, collate_fn=list):
-        skipped |= {index: reason for clip, index, reason in batch if clip is None}
-        batch = [(clip, int(squares.files.labels[index])) for clip, index, _ in batch if clip is not None]
-        if not batch:
+    moments: dict[str, list[torch.Tensor]] = {"mean": [], "std": []}
+    read: list[int] = []
+    skipped: dict[int, str] = {}
+    dataset: Any = indices  # what has a length and an index will do
+    read_batch = partial(read_squares, files, view)
+    for squares, reasons in DataLoader(dataset, view.batch_size, num_workers=num_workers, collate_fn=read_batch):
+        skipped |= reasons
+        if not squares:
             continue
-        pixels = to_float(to_pixels([clip for clip, _ in batch]).to(vae.device))
-        both = torch.stack([pixels, pixels.flip(-1)], dim=1).flatten(0, 1)  # (2 B, 3, [T,] H, W)
-        posterior = vae.encode(both).latent_dist
-        means.append(posterior.mean.unflatten(0, (-1, 2)).to("cpu", dtype))  # (B, 2, c, [t,] h, w)
-        stds.append(posterior.std.unflatten(0, (-1, 2)).to("cpu", dtype))
-        labels += [label for _, label in batch]
-    if not labels:
+        pixels = to_float(to_pixels([*squares.values()]).to(vae.device))
+        both = torch.stack([pixels, pixels.flip(-1)], dim=1).flatten(0, 1)  # (2 B, 3, T, H, W)
+        both = both.squeeze(2) if both.shape[2] == 1 else both  # latents of pictures have no t in the files
+        posterior = vae.encode(both, return_dict=False)[0]
+        for name, batches in moments.items():
+            batches.append(getattr(posterior, name).unflatten(0, (-1, 2)).to("cpu", dtype))  # (B, 2, c, [t,] h, w)
+        read += squares
+    if not read:
         return None, skipped
-    tensors = {"mean": torch.cat(means), "std": torch.cat(stds), "labels": torch.tensor(labels)}
-    return tensors, skipped
+    tensors = {name: torch.cat(batches) for name, batches in moments.items()}
+    return tensors | {"labels": torch.from_numpy(files.labels[read])}, skipped
 
 
 def write_latents(
@@ -126,6 +127,7 @@ def write_latents(
     files: LabelledFiles,
     folder: str | Path,
     resolution: int,
+    *,
     fps: float | None = None,
     batch_size: int = 16,
     shard_size: int = 4096,
@@ -139,41 +141,39 @@ def write_latents(
         name: Its name, for the index.
         files: Pictures; or videos for a video model, of each one clip, from a random second that depends on its number
             alone: with few long videos, train without a cache, where every draw takes another clip.
-        folder: Of the cache.
+        folder: Folder of the cache.
         resolution: Side of the central squares in pixels.
         fps: Frames a second of clips; `None`: every frame.
         batch_size: Files that are encoded at once, both flips.
         shard_size: Files of a shard.
-        dtype: Of the cache.
+        dtype: Type in which the latents are stored.
         num_workers: Processes that read files.
 
     Raises:
         ValueError: If the folder has a cache of other files or settings, or a finished shard has changed, or another
             process writes to it.
     """
-    folder, num_frames = Path(folder), vae.config.sample_frames
+    folder, view = Path(folder), SquareView(resolution, batch_size, Clip(vae.config.sample_frames, fps))
     with locked(folder):
         remove_leftovers(folder)
         settings = {"format": FORMAT, "vae_sha256": fingerprint(vae), "classes": files.classes}
-        settings |= {"resolution": resolution, "num_frames": num_frames, "fps": fps}
+        settings |= {"resolution": resolution, "num_frames": view.clip.num_frames, "fps": fps}
         settings |= {"dtype": str(dtype).removeprefix("torch."), "shard_size": shard_size}
-        index = {"vae": name} | settings | {"num_shards": -(-len(files) // shard_size), "shards": {}}
-        path, paths = folder / INDEX, [item.source for item in files.items]
+        index: dict[str, Any] = {"vae": name} | settings | {"num_shards": -(-len(files) // shard_size), "shards": {}}
+        path, paths = folder / INDEX, list(files.files)
         if path.is_file():
             index = read_index(folder)
-        skipped = {number for shard in index["shards"].values() for number in shard["skipped"]}
-        claim_folder(folder, settings, paths, [file for number, file in enumerate(paths) if number in skipped])
+        unread = {number for shard in index["shards"].values() for number in shard["skipped"]}
+        claim_folder(folder, settings, paths, [file for number, file in enumerate(paths) if number in unread])
         contents = claimed_contents(folder)
         for number in tqdm(range(index["num_shards"]), desc="shards"):
             part = range(number * shard_size, min(len(files), (number + 1) * shard_size))
             digest = hashlib.sha256("".join(f"{files.labels[i]} {contents[i]}\n" for i in part).encode()).hexdigest()
             shard = index["shards"].get(str(number))
             if shard is not None and shard["files_sha256"] == digest and _is_kept(folder, shard):
-                squares = _Squares(files, shard["skipped"], resolution, num_frames, fps)
-                if all(clip is None for clip, _, _ in squares):  # what could not be read, still cannot
+                if not read_squares(files, view, shard["skipped"])[0]:  # what could not be read, still cannot
                     continue
-            squares = _Squares(files, part, resolution, num_frames, fps)
-            tensors, skipped = encode_shard(vae, squares, batch_size, dtype, num_workers)
+            tensors, skipped = encode_shard(vae, files, view, part, dtype, num_workers)
             for reason in skipped.values():
                 logger.warning("Skipped what cannot be read: %s", reason)
             written = _write_shard(folder / f"latents-{number:05d}.safetensors", tensors)
@@ -212,19 +212,18 @@ class LatentCache:
         if not (self.folder / INDEX).is_file():
             raise ValueError(f'"{folder}" has no index.json: write it with `vitok cache-latents`.')
         self.index = read_index(self.folder)
-        found, expected = len(self.index["shards"]), self.index["num_shards"]
-        if found < expected:
+        shards, expected = self.index["shards"], self.index["num_shards"]
+        if len(shards) < expected:
             raise ValueError(
-                f'"{folder}" has {found} of {expected} shards: run `vitok cache-latents` again, which goes on.'
+                f'"{folder}" has {len(shards)} of {expected} shards: run `vitok cache-latents` again, which goes on.'
             )
-        shards = [self.index["shards"][str(number)] for number in range(expected)]
-        self.shards = [shard for shard in shards if shard["file"] is not None]
+        self.shards = [x for x in map(shards.get, map(str, range(expected))) if x["file"] is not None]
         if not self.shards:
             raise ValueError(f'"{folder}" holds no latents: none of the files could be read.')
         for shard in self.shards if verify else ():
             check_shard(self.folder, shard)
         self.ends = np.cumsum([shard["num_items"] for shard in self.shards])
-        self.handles = {}
+        self.handles: dict[int, Any] = {}
         self.labels = np.concatenate([self._read_labels(number) for number in range(len(self.shards))])
 
     def _read_labels(self, number: int) -> np.ndarray:
@@ -233,10 +232,10 @@ class LatentCache:
             file, count = self._open(number), self.shards[number]["num_items"]
             labels = file.get_tensor("labels").numpy()
             shapes = {tuple(file.get_slice(name).get_shape()) for name in ("mean", "std")}
-        except SafetensorError as error:
-            shapes, labels = {str(error)}, np.zeros(0)
+        except SafetensorError:
+            shapes, labels = set(), np.zeros(0)
         fits = labels.shape == (count,) and set(labels.tolist()) <= set(range(len(self.classes)))
-        if not fits or len(shapes) > 1 or shapes.pop()[:2] != (count, 2):
+        if not fits or len(shapes) != 1 or shapes.pop()[:2] != (count, 2):
             raise ValueError(
                 f'"{self.folder / self.shards[number]["file"]}" does not hold {count} latents of {len(self.classes)} '
                 "classes, as the index says: delete both and run `vitok cache-latents` again."
@@ -258,28 +257,16 @@ class LatentCache:
             self.handles[number] = safe_open(inside(self.folder, self.shards[number]["file"]), framework="pt")
         return self.handles[number]
 
-    def moments(self, index: int, mirrored: bool = False) -> torch.Tensor:
-        """(2, c, [t,] h, w) float32: mean and standard deviation."""
+    def __getitem__(self, index: int) -> torch.Tensor:
+        """(2, 2, c, t, h, w) float32: of the picture and its mirror image, mean and standard deviation."""
         number = int(np.searchsorted(self.ends, index, side="right"))
         shard, row = self._open(number), index - int(self.ends[number] - self.shards[number]["num_items"])
-        flip = int(mirrored)
-        parts = [shard.get_slice(name)[row : row + 1, flip : flip + 1] for name in ("mean", "std")]
-        return torch.stack([part[0, 0] for part in parts]).float()
+        moments = torch.cat([shard.get_slice(name)[row : row + 1] for name in ("mean", "std")]).float()
+        moments = moments.transpose(0, 1)  # (2, 2, c, [t,] h, w)
+        return moments if moments.ndim == 6 else moments.unsqueeze(3)
 
     def iterate_moments(self, num_items: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Mean and standard deviation of evenly spaced items, (1, c, [t,] h, w) each, for measurements."""
+        """Mean and standard deviation of evenly spaced items, (1, c, t, h, w) each, for measurements."""
         for index in evenly_spaced(len(self), num_items):
-            yield self.moments(int(index)).split(1)
-
-
-class LatentBatches(Dataset):
-    """Map-style dataset whose item `i` is a `Batch` of cached latents, drawn as `PictureBatches` draw pictures."""
-
-    def __init__(self, cache: LatentCache, sampler: ClassSampler, batch_size: int, seed: int = 0):
-        self.cache, self.sampler, self.batch_size, self.seed = cache, sampler, batch_size, seed
-
-    def __getitem__(self, index: int) -> Batch:
-        rng = np.random.default_rng((self.seed, index))
-        places = [self.sampler(rng) for _ in range(self.batch_size)]
-        moments = torch.stack([self.cache.moments(*place) for place in places])  # (B, 2, c, [t,] h, w)
-        return Batch(moments, [], labels=torch.tensor([self.cache.labels[place] for place, _ in places]))
+            mean, std = self[index][0].split(1)
+            yield mean, std

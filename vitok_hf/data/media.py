@@ -1,44 +1,176 @@
-"""Reading pictures from files, from bytes and from addresses."""
+"""Reading pictures of all the kinds that Pillow reads, from files, bytes and addresses, as upright sRGB of 8 bits."""
 
+import functools
 import os
+import re
+import threading
+import zlib
+from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
-from typing import NamedTuple
 
 import fsspec
 import numpy as np
-from PIL import Image, UnidentifiedImageError
-
-from .files import IMAGE_SUFFIXES, VIDEO_SUFFIXES
-from .pictures import read_picture
+from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
 
 
 Source = str | Path | bytes | Exception | None
 
+TRANSPOSES = {  # by the orientation in EXIF
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+COLOURS = {"GRAY": ("L", "I;16"), "RGB ": ("RGB", "L", "I;16"), "CMYK": ("CMYK",)}  # modes that a profile fits
 
-class Item(NamedTuple):
-    """A picture or video as it is stored.
+_no_limit = threading.Lock()
 
-    `source` is the file's path, its address for fsspec ("hf://...", "https://..."), its bytes, or the exception that
-    was raised in their place, for whoever loads the item. `name` stands for it in messages.
+
+@contextmanager
+def _any_size():
+    """Lifts Pillow's limit of 179 megapixels, which guards servers against the pictures of strangers."""
+    with _no_limit:
+        limit: int | None = Image.MAX_IMAGE_PIXELS
+        Image.MAX_IMAGE_PIXELS = None
+        try:
+            yield
+        finally:
+            Image.MAX_IMAGE_PIXELS = limit
+
+
+def _without_damaged_metadata(data: bytes) -> bytes:
+    """The chunks of a PNG that make its pixels, and those of its profile and orientation if they are sound.
+
+    Pillow opens no PNG with a damaged chunk, and no AVIF with damaged EXIF, which is given an unknown name here.
     """
+    if data[4:8] == b"ftyp":  # AVIF
+        return data.replace(b"Exif", b"none")
+    if not data.startswith(b"\x89PNG\r\n\x1a\n"):
+        return data
+    chunks, end = [data[:8]], 8
+    for match in re.finditer(rb"IHDR|PLTE|tRNS|IDAT|IEND|iCCP|eXIf", data):
+        start, body = match.start() - 4, match.end()
+        if start < end:
+            continue  # chance, inside a chunk
+        stop = body + int.from_bytes(data[start : start + 4], "big")
+        sound = zlib.crc32(data[body - 4 : stop]).to_bytes(4, "big") == data[stop : stop + 4]
+        if sound or match[0] not in (b"iCCP", b"eXIf"):
+            chunks.append(data[start : stop + 4])
+            end = stop + 4
+    return b"".join(chunks)
 
-    name: str
-    source: Source
-    is_video: bool = False
+
+def _upright_picture(image: Image.Image) -> Image.Image:
+    """As it is to be shown: cameras store pictures as the sensor lies."""
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # Pillow raises half a dozen types on damaged EXIF
+        return image
+    return image.transpose(TRANSPOSES[orientation]) if orientation in TRANSPOSES else image
 
 
-def suffixes_for(num_frames: int) -> frozenset[str]:
-    """Clips need videos; single frames may come from either."""
-    return VIDEO_SUFFIXES if num_frames > 1 else IMAGE_SUFFIXES | VIDEO_SUFFIXES
+def _to_16_bits(image: Image.Image) -> Image.Image:
+    """Greys of more than 8 bits, integers or floats, which `convert` would cut off at 255, as "I;16".
+
+    Greys of 32 bits do not tell what is white: the least of 1 (of floats alone), 255 and 65535 that none exceeds, of
+    floats by more than a hundredth, as resampling does, which is cut off.
+    """
+    values, white = np.asarray(image), 65535
+    if image.mode == "F" or (image.mode == "I" and image.format != "PPM"):
+        whites, slack = ((1, 255, 65535), 0.01) if image.mode == "F" else ((255, 65535), 0.0)
+        low, high = values.min(), values.max()
+        white = next((white for white in whites if high <= (1 + slack) * white), 0)
+        if not white or not -slack * high <= low:
+            raise ValueError(f"its values go from {low} to {high}: save it with 8 or 16 bits")
+        values = values.clip(0, white)
+    return Image.fromarray((values * (65535 / white)).round().astype(np.uint16))
 
 
-def _describe(source: Source) -> str:
+@functools.lru_cache(maxsize=8)  # the pictures of a data set share their profiles
+def _srgb_transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
+    """From pictures with a colour profile to sRGB; `None` if it changes no colour by more than 2 of 255."""
+    flags = ImageCms.Flags.BLACKPOINTCOMPENSATION
+    if mode in COLOURS["GRAY"]:
+        flags |= ImageCms.Flags.NOOPTIMIZE  # else dark greys are wrong by up to 10 levels
+    transform = ImageCms.buildTransform(
+        BytesIO(profile),
+        ImageCms.createProfile("sRGB"),
+        mode,
+        "RGB",
+        ImageCms.Intent.RELATIVE_COLORIMETRIC,
+        flags,
+    )
+    if mode == "CMYK":
+        return transform
+    levels = np.arange(0, 256, 15, dtype=np.uint8)
+    colours: np.ndarray = np.stack(np.meshgrid(levels, levels, levels), axis=-1).reshape(1, -1, 3)
+    if mode != "RGB":
+        colours = colours[..., 0] if mode == "L" else colours[..., 0].astype(np.uint16) * 257
+    before = Image.fromarray(colours)
+    change = np.asarray(transform.apply(before)).astype(int) - np.asarray(_to_8_bits(before).convert("RGB"))
+    return transform if np.abs(change).max() > 2 else None
+
+
+def _to_8_bits(image: Image.Image) -> Image.Image:
+    return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)) if image.mode == "I;16" else image
+
+
+def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
+    """RGB of a picture in one of `COLOURS`, by its profile, unless that is damaged or of another kind of picture."""
+    try:
+        space = ImageCms.ImageCmsProfile(BytesIO(profile or b"")).profile.xcolor_space
+        if image.mode in COLOURS.get(space, ()):
+            image = _to_8_bits(image).convert("RGB") if space == "RGB " else image
+            transform = _srgb_transform(profile, image.mode)
+            image = transform.apply(image) if transform else image
+    except (OSError, TypeError, ImageCms.PyCMSError):
+        pass
+    return _to_8_bits(image).convert("RGB")
+
+
+def _decode(file: str | BytesIO) -> np.ndarray:
+    with Image.open(file) as image:
+        image.load()
+        profile, alpha = image.info.get("icc_profile"), None
+        image, transparent = _upright_picture(image), image.info.get("transparency")
+        if image.mode[0] in "IF":
+            if isinstance(transparent, int):  # a grey of a PNG of 16 bits
+                alpha = Image.fromarray(np.where(np.asarray(image) == transparent, 0, 255).astype(np.uint8))
+            image = _to_16_bits(image)
+        elif image.has_transparency_data:
+            alpha = image.convert("RGBA").getchannel("A")
+        if image.mode in ("1", "LA"):
+            image = image.convert("L")
+        elif image.mode not in ("L", "I;16", "CMYK"):
+            image = image.convert("RGB" if alpha is None else "RGBA").convert("RGB")
+        image = _to_srgb(image, profile)
+        if alpha is not None:
+            image.putalpha(alpha)
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+        return np.asarray(image)
+
+
+def read_picture(file: str | BytesIO) -> np.ndarray:
+    """(H, W, 3) uint8 of a path or open file; see `load_image`."""
+    try:
+        return _decode(file)
+    except Exception:  # too large for Pillow, or damaged: perhaps in what does not matter
+        data = file.getvalue() if isinstance(file, BytesIO) else Path(file).read_bytes()
+        with _any_size():
+            return _decode(BytesIO(_without_damaged_metadata(data)))
+
+
+def describe(source: Source) -> str:
     return f"{len(source)} bytes" if isinstance(source, bytes) else str(source)
 
 
-def _open(source: Source) -> str | BytesIO:
+def open_source(source: Source) -> str | BytesIO:
+    """A path, or the content of what is no local file. Raises whatever its opening raises."""
     if isinstance(source, Exception):
         raise source
     if source is None:
@@ -52,7 +184,8 @@ def _open(source: Source) -> str | BytesIO:
 
 
 @contextmanager
-def _errors_name(name: str, kind: str):
+def errors_name(name: str, kind: str) -> Iterator[None]:
+    """Makes a `ValueError` that names the file of whatever is raised while it is read."""
     try:
         yield
     except UnidentifiedImageError as error:  # its message holds an address in memory
@@ -71,8 +204,8 @@ def load_image(source: Source, name: str | None = None) -> np.ndarray:
     Raises:
         ValueError: "name: reason", if it is no picture; `name` is the path by default.
     """
-    with _errors_name(name or _describe(source), "picture"):
-        return read_picture(_open(source))
+    with errors_name(name or describe(source), "picture"):
+        return read_picture(open_source(source))
 
 
 def resize(image: np.ndarray, size: tuple[int, int], box: tuple[float, float, float, float]) -> np.ndarray:

@@ -1,20 +1,38 @@
 """Where training data come from: folders, datasets of the Hub and tar shards, all as `Item`s that nobody decoded yet.
 
-A source that is drawn from by index is a `Sequence[Item]`. A stream has `num_shards`, a `name`, and `items(shard)`,
-which yields the items of one shard in their order and never raises: what is broken becomes an item whose source is the
-exception, so that every run counts it in the same place.
+A source that is drawn from by index is a `Sequence[Item]`. Of a `Stream`, `items(shard)` yields the items of one shard
+in their order and never raises: what is broken becomes an item whose source is the exception, so that every run counts
+it in the same place.
 """
 
 import importlib
 import math
 import os
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Protocol
 
-from .files import VIDEO_SUFFIXES, FileList, is_hidden, iterate_files, suffix_of
-from .media import Item, suffixes_for
+import numpy as np
+
+from .files import VIDEO_SUFFIXES, FileList, is_hidden, iterate_files, suffix_of, suffixes_for
+from .items import Choice, Decoded, Indexed, Item
+from .media import load_image
 
 
-def import_optional(package: str):
+class Stream(Protocol):
+    """What can only be read in order, shard by shard."""
+
+    name: str
+
+    @property
+    def num_shards(self) -> int: ...
+
+    def items(self, shard: int) -> Iterator[Item]: ...
+
+
+def import_optional(package: str) -> ModuleType:
     try:
         return importlib.import_module(package)
     except ImportError as error:
@@ -25,18 +43,18 @@ def import_optional(package: str):
 
 def parse_source(source: str) -> tuple[str, float | None]:
     """ "folder:0.5" -> ("folder", 0.5), "folder" -> ("folder", None), and "folder:0.5", too, if there is one."""
-    path, _, weight = source.rpartition(":")
+    path, _, text = source.rpartition(":")
     try:
-        weight = float(weight)
+        weight = float(text)
     except ValueError:
         return source, None  # the colon belongs to the path
     return (path, weight) if path and math.isfinite(weight) and not os.path.lexists(source) else (source, None)
 
 
-class FolderFiles(Sequence):
+class FolderFiles:
     """The pictures and videos in a folder and its subfolders, or one file; for clips, the videos only."""
 
-    def __init__(self, path: str, num_frames: int = 1):
+    def __init__(self, path: str | Path, num_frames: int = 1):
         self.files = FileList(iterate_files(path, suffixes_for(num_frames)))
 
     def __len__(self) -> int:
@@ -45,6 +63,74 @@ class FolderFiles(Sequence):
     def __getitem__(self, index: int) -> Item:
         path = self.files[index]
         return Item(str(path), path, suffix_of(path.name) in VIDEO_SUFFIXES)
+
+
+class MixedSources:
+    """The items of several sources, one source after the other; `draw` chooses by the weights of the sources.
+
+    Args:
+        sources: Folders or files, each with an optional weight ("DIR:0.5", unless a folder has this whole name), or
+            sequences of `Item`s; the weight is the share of the pictures and videos that come from there, 1 if only
+            others have one; if none has, all files are as likely.
+        num_frames: Frames of a clip.
+
+    Raises:
+        ValueError: If a source is empty or no weights are positive.
+    """
+
+    def __init__(self, sources: Sequence[str | Indexed[Item]], num_frames: int = 1):
+        parsed = [parse_source(source) if isinstance(source, str) else (source, None) for source in sources]
+        self.sources = [FolderFiles(x, num_frames) if isinstance(x, str) else x for x, _ in parsed]
+        counts = list(map(len, self.sources))
+        weighted = any(weight is not None for _, weight in parsed)
+        defaults = [1.0 if weighted else count for count in counts]
+        weights = np.array([default if weight is None else weight for default, (_, weight) in zip(defaults, parsed)])
+        if not len(weights) or weights.min() < 0 or weights.sum() <= 0:
+            raise ValueError(f"The weights of the sources must not be negative nor all 0: {sources}.")
+        self.probabilities = weights / weights.sum()
+        self.ends = np.cumsum(counts)
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def __getitem__(self, index: int) -> Item:
+        number = int(np.searchsorted(self.ends, index, side="right"))
+        source = self.sources[number]
+        return source[index - int(self.ends[number]) + len(source)]
+
+    def draw(self, rng: np.random.Generator) -> Choice:
+        number = rng.choice(len(self.sources), p=self.probabilities)
+        count = len(self.sources[number])
+        return Choice(int(self.ends[number]) - count + int(rng.integers(count)))
+
+
+class DecodedPictures:
+    """Items whose pictures are decoded, the last ones from memory, which holds at most `max_bytes`, or one picture.
+
+    Raises:
+        ValueError: On access, "name: reason", if a picture cannot be read.
+    """
+
+    def __init__(self, items: Indexed[Item], max_bytes: float = 2**30):
+        self.items, self.max_bytes = items, max_bytes
+        self.kept: OrderedDict[int, Decoded] = OrderedDict()
+        self.num_bytes = 0
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> Item | Decoded:
+        if index in self.kept:
+            self.kept.move_to_end(index)
+            return self.kept[index]
+        item = self.items[index]
+        if item.is_video:
+            return item
+        picture = self.kept[index] = Decoded(load_image(item.source, item.name))
+        self.num_bytes += picture.pixels.nbytes
+        while self.num_bytes > self.max_bytes and len(self.kept) > 1:
+            self.num_bytes -= self.kept.popitem(last=False)[1].pixels.nbytes
+        return picture
 
 
 class HubColumn:
@@ -56,16 +142,24 @@ class HubColumn:
         split: Split, with an optional slice, as "train[:1000]".
         column: Column of pictures or videos; default: "image", or "video" for clips.
         num_frames: Frames of a clip; more than 1 make the column a column of videos.
-        streaming: Do not download the dataset first.
 
     Raises:
         ValueError: If there is no such column.
         ImportError: If the package `datasets` is not installed.
     """
 
-    def __init__(self, name, config_name=None, split="train", column=None, num_frames=1, streaming=False):
+    streaming = False
+
+    def __init__(
+        self,
+        name: str,
+        config_name: str | None = None,
+        split: str = "train",
+        column: str | None = None,
+        num_frames: int = 1,
+    ):
         datasets = import_optional("datasets")
-        rows = datasets.load_dataset(name, config_name, split=split, streaming=streaming)
+        rows = datasets.load_dataset(name, config_name, split=split, streaming=self.streaming)
         column = column or ("video" if num_frames > 1 else "image")
         if rows.features is None:
             raise ValueError(f'The columns of "{name}" are unknown before it is read: do not stream it.')
@@ -75,7 +169,7 @@ class HubColumn:
         self.name, self.column = name, column
         self.is_video = num_frames > 1 or isinstance(rows.features[column], datasets.Video)
         feature = datasets.Video(decode=False) if self.is_video else datasets.Image(decode=False)
-        if streaming:
+        if self.streaming:
             rows = rows.decode(False)  # a remote stream comes with threads that decode, before any cast
         self.rows = rows.select_columns([column]).cast_column(column, feature)
 
@@ -86,7 +180,7 @@ class HubColumn:
         return Item(name, path if data is None else data, self.is_video)
 
 
-class HubRows(HubColumn, Sequence):
+class HubRows(HubColumn):
     """A downloaded dataset of the Hub as a sequence; see `HubColumn`."""
 
     def __len__(self) -> int:
@@ -99,8 +193,7 @@ class HubRows(HubColumn, Sequence):
 class HubStream(HubColumn):
     """A dataset of the Hub as a stream; see `HubColumn`."""
 
-    def __init__(self, name, config_name=None, split="train", column=None, num_frames=1):
-        super().__init__(name, config_name, split, column, num_frames, streaming=True)
+    streaming = True
 
     @property
     def num_shards(self) -> int:
@@ -151,7 +244,8 @@ class TarStream:
         return len(self.urls)
 
     def items(self, shard: int) -> Iterator[Item]:
-        url, errors = self.urls[shard], []
+        url = self.urls[shard]
+        errors: list[Exception] = []
 
         def note(error: Exception) -> bool:
             errors.append(error)

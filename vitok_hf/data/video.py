@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager, suppress
 from functools import lru_cache
-from itertools import chain, dropwhile, pairwise
+from itertools import chain, dropwhile
 from pathlib import Path
 
 import av
@@ -17,7 +17,7 @@ from av.format import Flags
 from av.stream import Disposition
 from PIL import Image
 
-from .media import Source, _describe, _errors_name, _open, resize
+from .media import Source, describe, errors_name, open_source, resize
 
 
 MAX_TOLERANCE = 2e-3  # seconds; Matroska rounds time stamps to milliseconds
@@ -33,16 +33,17 @@ class _Video:
     """The pictures of an open file. Times are in seconds since the first of them."""
 
     def __init__(self, source: Source):
-        self.file = _open(source)
-        self.container = None
-        self.rewind()
+        self.file = open_source(source)
+        self._start()
 
     def rewind(self) -> None:
         """Opens the file again, the one way to the beginning that every format has."""
-        if self.container is not None:
-            self.container.close()
-            if not isinstance(self.file, str):
-                self.file.seek(0)
+        self.container.close()
+        if not isinstance(self.file, str):
+            self.file.seek(0)
+        self._start()
+
+    def _start(self) -> None:
         # else "a:b.mp4" names a protocol
         self.container = av.open(f"file:{self.file}" if isinstance(self.file, str) else self.file)
         streams = [stream for stream in self.container.streams.video if not stream.disposition & COVERS]
@@ -79,7 +80,8 @@ class _Video:
 
         AVI tells the number of each packet, but not which picture is in it: the next picture has the next number.
         """
-        time, following, step, numbers = -math.inf, 0.0, 1 / self.rate, deque()
+        time, following, step = -math.inf, 0.0, 1 / self.rate
+        numbers: deque[int] = deque()
         delay, counts = self.stream.codec_context.has_b_frames, not self.has_times
         for packet in packets:
             step = (packet.duration or 0) * self.tick or step
@@ -104,8 +106,10 @@ class _Video:
             first = next(frames, None)
             if first is not None and first[0] <= start + self.tolerance:
                 break
-        for (time, end, frame), following in pairwise(chain([first] if first else [], frames, [None])):
+        while first is not None:
+            (time, end, frame), following = first, next(frames, None)
             yield time, following[0] if following else end, frame
+            first = following
 
     def _starts(self, start: float) -> Iterator[Iterable[av.Packet]]:
         """Packets from a key frame on that may be early enough, the nearest first; then those of the whole file."""
@@ -139,7 +143,8 @@ class _Video:
 
     def _scan(self, start: float) -> Iterable[av.Packet]:
         """Reads on to second `start`, and keeps what follows the last key frame."""
-        kept, packets, known = [], self.container.demux(self.stream), True
+        kept: list[av.Packet] = []
+        packets, known = self.container.demux(self.stream), True
         for packet in packets:
             known &= packet.pts is not None  # else, those that follow may be wrong, too
             if known and packet.is_keyframe and self.seconds(packet.pts) <= start + self.tolerance:
@@ -150,7 +155,7 @@ class _Video:
         return chain(kept, packets)
 
     def clip(self, start: float, num_frames: int, fps: float | None) -> list[np.ndarray]:
-        """As `load_clip`, but fewer frames, if there are no more."""
+        """The frames of `load_clip`, or fewer, if there are no more."""
         pictures, due = [], start
         for _, until, frame in self.frames_from(start):
             while due < until - self.tolerance:  # more than once, if `fps` is above the video's rate
@@ -188,7 +193,7 @@ class _Video:
         return [*times, times[-1] + step]
 
     def length(self) -> float:
-        """Of the pictures, whatever the length of the sound."""
+        """Seconds of pictures, whatever the length of the sound."""
         if self.can_seek and self.stream.duration:
             return self.stream.duration * self.tick
         if self.can_seek:
@@ -215,7 +220,7 @@ def _upright(pixels: np.ndarray, frame: av.VideoFrame) -> np.ndarray:
 
 @contextmanager
 def _open_video(source: Source, name: str | None) -> Iterator[_Video]:
-    with _errors_name(name or _describe(source), "video"):
+    with errors_name(name or describe(source), "video"):
         video = _Video(source)
         with closing(video):
             yield video
@@ -238,7 +243,7 @@ def load_clip(
         pictures = video.clip(start, num_frames, fps)
     if len(pictures) < num_frames:
         raise ValueError(
-            f"{name or _describe(source)}: has {len(pictures)} frames from {start:.2f} s on at fps={fps}, but needs "
+            f"{name or describe(source)}: has {len(pictures)} frames from {start:.2f} s on at fps={fps}, but needs "
             f"{num_frames}."
         )
     return np.stack(pictures)
@@ -247,7 +252,7 @@ def load_clip(
 def load_random_clip(
     source: Source, num_frames: int, fps: float | None, rng: np.random.Generator, name: str | None = None
 ) -> np.ndarray:
-    """As `load_clip`, from a random second on, such that the clip fits.
+    """What `load_clip` gives from a random second on, such that the clip fits.
 
     Raises:
         ValueError: "name: reason", if it is no video or too short.
@@ -268,17 +273,12 @@ def load_random_clip(
     return load_clip(source, start, num_frames, fps, name)
 
 
-def iterate_frames(source: Source, name: str | None = None) -> Iterator[np.ndarray]:
-    """Every frame of a video, as `load_clip` returns them, decoded as it is asked for.
+def iterate_timed_frames(source: Source, name: str | None = None) -> Iterator[tuple[float, np.ndarray]]:
+    """Every frame of a video and the second at which it is first shown, decoded as it is asked for.
 
     Raises:
         ValueError: "name: reason", if it is no video or breaks off.
     """
-    return (picture for _, picture in iterate_timed_frames(source, name))
-
-
-def iterate_timed_frames(source: Source, name: str | None = None) -> Iterator[tuple[float, np.ndarray]]:
-    """As `iterate_frames`, each with the second at which it is first shown."""
     with _open_video(source, name) as video:
         for second, _, frame in video.frames_from(0.0):
             yield second, np.ascontiguousarray(video.picture(frame))

@@ -10,19 +10,8 @@ from diffusers.training_utils import compute_density_for_timestep_sampling, comp
 from torch import nn
 
 
-PREDICTION_TYPES = ("epsilon", "v_prediction", "flow_prediction")
-
-
 def make_scheduler(prediction_type: str) -> SchedulerMixin:
-    """The scheduler to train with and to sample from: DDIM with linear betas (DiT), or flow matching.
-
-    Raises:
-        ValueError: If `prediction_type` is not of `PREDICTION_TYPES`.
-    """
-    if prediction_type not in PREDICTION_TYPES:
-        raise ValueError(
-            f'`prediction_type` must be one of {", ".join(PREDICTION_TYPES)}, but is "{prediction_type}".'
-        )
+    """The scheduler to train with and to sample from: DDIM with linear betas (DiT), or flow matching."""
     if prediction_type == "flow_prediction":
         return FlowMatchEulerDiscreteScheduler()
     return DDIMScheduler(prediction_type=prediction_type, clip_sample=False)  # its betas are those of DiT
@@ -36,21 +25,19 @@ def sample_timesteps(
     scheduler: SchedulerMixin,
     batch_size: int,
     weighting_scheme: str = "none",
-    logit_mean: float = 0.0,
-    logit_std: float = 1.0,
     generator: torch.Generator | None = None,
     device: torch.device | str = "cpu",
 ) -> torch.Tensor:
     """(B,): whole numbers below 1000 with equal probability; of flow matching any between 0 and 1000.
 
     These are as likely as `weighting_scheme` says: "logit_normal" (arXiv 2403.03206, section 3.1) draws more in the
-    middle, at `logit_mean` and `logit_std` of log(t / (1000 - t)), "none" all alike.
+    middle, log(t / (1000 - t)) being standard normal, "none" all alike.
     """
     steps = scheduler.config.num_train_timesteps
     if not is_flow(scheduler):
         return torch.randint(steps, (batch_size,), generator=generator, device=device)
     return steps * compute_density_for_timestep_sampling(
-        weighting_scheme, batch_size, logit_mean, logit_std, device=device, generator=generator
+        weighting_scheme, batch_size, 0.0, 1.0, device=device, generator=generator
     )
 
 
@@ -70,7 +57,7 @@ def add_noise(
     Flow matching: sigma = t / 1000, (1 - sigma) * latents + sigma * noise, and noise - latents.
     """
     if is_flow(scheduler):
-        sigmas = timesteps.view(-1, *[1] * (latents.ndim - 1)) / scheduler.config.num_train_timesteps
+        sigmas = timesteps.view(-1, 1, 1, 1, 1) / scheduler.config.num_train_timesteps
         return torch.lerp(latents, noise, sigmas), noise - latents
     noisy = scheduler.add_noise(latents, noise, timesteps)
     if scheduler.config.prediction_type == "v_prediction":
@@ -102,7 +89,7 @@ def diffusion_losses(
     Args:
         model: Called as a `ViTokDiTModel`.
         scheduler: What `make_scheduler` returns.
-        latents: Normalised, (B, c, h, w) or (B, c, t, h, w).
+        latents: Normalised, (B, c, t, h, w).
         class_labels: (B,), of which some have been dropped in training.
         noise: Standard normal, of the shape of `latents`.
         timesteps: (B,), of `sample_timesteps`.
