@@ -64,7 +64,7 @@ def fit_types(settings: dict[str, Any], arguments_class: type) -> dict[str, Any]
             kinds = get_args(setting.type) or (setting.type,)
             if setting.default_factory is not MISSING:
                 items = value if isinstance(value, list) else [] if value is None else [value]
-                value = [str(item) for item in items]
+                value = [kinds[0](item) for item in items]
             elif str in kinds and value is not None and not isinstance(value, (bool, list, dict)):
                 value = str(value)
             elif int in kinds and isinstance(value, float) and value.is_integer():

@@ -95,13 +95,18 @@ def fit_shape(vae: ModelMixin, shape: Sequence[int]) -> tuple[int, ...]:
     return (batch * frames, channels, *size)
 
 
-def run_autoencoder(vae: ModelMixin, pixels: torch.Tensor, change_latents: Change | None = None) -> torch.Tensor:
+def run_autoencoder(
+    vae: ModelMixin,
+    pixels: torch.Tensor,
+    change_latents: Change | None = None,
+    lengths: dict[str, int] | None = None,
+) -> torch.Tensor:
     """Decoded modes of the posteriors of pixels in [-1, 1], a shape of `fit_shape`; the same shape and range.
 
-    With `change_latents`, what it makes of the modes is decoded.
+    With `change_latents`, what it makes of the modes is decoded; `lengths` are those that a ViTok cuts its codes to.
     """
     if isinstance(vae, AutoencoderViTok) and change_latents is None:
-        return vae(pixels).sample  # the forward of a prepared model, as in training
+        return vae(pixels, **lengths or {}).sample  # the forward of a prepared model, as in training
     is_rae = isinstance(vae, AutoencoderRAE)  # takes and gives [0, 1]
     latents = encode_mode(vae, (pixels + 1.0) / 2.0 if is_rae else pixels)
     sample = vae.decode(latents if change_latents is None else change_latents(latents)).sample

@@ -14,7 +14,12 @@ from .metrics import frame_values, psnr, ssim
 
 
 @torch.no_grad()
-def reconstruct(vae: ModelMixin, images: torch.Tensor, change_latents: Change | None = None) -> torch.Tensor:
+def reconstruct(
+    vae: ModelMixin,
+    images: torch.Tensor,
+    change_latents: Change | None = None,
+    lengths: dict[str, int] | None = None,
+) -> torch.Tensor:
     """Reconstructions of uint8 pictures or clips from the mode of the posterior.
 
     Args:
@@ -22,6 +27,7 @@ def reconstruct(vae: ModelMixin, images: torch.Tensor, change_latents: Change | 
         images: (B, 3, T, H, W) of any size. Sizes that do not fit the model are padded by repeating the last row,
             column or frame, and cropped back.
         change_latents: What is done to the latents before they are decoded, for example quantizing them.
+        lengths: To what the codes of a ViTok are cut, `num_tokens` and `num_channels`.
 
     Returns:
         uint8 of the shape of `images`, on its device.
@@ -34,7 +40,7 @@ def reconstruct(vae: ModelMixin, images: torch.Tensor, change_latents: Change | 
     takes_clips = len(fitted) == 5
     size = (fitted[2] if takes_clips else frames, fitted[-2], fitted[-1])
     pixels = pad_to_size(to_float(images.to(vae.device)), size).to(vae.dtype)
-    sample = run_autoencoder(vae, pixels if takes_clips else fold_frames(pixels), change_latents)
+    sample = run_autoencoder(vae, pixels if takes_clips else fold_frames(pixels), change_latents, lengths)
     if sample.shape != fitted:
         raise ValueError(
             f"{type(vae).__name__} gives {tuple(sample.shape)} for {fitted}: it has sizes or numbers of frames of its "
@@ -50,7 +56,7 @@ def reconstruct(vae: ModelMixin, images: torch.Tensor, change_latents: Change | 
 
 @torch.no_grad()
 def evaluate_reconstruction(
-    vae: ModelMixin, images: torch.Tensor, batch_size: int = 4
+    vae: ModelMixin, images: torch.Tensor, batch_size: int = 4, lengths: dict[str, int] | None = None
 ) -> tuple[dict[str, float], torch.Tensor]:
     """Mean PSNR (dB) and SSIM over the frames of (N, 3, T, H, W) uint8, and its reconstruction.
 
@@ -60,7 +66,7 @@ def evaluate_reconstruction(
     rounds = -(-len(images) // state.num_processes)  # as many for every process
     mine = torch.arange(rounds) * state.num_processes + state.process_index
     images, whole = images[mine % len(images)], images
-    reconstructions = torch.cat([reconstruct(vae, batch) for batch in images.split(batch_size)])
+    reconstructions = torch.cat([reconstruct(vae, batch, lengths=lengths) for batch in images.split(batch_size)])
 
     def collect(values: torch.Tensor) -> torch.Tensor:
         values = gather(values.to(state.device)).unflatten(0, (state.num_processes, rounds))

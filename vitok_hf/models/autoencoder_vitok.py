@@ -126,8 +126,7 @@ class AutoencoderViTok(
         decoder = TowerSettings(decoder_hidden_size, decoder_num_layers, decoder_num_attention_heads, *blocks)
         self.encoder = ViTokTower(pixels, parameters, encoder) if component != "decoder" else None
         self.decoder = ViTokTower(latent_channels, pixels, decoder, True) if component != "encoder" else None
-        if self.decoder is not None and token_counts is not None:
-            self.decoder.mask_token = nn.Parameter(torch.zeros(latent_channels))
+        self.set_counts()
         self.use_slicing = self.use_tiling = self._has_seen_pixels = False
         self.tiling: Tiling = make_tiling(self.config)
         self.window_radius: int | None = None

@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any, TypeAlias
 
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from ..checks import check_int, check_number, check_tensor
@@ -80,19 +81,31 @@ class CodesMixin:
     is_image_model: bool
     decoder: Any  # a `ViTokTower`, or `None`
     _decode: Callable
+    check_config: Callable
+    register_to_config: Callable
     _memory_settings: Callable
+
+    def set_counts(self, channel_counts: list[int] | None = None, token_counts: list[int] | None = None) -> None:
+        """Lets codes be cut to these numbers, for which the model is to be trained; `None` leaves them as they are."""
+        given = {"channel_counts": channel_counts, "token_counts": token_counts}
+        given = {name: counts for name, counts in given.items() if counts is not None}
+        self.check_config(self.config | given)
+        self.register_to_config(**given)
+        if self.config.token_counts is not None and self.decoder is not None and self.decoder.mask_token is None:
+            self.decoder.mask_token = nn.Parameter(self.decoder.proj_in.weight.new_zeros(self.config.latent_channels))
 
     @property
     def _has_codes(self) -> bool:
         return any(self.config[name] is not None for name in ("channel_counts", "token_counts", "num_latent_tokens"))
 
-    def _grid(self, size: tuple[int, ...]) -> Grid:
+    def _grid(self, size: Sequence[int]) -> Grid:
         """(t, h, w) in tokens of a clip, (T, H, W); of (H, W), one of `sample_frames` frames."""
         q, p = self.config.temporal_patch_size, self.config.patch_size
         frames = size[0] if len(size) == 3 else max(self.config.sample_frames, q)
         return (frames // q, -(-size[-2] // p), -(-size[-1] // p))
 
-    def _length(self, size: tuple[int, ...]) -> int:
+    def count_tokens(self, size: Sequence[int]) -> int:
+        """Tokens of the whole code of a picture, (H, W), or a clip, (T, H, W) pixels."""
         return self.config.num_latent_tokens or math.prod(self._grid(size))
 
     def _grids(self, x: Clips) -> list[Grid] | None:
@@ -119,7 +132,7 @@ class CodesMixin:
             return None
         longest = [self.config.latent_channels] * len(sizes)
         if name == "num_tokens":
-            longest = [self._length(size) for size in sizes]
+            longest = [self.count_tokens(size) for size in sizes]
         if not isinstance(counts, (list, tuple)):
             return [self._check_count(name, counts, length, False) for length in longest]
         if len(counts) != len(sizes):
@@ -187,7 +200,7 @@ class CodesMixin:
 
     def _add_tokens(self, name: str, z: torch.Tensor, size: tuple[int, ...]) -> torch.Tensor:
         """(B, c, tokens) of pictures of this size -> the latents on their grid, or the whole 1-D code as a grid."""
-        config, length, count = self.config, self._length(size), z.shape[2]
+        config, length, count = self.config, self.count_tokens(size), z.shape[2]
         if config.token_counts is None and config.num_latent_tokens is None:
             raise ValueError(f"`{name}` is a sequence, but the codes of this model are on grids: pass (B, c, h, w).")
         if not 0 < count <= length or (count < length and config.token_counts is None):
@@ -208,7 +221,7 @@ class CodesMixin:
         """
         sizes, modes = item_sizes(x), posterior.mode()
         counts = self.config.token_counts if name == "num_tokens" else self.config.channel_counts
-        lengths = [self._length(size) if name == "num_tokens" else self.config.latent_channels for size in sizes]
+        lengths = [self.count_tokens(size) if name == "num_tokens" else self.config.latent_channels for size in sizes]
         options = [[count for count in counts if count < length] + [length] for length in lengths]
         low, high = [0] * len(sizes), [len(option) - 1 for option in options]
         while any(start < end for start, end in zip(low, high)):

@@ -280,7 +280,7 @@ class ViTokDiTModel(SavingMixin, ModelMixin, AttentionMixin, CacheMixin, ConfigM
         check_clips("hidden_states", latents, expected)
         check_fits("hidden_states", hidden_states, self, self.patch_embed)
         check_bool(return_dict=return_dict)
-        (video,), form = to_runs(latents)  # (B, c, t, h, w)
+        (video,), _ = to_runs(latents)  # (B, c, t, h, w)
         frames = 1 if self.is_image_model else video.shape[2]
         items = video.shape[2] // frames
         grid = (frames, video.shape[3] // p, video.shape[4] // p)
@@ -302,5 +302,5 @@ class ViTokDiTModel(SavingMixin, ModelMixin, AttentionMixin, CacheMixin, ConfigM
         shift, scale = self.modulation_out(temb).unsqueeze(1).chunk(2, dim=-1)  # (B * items, 1, D)
         tokens = self.proj_out(modulate(self.norm_out(tokens), shift, scale))  # (B * items, L, out_channels * p * p)
         sample = unpatchify(tokens, grid, 1, p, items)  # (B, out_channels, t, h, w)
-        output = form.give_back([sample]).view(hidden_states.shape[0], -1, *hidden_states.shape[2:])
+        output = sample.reshape(hidden_states.shape[0], -1, *hidden_states.shape[2:])
         return Transformer2DModelOutput(sample=output) if return_dict else (output,)

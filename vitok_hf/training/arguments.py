@@ -37,17 +37,21 @@ def check_fields(arguments: Any) -> None:
     for setting in fields(arguments):
         value, hint = getattr(arguments, setting.name), types[setting.name]
         kind, *others = [get_origin(hint)] if get_origin(hint) is list else get_args(hint) or [hint]
+        of_numbers = get_args(hint) == (int,)
         if value is None and NoneType in others:
             continue
         (words, classes), limits = KINDS[kind], setting.metadata.get("limits", {})
         fits = isinstance(value, classes) and (kind is bool or not isinstance(value, bool))
         if kind is list:
-            fits = fits and all(isinstance(item, KINDS[str][1]) for item in value)
+            words = "a list of whole numbers" if of_numbers else words
+            classes = Integral if of_numbers else KINDS[str][1]
+            fits = fits and all(isinstance(item, classes) and not isinstance(item, bool) for item in value)
         elif fits and kind in (int, float):
             fits = kind is int or math.isfinite(value) or limits.get("maximum") == math.inf
             fits = fits and all(LIMITS[name][1](value, limit) for name, limit in limits.items())
         if fits and kind in (str, list):  # paths may be given, and the rest takes texts
-            text = [os.fspath(item) for item in value] if kind is list else os.fspath(value)
+            convert = int if of_numbers else os.fspath
+            text = [convert(item) for item in value] if kind is list else os.fspath(value)
             setattr(arguments, setting.name, text)
         if not fits:
             bounds = "".join(f", {LIMITS[name][0]} {limit}" for name, limit in limits.items())
@@ -180,6 +184,9 @@ class AutoencoderArguments(AdversarySettings, LossSettings, TransformerArguments
         None, "Start from this model: folder, Hub id or bundled name; also the author's ViTok-v2 weights."
     )
     latent_channels: int | None = argument(None, "Latent channels, where the variant leaves them open.", minimum=1)
+    channel_counts: list[int] = argument([], "Numbers of the first channels that are codes, too, as 2 4 8 16.")
+    token_counts: list[int] = argument([], "Numbers of the first tokens that are codes, too, as 32 64 128 256.")
+    num_latent_tokens: int | None = argument(None, "Codes are sequences of so many tokens, not grids.", minimum=1)
     freeze_encoder: bool | None = argument(None, "Train the decoder only; default: in stage 2.")
     lora_rank: int | None = argument(None, "Train LoRA adapters of this rank, not the weights.", minimum=1)
     lora_alpha: float | None = argument(None, "Scale of the adapters times their rank; default: lora_rank.", above=0)
@@ -226,8 +233,9 @@ class AutoencoderArguments(AdversarySettings, LossSettings, TransformerArguments
         for name in ("freeze_encoder", "lora_rank"):
             if getattr(self, name) and not pretrained:
                 raise ValueError(f"`{name}` {getattr(self, name)} needs `pretrained_model_name_or_path`.")
-        if self.latent_channels is not None and pretrained:
-            raise ValueError(f"`latent_channels` {self.latent_channels} cannot be changed in a pretrained model.")
+        for name in ("latent_channels", "num_latent_tokens"):
+            if pretrained and getattr(self, name) is not None:
+                raise ValueError(f"`{name}` {getattr(self, name)} cannot be changed in a pretrained model.")
 
 
 @dataclass

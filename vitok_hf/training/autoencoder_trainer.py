@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..clips import Runs, to_float
+from ..clips import Runs, item_sizes, to_float
 from ..data.batches import Batch, DrawnBatches, StreamBatches
 from ..data.held_out import load_evaluation_images
 from ..data.items import Clip
@@ -28,16 +28,22 @@ from .trainer import Trainer
 
 logger = logging.getLogger(__name__)
 
+Lengths = dict[str, list[int]]  # arguments of the model: a number for each picture
+
 LORA_TARGETS = r".*\.(to_q|to_k|to_v|to_out\.0|ff\.net\.0\.proj|ff\.net\.2)"
 
 
 def load_model(args: AutoencoderArguments) -> AutoencoderViTok:
     """The model to start from, with float32 weights."""
-    overrides = {} if args.latent_channels is None else {"latent_channels": args.latent_channels}
+    counts = {name: getattr(args, name) for name in ("channel_counts", "token_counts") if getattr(args, name)}
     if args.pretrained_model_name_or_path is not None:
-        return AutoencoderViTok.from_pretrained(
+        vae = AutoencoderViTok.from_pretrained(
             args.pretrained_model_name_or_path, variant=args.variant, dtype=torch.float32
         )
+        vae.set_counts(**counts)
+        return vae
+    overrides = {name: getattr(args, name) for name in ("latent_channels", "num_latent_tokens")}
+    overrides = counts | {name: value for name, value in overrides.items() if value is not None}
     if args.variant is not None:
         return AutoencoderViTok.from_variant(args.variant, **overrides)
     assert args.model_config is not None  # one of the three is given
@@ -145,13 +151,15 @@ class AutoencoderTrainer(Trainer[AutoencoderArguments, AutoencoderViTok]):
         shares = counts[:, -1] / num_frames
         items = [batch.num_items for batch in batches]
         seeds = [part.tolist() for part in torch.randint(2**62, (sum(items),)).split(items)]
+        lengths = self._draw_lengths(targets)
         logs, adversary, squares, pairs = [], self.adversary, None, []
         if len(batches) > 1 and adversary is not None and adversary.is_adaptive(self.step):
-            of_batches = [self._gradient_squares(adversary, *part, totals) for part in zip(targets, seeds, shares)]
+            parts = zip(targets, seeds, lengths, shares)
+            of_batches = [self._gradient_squares(adversary, *part, totals) for part in parts]
             squares = torch.stack(of_batches).sum(dim=0)
-        for target, batch_seeds, share in zip(targets, seeds, shares):
+        for target, batch_seeds, batch_lengths, share in zip(targets, seeds, lengths, shares):
             with trained.accumulate():
-                output = self._reconstruct(target, batch_seeds)
+                output = self._reconstruct(target, batch_seeds, batch_lengths)
                 loss, log = self.loss(output.sample, target, output.kl, *totals)
                 if adversary is not None:
                     gan_loss, gan_log = adversary.generator_loss(output.sample, loss, self.step, share, squares)
@@ -165,29 +173,41 @@ class AutoencoderTrainer(Trainer[AutoencoderArguments, AutoencoderViTok]):
             adversary.end_step(logs)
         return logs
 
-    def _gradient_squares(self, adversary: Adversary, target: Runs, seeds: list[int], share, totals) -> torch.Tensor:
+    def _gradient_squares(
+        self, adversary: Adversary, target: Runs, seeds: list[int], lengths: Lengths, share, totals
+    ) -> torch.Tensor:
         """What the adaptive weight of a step needs of each batch beforehand: all graphs take too much memory."""
         with torch.no_grad():
-            sample = self._reconstruct(target, seeds).sample
+            sample = self._reconstruct(target, seeds, lengths).sample
         fakes = [run.requires_grad_() for run in sample]
         loss, _ = self.loss(fakes, target, None, *totals)
         return adversary.gradient_squares(fakes, loss, share)
 
-    def _reconstruct(self, target: Runs, seeds: list[int]):
-        """From a sample of the posterior; its noise has one seed for each picture."""
+    def _reconstruct(self, target: Runs, seeds: list[int], lengths: Lengths):
+        """From a sample of the posterior, cut to `lengths`; its noise has one seed for each picture."""
         generators = [torch.Generator(self.accelerator.device).manual_seed(seed) for seed in seeds]
-        return self.trained.model(target, sample_posterior=True, generator=generators)
+        return self.trained.model(target, sample_posterior=True, generator=generators, **lengths)
+
+    def _draw_lengths(self, targets: list[Runs]) -> list[Lengths]:
+        """For each batch, how many tokens and channels its pictures keep, of models whose codes can be cut.
+
+        Drawn uniformly, for all batches at once; pictures with fewer tokens keep all.
+        """
+        lengths: list[Lengths] = [{} for _ in targets]
+        longest = [[self.vae.count_tokens(size) for size in item_sizes(runs)] for runs in targets]
+        for name, counts in (("num_tokens", self.config.token_counts), ("num_channels", self.config.channel_counts)):
+            if counts is not None:
+                drawn = torch.tensor(counts)[torch.randint(len(counts), (sum(map(len, longest)),))]
+                for batch, part, limits in zip(lengths, drawn.split([*map(len, longest)]), longest):
+                    batch[name] = part.tolist() if name == "num_channels" else [*map(min, part.tolist(), limits)]
+        return lengths
 
     def _to_device(self, pixels: Runs) -> Runs:
         return [to_float(run.to(self.accelerator.device, non_blocking=True)) for run in pixels]
 
     def _count(self, runs: Runs) -> tuple[int, int, int]:
         """Latent elements, values and frames of a batch."""
-        config, latents = self.config, 0
-        for run in runs:
-            items, _, frames, height, width = run.shape
-            rows, columns = (-(-side // config.patch_size) for side in (height, width))
-            latents += items * frames // config.temporal_patch_size * rows * columns * config.latent_channels
+        latents = self.config.latent_channels * sum(map(self.vae.count_tokens, item_sizes(runs)))
         return latents, sum(run.numel() for run in runs), sum(run[:, 0, :, 0, 0].numel() for run in runs)
 
     def load_held_out(self, path: str) -> torch.Tensor:
@@ -197,8 +217,13 @@ class AutoencoderTrainer(Trainer[AutoencoderArguments, AutoencoderViTok]):
         return load_evaluation_images(path, resolution, args.num_validation_images, config.sample_frames, args.fps)
 
     def measure(self, held_out: torch.Tensor) -> tuple[dict[str, float], np.ndarray]:
-        """PSNR and SSIM."""
+        """PSNR and SSIM, of codes of every length."""
         metrics, reconstructions = evaluate_reconstruction(self.vae, held_out)
+        for name, counts in (("num_tokens", self.config.token_counts), ("num_channels", self.config.channel_counts)):
+            for count in counts or ():
+                if name == "num_channels" or count <= self.vae.count_tokens(held_out.shape[2:]):
+                    values, _ = evaluate_reconstruction(self.vae, held_out, lengths={name: count})
+                    metrics |= {f"{metric}_{name}_{count}": value for metric, value in values.items()}
         return metrics, comparison(held_out[:8], reconstructions[:8])
 
     def write_model(self, folder: Path, state_dict: dict[str, torch.Tensor]) -> None:
