@@ -1,3 +1,4 @@
+import gc
 import os
 import runpy
 import socket
@@ -44,6 +45,10 @@ ARCHITECTURES = {
     "video": TINY | {"temporal_patch_size": 2, "sample_frames": 4},
     "everything": TINY | {"qk_norm": True, "layer_scale_init": 0.5, "use_bias": True},
 }
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # trainers collect garbage, which takes a second with all that is imported
 
 
 @pytest.fixture(autouse=True)

@@ -3,7 +3,6 @@
 import base64
 import hashlib
 import json
-import os
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -164,17 +163,6 @@ class HubServer(ThreadingHTTPServer):
         """The files whose content was asked for, in order."""
         paths = [path.partition("/resolve/") for method, path in self.requests if method == "GET"]
         return [path.partition("/")[2] for _, found, path in paths if found]
-
-    def environment(self, offline: bool = False) -> dict[str, str]:
-        """The environment of a process that uses this server, and shares the cache of the fixture."""
-        inherited = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
-        return inherited | {
-            "HF_ENDPOINT": self.endpoint,
-            "HF_HOME": str(self.home),
-            "HF_HUB_OFFLINE": str(int(offline)),
-            "HF_HUB_DISABLE_TELEMETRY": "1",
-            "NO_PROXY": "127.0.0.1",
-        }
 
 
 def blob_id(data: bytes) -> str:

@@ -6,7 +6,7 @@ from tests.faults import check_counts, run_cases
 
 
 @pytest.mark.parametrize(
-    "part, count", [("checkpoints", 300), ("arguments", 400), ("state", 60), ("code", 48), ("side_by_side", 40)]
+    "part, count", [("checkpoints", 200), ("arguments", 9999), ("state", 48), ("code", 40), ("side_by_side", 40)]
 )
 def test_some_of_the_campaign(part, count, tmp_path):
     """`python -m tests.faults` runs all of it."""

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import socket
+import sys
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator
@@ -20,10 +21,10 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
 
-try:
-    import fcntl
-except ImportError:  # Windows
+if sys.platform == "win32":
     fcntl = None
+else:
+    import fcntl
 
 
 logger = logging.getLogger(__name__)
@@ -31,7 +32,7 @@ logger = logging.getLogger(__name__)
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 HELD = (errno.EACCES, errno.EAGAIN)
 LOCK = ".lock"
-LEFTOVERS = r"(\..+\.[0-9a-f]{8}|checkpoint-\d+|vae|pipeline)\.(incomplete|removed)"  # the latter of earlier versions
+LEFTOVERS = r"\..+\.[0-9a-f]{8}\.(incomplete|removed)"
 
 _locks: dict[str, "Lock"] = {}  # those that this process holds, by folder
 
@@ -55,7 +56,7 @@ def inside(folder: str | Path, name: str) -> Path:
 
 def decide(function: Callable[[], Any]) -> Any:
     """What a function returns on the main process, for all, which must call this; an error of it is raised on all."""
-    outcome = [None, None]
+    outcome: list[Any] = [None, None]
     if PartialState().is_main_process:
         try:
             outcome[0] = function()
@@ -92,8 +93,9 @@ def _sync(path: str | os.PathLike) -> None:
 def replace_durably(temporary: Path, path: Path) -> None:
     """Renames a file or a folder when its content is on the disk: also after a power cut, `path` is whole."""
     for folder, _, names in os.walk(temporary):
-        for name in names:
-            _sync(os.path.join(folder, name))
+        for file in (os.path.join(folder, name) for name in names):
+            if not os.path.islink(file):  # which may lead nowhere, as in packages of Debian
+                _sync(file)
         _sync(folder)
     if not temporary.is_dir():
         _sync(temporary)
@@ -182,17 +184,10 @@ if hasattr(os, "register_at_fork"):
 
 
 def lock_folder(folder: str | Path, take_over: bool = False) -> Lock | None:
-    """Makes the main process the only one that writes to a folder, until its end, by any signal, or `release`.
+    """Makes the main process, which gets the lock, the only one that writes to a folder until it ends or releases it.
 
-    Args:
-        folder: It is made if there is none.
-        take_over: From an earlier user in the same process, which may have failed.
-
-    Returns:
-        The lock, on the main process.
-
-    Raises:
-        ValueError: On all processes, if another run has it.
+    The folder is made if there is none. `take_over`: from an earlier user in the same process, which may have failed.
+    Raises `ValueError`, on all processes, if another run has it.
     """
     path = Path(folder).absolute()
     decide(lambda: _lock(path, take_over))

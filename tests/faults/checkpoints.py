@@ -17,6 +17,7 @@ from vitok_hf import AutoencoderViTok, ViTokDiTModel, ViTokDiTPipeline
 from vitok_hf.loading import resolve_bundled
 
 from . import Case, judge, limited
+from ._damages import ALL_DAMAGES, flip
 
 
 GOLDEN_VARIANT = json.loads((GOLDEN / "variant.json").read_text())["variant"]
@@ -25,19 +26,13 @@ BAD_VALUES = (0, -1, 0.5, -7, 1e30, 10**9, float("nan"), float("inf"), "", "yes"
 SOURCES = {"single": 4, "shards": 6, "transformer": 3, "pipeline": 6, "author": 4, "bundled": 1}
 
 
-def save(source: str, folder: Path) -> None:
-    if source == "single":
-        make_vae("v1").save_pretrained(folder)
-    elif source == "shards":
-        make_vae("everything").save_pretrained(folder, max_shard_size="40KB")
-    elif source == "transformer":
-        make_pipeline().transformer.save_pretrained(folder, max_shard_size="40KB")
-    elif source == "pipeline":
-        make_pipeline().save_pretrained(folder)
-    elif source == "author":
-        shutil.copytree(GOLDEN, folder)
-    else:
-        shutil.copytree(resolve_bundled("vitok-dit-emoji"), folder)
+def save_all(folder: Path) -> None:
+    make_vae("v1").save_pretrained(folder / "single")
+    make_vae("everything").save_pretrained(folder / "shards", max_shard_size="40KB")
+    make_pipeline().transformer.save_pretrained(folder / "transformer", max_shard_size="40KB")
+    make_pipeline().save_pretrained(folder / "pipeline")
+    shutil.copytree(GOLDEN, folder / "author")
+    shutil.copytree(resolve_bundled("vitok-dit-emoji"), folder / "bundled")
 
 
 def load(source: str, folder: Path):
@@ -75,12 +70,6 @@ def undamaged(source: str, folder: Path) -> dict:
     return use(load(source, folder))
 
 
-def flip(path: Path, rng: random.Random, start: int = 0, end: int | None = None) -> None:
-    content = bytearray(path.read_bytes())
-    content[rng.randrange(start, end or len(content))] ^= 1 << rng.randrange(8)
-    path.write_bytes(content)
-
-
 def read_parts(path: Path) -> tuple[dict, bytes]:
     content = path.read_bytes()
     (size,) = struct.unpack("<Q", content[:8])
@@ -95,7 +84,7 @@ def write_parts(path: Path, header: dict, data: bytes) -> None:
 def damage_header(path: Path, rng: random.Random) -> None:
     if rng.random() < 0.3:
         (size,) = struct.unpack("<Q", path.read_bytes()[:8])
-        return flip(path, rng, 0, 8 + size)
+        return flip(path, rng, 8 + size)
     header, data = read_parts(path)
     name = rng.choice([name for name in header if name != "__metadata__"])
     kind = rng.choice(["dtype", "shape", "name", "drop", "offsets"])
@@ -142,44 +131,16 @@ def damage_json(path: Path, rng: random.Random) -> None:
     path.write_text(json.dumps(content))
 
 
-def damage_file(path: Path, rng: random.Random) -> None:
-    size = path.stat().st_size
-    kind = rng.choice(["flip", "cut", "empty", "grow", "zeros", "gone", "folder", "pipe", "endless", "loop", "other"])
-    others = sorted(other for other in path.parent.iterdir() if other != path and other.suffix == path.suffix)
-    if kind in ("gone", "folder", "pipe", "endless", "loop"):
-        path.unlink()
-        {
-            "gone": lambda: None,
-            "folder": path.mkdir,
-            "pipe": lambda: os.mkfifo(path),
-            "endless": lambda: path.symlink_to("/dev/zero"),
-            "loop": lambda: path.symlink_to(path),
-        }[kind]()
-    elif kind == "flip":
-        flip(path, rng)
-    elif kind == "cut":
-        os.truncate(path, rng.randrange(size))
-    elif kind == "grow":
-        path.write_bytes(path.read_bytes() + rng.randbytes(rng.randrange(1, 100)))
-    elif kind == "zeros":
-        content, start = bytearray(path.read_bytes()), rng.randrange(size)
-        content[start : start + 64] = bytes(len(content[start : start + 64]))
-        path.write_bytes(content)
-    elif kind == "other" and others:  # as a shard over another
-        path.write_bytes(rng.choice(others).read_bytes())
-    else:
-        path.write_bytes(b"")
-
-
 def damage(folder: Path, rng: random.Random) -> tuple[Path, Callable]:
     """Damages a file, and says which and how."""
     files = sorted(path for path in folder.rglob("*") if path.suffix in (".json", ".safetensors"))
     weights = [path for path in files if path.suffix == ".safetensors"]
+    any_damage = rng.choice(ALL_DAMAGES)
     if rng.random() < 0.35 or len(files) == len(weights):
-        path, how = rng.choice(weights), rng.choice([damage_header, damage_header, damage_values, damage_file])
+        path, how = rng.choice(weights), rng.choice([damage_header, damage_header, damage_values, any_damage])
     else:
-        path = rng.choice([path for path in files if path.suffix == ".json"])
-        how = rng.choice([damage_json, damage_json, damage_json, damage_file])
+        path = rng.choice([path for path in files if path not in weights])
+        how = rng.choice([damage_json, damage_json, damage_json, any_damage])
     content = path.read_bytes()
     path.unlink()  # it is a hard link
     path.write_bytes(content)
@@ -213,16 +174,13 @@ def run_case(source: str, original: Path, copy: Path, path: Path) -> str:
 
 
 def cases(count: int, seed: int, folder: Path) -> Iterator[Case]:
-    originals = {}
-    for source in SOURCES:
-        save(source, folder / source)
-        originals[source] = folder / source
+    save_all(folder)
     for number in range(count):
         rng = random.Random(f"{seed} {number}")
         source = rng.choices([*SOURCES], [*SOURCES.values()])[0]
         copy = folder / "damaged"
         shutil.rmtree(copy, ignore_errors=True)
-        shutil.copytree(originals[source], copy, copy_function=os.link)
+        shutil.copytree(folder / source, copy, copy_function=os.link)
         path, how = damage(copy, rng)
         name = f"{number}, {source}, {how.__name__} of {path.relative_to(copy)}"
-        yield name, partial(limited, partial(run_case, source, originals[source], copy, path))
+        yield name, partial(limited, partial(run_case, source, folder / source, copy, path))

@@ -15,18 +15,16 @@ import torch
 from diffusers import DiffusionPipeline
 
 from tests.conftest import make_vae
-from tests.data.conftest import write_noise
 from tests.dit import make_pipeline
 from vitok_hf import AutoencoderViTok, ViTokDiTModel, ViTokDiTPipeline
-from vitok_hf.data.classes import LabelledFiles
-from vitok_hf.data.latent_cache import LatentCache, write_latents
+from vitok_hf.data.latent_cache import LatentCache
 from vitok_hf.disk import seal
 from vitok_hf.evaluation.features import Classifier
 from vitok_hf.evaluation.generation import save_samples
 from vitok_hf.training.checkpointing import MANIFEST, write_manifest
 
 from . import Case, judge
-from .state import Runs
+from .state import Runs, write_cache
 
 
 class Planted:
@@ -102,25 +100,6 @@ def resume_cases(runs: Runs) -> list[Case]:
     ]
 
 
-def loaders(folder: Path) -> dict[str, Callable[[Path], object]]:
-    """What is loaded in the folders that this writes, by name."""
-    make_vae("v1").save_pretrained(folder / "vae")
-    pipe = make_pipeline()
-    pipe.transformer.save_pretrained(folder / "transformer")
-    pipe.save_pretrained(folder / "pipeline")
-    (folder / "classifier").mkdir()
-    Classifier(["cat", "dog"]).save(folder / "classifier" / "classifier.safetensors")
-    write_noise(folder / "data" / "cat", 2)
-    write_latents(make_vae("v1"), "tiny", LabelledFiles([folder / "data"]), folder / "cache", 16)
-    return {
-        "vae": AutoencoderViTok.from_pretrained,
-        "transformer": ViTokDiTModel.from_pretrained,
-        "pipeline": load_pipeline,
-        "classifier": lambda path: Classifier.load(path / "classifier.safetensors"),
-        "cache": LatentCache,
-    }
-
-
 def load_pipeline(folder: Path) -> None:
     """Also as diffusers does it, whose messages are not ours."""
     with suppress(Exception):
@@ -128,48 +107,71 @@ def load_pipeline(folder: Path) -> None:
     ViTokDiTPipeline.from_pretrained(folder)
 
 
-def load_cases(folder: Path) -> list[Case]:
-    read, numbers = loaders(folder), itertools.count()
+LOADERS = {
+    "vae": AutoencoderViTok.from_pretrained,
+    "transformer": ViTokDiTModel.from_pretrained,
+    "pipeline": load_pipeline,
+    "classifier": lambda path: Classifier.load(path / "classifier.safetensors"),
+    "cache": LatentCache,
+}
 
+
+class Saved:
+    """One of each that is loaded, in a folder, and copies in which something is planted."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.numbers, pipe = folder, itertools.count(), make_pipeline()
+        write_cache(folder)
+        make_vae("v1").save_pretrained(folder / "vae")
+        pipe.transformer.save_pretrained(folder / "transformer")
+        pipe.save_pretrained(folder / "pipeline")
+        (folder / "classifier").mkdir()
+        Classifier(["cat", "dog"]).save(folder / "classifier" / "classifier.safetensors")
+
+    def load(self, kind: str, plant: Callable[[Path, Path], None], *names: str) -> str:
+        """What becomes of loading a copy after `plant(copy, marker)`."""
+        number = next(self.numbers)
+        copy, marker = self.folder / f"copy-{number}", self.folder / f"marker-{number}"
+        shutil.copytree(self.folder / kind, copy)
+        plant(copy, marker)
+        return watched(copy, marker, lambda: LOADERS[kind](copy), *names)
+
+
+def load_cases(saved: Saved) -> list[Case]:
     def load(kind: str, name: str, form: Callable, alone: bool) -> str:
-        copy, marker = folder / f"copy-{next(numbers)}", folder / f"marker-{next(numbers)}"
-        shutil.copytree(folder / kind, copy)
-        (copy / name).write_bytes(form(marker))
-        if alone:
-            for path in copy.rglob("diffusion_pytorch_model.safetensors"):
+        def plant(copy: Path, marker: Path) -> None:
+            (copy / name).write_bytes(form(marker))
+            for path in copy.rglob("diffusion_pytorch_model.safetensors") if alone else ():
                 path.unlink()
-        return watched(copy, marker, lambda: read[kind](copy), name)
+
+        return saved.load(kind, plant, name)
 
     found = []
-    for kind in read:
-        names = [path.relative_to(folder / kind) for path in (folder / kind).rglob("*") if path.is_file()]
-        names = [(str(name), False) for name in names if name.name not in (".lock", "made_from.json")]
+    for kind in LOADERS:
+        paths = [path for path in (saved.folder / kind).rglob("*") if path.is_file()]
+        names = [str(path.relative_to(saved.folder / kind)) for path in paths]
+        names = [(name, False) for name in names if name not in (".lock", "made_from.json")]
         weights = [name for name, _ in names if name.endswith("diffusion_pytorch_model.safetensors")]
         names += [(name.replace(".safetensors", ".bin"), True) for name in weights]
         found += [(kind, name, form, alone) for name, alone in names for form in FORMS]
     return [(f"{case[2].__name__} as {case[1]} of a {case[0]}", partial(load, *case)) for case in found]
 
 
-def foreign_class_cases(folder: Path) -> list[Case]:
+def foreign_class_cases(saved: Saved) -> list[Case]:
     """Classes and modules that JSON files name; the marker is what they would make."""
-    read, numbers = loaders(folder), itertools.count()
     program = "import os\nos.makedirs({marker!r}, exist_ok=True)\nclass Planted:\n    pass\n"
 
     def load(kind: str, name: str, changes: dict) -> str:
-        copy, marker = folder / f"copy-{next(numbers)}", folder / f"marker-{next(numbers)}"
-        shutil.copytree(folder / kind, copy)
-        for path in (copy / "planted.py", copy / "pipeline.py", copy / "vae" / "planted.py"):
-            if path.parent.is_dir():
-                path.write_text(program.format(marker=str(marker)))
-        content = json.loads((copy / name).read_text())
-        (copy / name).write_text(json.dumps(content | changes))
-        return watched(copy, marker, lambda: read[kind](copy), name, *changes, "function (system|exec)")
+        def plant(copy: Path, marker: Path) -> None:
+            for path in (copy / "planted.py", copy / "pipeline.py", copy / "vae" / "planted.py"):
+                if path.parent.is_dir():
+                    path.write_text(program.format(marker=str(marker)))
+            (copy / name).write_text(json.dumps(json.loads((copy / name).read_text()) | changes))
 
-    model = (
-        {"_class_name": "Planted"},
-        {"auto_map": {"AutoModel": "planted.Planted"}},
-        {"_class_name": ["planted", "X"]},
-    )
+        return saved.load(kind, plant, name, *changes, "function (system|exec)")
+
+    model = [{"_class_name": "Planted"}, {"_class_name": ["planted", "X"]}]
+    model += [{"auto_map": {"AutoModel": "planted.Planted"}}]
     found = [(kind, "config.json", change) for kind in ("vae", "transformer") for change in model]
     parts = [{"vae": ["planted", "Planted"]}, {"vae": ["os", "system"]}, {"_class_name": ["pipeline", "Planted"]}]
     parts += [{"extra": ["planted", "Planted"]}, {"_class_name": "Planted"}, {"scheduler": ["builtins", "exec"]}]
@@ -178,30 +180,25 @@ def foreign_class_cases(folder: Path) -> list[Case]:
     return [(f"{change} in {name} of a {kind}", partial(load, kind, name, change)) for kind, name, change in found]
 
 
-def path_cases(folder: Path) -> list[Case]:
+def path_cases(saved: Saved) -> list[Case]:
     """Names that lead out: of classes, and of the shards of a cache."""
-    folder.mkdir(parents=True)
-    pipe, outside = make_pipeline(), folder / "outside"
-    write_noise(folder / "data" / "cat", 2)
-    write_latents(make_vae("v1"), "tiny", LabelledFiles([folder / "data"]), folder / "cache", 16)
+    pipe, folder = make_pipeline(), saved.folder
+    outside = folder / "outside"
 
     def write(label: str) -> str:
         pipe.register_to_config(id2label={0: label})
-        return watched(
-            folder,
-            outside,
-            lambda: save_samples(pipe, [0], folder / "samples" / "deep", num_inference_steps=1),
-            "leads out",
-        )
+        samples = folder / "samples" / "deep"
+        return watched(folder, outside, lambda: save_samples(pipe, [0], samples, num_inference_steps=1), "leads out")
 
     def read(name: str) -> str:
-        copy = folder / f"copy-{abs(hash(name))}"
-        shutil.copytree(folder / "cache", copy)
-        shutil.copy(copy / "latents-00000.safetensors", folder / "foreign.safetensors")
-        index = json.loads((copy / "index.json").read_text())
-        index["shards"]["0"]["file"] = name
-        (copy / "index.json").write_text(json.dumps(seal(index)))
-        return watched(folder, outside, lambda: not LatentCache(copy), "leads out")
+        def plant(copy: Path, marker: Path) -> None:
+            shutil.copy(copy / "latents-00000.safetensors", folder / "foreign.safetensors")
+            index = json.loads((copy / "index.json").read_text())
+            index["shards"]["0"]["file"] = name
+            (copy / "index.json").write_text(json.dumps(seal(index)))
+
+        outcome = saved.load("cache", plant, "leads out")
+        return "silent" if outcome == "harmless" else outcome
 
     labels = ["../../outside", str(outside), "a/../../../outside", "../../outside/a/.."]
     shards = ["../foreign.safetensors", str(folder / "foreign.safetensors"), "a/../../foreign.safetensors"]
@@ -210,8 +207,8 @@ def path_cases(folder: Path) -> list[Case]:
 
 
 def cases(count: int, seed: int, folder: Path) -> Iterator[Case]:
-    rng, groups = random.Random(seed), [resume_cases(Runs(folder / "runs")), load_cases(folder / "models")]
-    groups += [foreign_class_cases(folder / "classes"), path_cases(folder / "paths")]
+    rng, saved = random.Random(seed), Saved(folder / "models")
+    groups = [resume_cases(Runs(folder / "runs")), load_cases(saved), foreign_class_cases(saved), path_cases(saved)]
     share = max(2, count // len(groups))
     for group in groups:
         yield from rng.sample(group, min(share, len(group)))

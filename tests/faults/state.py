@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
 from functools import partial
 from pathlib import Path
-from typing import get_type_hints
+from typing import Any, get_type_hints
 
 import torch
 
@@ -28,39 +28,10 @@ from vitok_hf.data.latent_cache import LatentCache, write_latents
 from vitok_hf.training.autoencoder_trainer import AutoencoderTrainer
 
 from . import Case, judge
+from ._damages import DAMAGES, flip
 
 
 WORKER = Path(__file__).parents[1] / "training" / "worker.py"
-
-
-def truncate(path: Path, rng: random.Random) -> None:
-    path.write_bytes(path.read_bytes()[: rng.randrange(path.stat().st_size)])
-
-
-def flip(path: Path, rng: random.Random) -> None:
-    content = bytearray(path.read_bytes())
-    content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
-    path.write_bytes(content)
-
-
-def empty(path: Path, rng: random.Random) -> None:
-    path.write_bytes(b"")
-
-
-def remove(path: Path, rng: random.Random) -> None:
-    path.unlink()
-
-
-def replace_by_folder(path: Path, rng: random.Random) -> None:
-    path.unlink()
-    path.mkdir()
-
-
-def append(path: Path, rng: random.Random) -> None:
-    path.write_bytes(path.read_bytes() + rng.randbytes(1 + rng.randrange(9)))
-
-
-DAMAGES = (truncate, flip, empty, remove, replace_by_folder, append)
 
 
 @contextmanager
@@ -153,10 +124,15 @@ def reorder_classes(path: Path, rng: random.Random) -> None:
     path.write_text(json.dumps(index | {"classes": index["classes"][::-1]}))
 
 
-def cache_cases(folder: Path, rng: random.Random) -> list[Case]:
+def write_cache(folder: Path, **options: Any) -> None:
+    """Pictures of two classes in `folder`/data, and their latents in `folder`/cache."""
     for name in ("cat", "dog"):
         write_noise(folder / "data" / name, 3)
-    write_latents(make_vae("v1"), "tiny", LabelledFiles([folder / "data"]), folder / "cache", 16, shard_size=3)
+    write_latents(make_vae("v1"), "tiny", LabelledFiles([folder / "data"]), folder / "cache", 16, **options)
+
+
+def cache_cases(folder: Path, rng: random.Random) -> list[Case]:
+    write_cache(folder, shard_size=3)
     whole = LatentCache(folder / "cache")
     files = sorted(path.name for path in (folder / "cache").iterdir())
 

@@ -23,12 +23,10 @@ def test_list():
     assert {"vitok-tiny-f8x8", "vitok-tiny-f8x8-gan", "vitok-dit-emoji"} <= set(vitok_hf.list_bundled())
 
 
-def test_other_names_are_left_to_diffusers(tmp_path):
+def test_names(tmp_path, monkeypatch):
+    """Other names are left to diffusers; folders go before bundled ones."""
     assert loading.resolve_bundled("owner/name") == "owner/name"
     assert loading.resolve_bundled(tmp_path) == tmp_path
-
-
-def test_folders_go_before_bundled_names(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert Path(loading.resolve_bundled(Path("vitok-tiny-f8x8"))).is_dir()
     Path("vitok-tiny-f8x8").mkdir()
@@ -52,11 +50,7 @@ class TestStandIn:
 
     @pytest.mark.parametrize(
         "key, value, bundled",
-        [
-            ("latents_std", [9.0] * 8, r"\[1.287\d*, .*\]"),
-            ("decoder_num_layers", 7, "5"),
-            ("mlp_ratio", "left out", "2.6"),
-        ],
+        [("latents_std", [9.0] * 8, r"\[1.287\d*, .*\]"), ("mlp_ratio", "left out", "2.6")],
     )
     def test_a_config_that_differs(self, copy, key, value, bundled):
         folder, change = copy
@@ -104,10 +98,6 @@ class TestPlaces:
         with pytest.raises(ValueError, match=r"""has no folder "vea": `subfolder` may be one of \['vae'\]"""):
             load(folder, subfolder="vea")
 
-    def test_of_a_transformer(self):
-        with pytest.raises(ValueError, match=r"""no folder "dit": .* \['transformer', 'vae'\]"""):
-            ViTokDiTModel.from_pretrained("vitok-dit-emoji", subfolder="dit")
-
     @pytest.mark.parametrize("load", [AutoencoderViTok, ViTokDiTModel])
     def test_a_pipeline_is_no_model(self, load):
         with pytest.raises(ValueError, match=r"""is a pipeline: .* by `subfolder`, one of \['transformer', 'vae'\]"""):
@@ -134,22 +124,10 @@ def reconstructions(vae, photographs):
 
 
 class TestTiny:
-    def test_files(self):
-        folder = Path(loading.resolve_bundled("vitok-tiny-f8x8"))
-        assert {path.name for path in folder.iterdir()} >= {"README.md", "config.json"}
-        assert sum(path.stat().st_size for path in folder.iterdir()) < 30 * 2**20
-        config = json.loads((folder / "config.json").read_text())
-        assert len(config["latents_mean"]) == len(config["latents_std"]) == config["latent_channels"] == 8
-
-    def test_needs_no_network(self, monkeypatch):
-        import socket
-
-        def refuse(*args, **kwargs):
-            raise AssertionError("a connection was tried")
-
-        monkeypatch.setattr(socket.socket, "connect", refuse)
-        monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    def test_needs_no_network(self, hub):
         AutoencoderViTok.from_pretrained("vitok-tiny-f8x8")
+        ViTokDiTPipeline.from_pretrained("vitok-dit-emoji")
+        assert hub.requests == []
 
     def test_reconstructs_photographs(self, photographs, reconstructions):
         assert [file.stem for file in list_files(ASSETS)] == list(PSNR)
@@ -166,7 +144,7 @@ class TestTiny:
     def test_quality_does_not_depend_on_the_size(self, vae):
         image = torch.from_numpy(load_image(ASSETS / "astronaut.png").copy()).permute(2, 0, 1)[None]
         values = {}
-        for height, width in ((64, 64), (256, 256), (512, 512), (128, 512)):
+        for height, width in ((64, 64), (128, 512)):
             tiles = reconstruct_in_tiles(vae, image, height, width, batch_size=max(1, 2**18 // (height * width)))
             values[height, width] = psnr(tiles, image).item()
             assert patch_border_ratio(image, tiles, 8) < 1.15

@@ -1,24 +1,25 @@
 import json
 import os
 import re
-import struct
 import sys
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler, LCMScheduler, PNDMScheduler
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, LCMScheduler, PNDMScheduler
 from safetensors.torch import load_file, save_file
 
-from tests.conftest import GOLDEN, make_input, make_vae
+from tests.conftest import GOLDEN, make_vae
 from tests.dit import make_pipeline
+from tests.faults.checkpoints import GOLDEN_VARIANT as VARIANT
+from tests.faults.checkpoints import read_parts, write_parts
 from vitok_hf import AutoencoderViTok, ViTokDiTModel, ViTokDiTPipeline
 from vitok_hf.commands import start
+from vitok_hf.loading import strict
 from vitok_hf.loading.strict import read_header, to_dtype
 from vitok_hf.loading.vitok_v2 import guess_variant
 
 
 FILE = "diffusion_pytorch_model.safetensors"
-VARIANT = json.loads((GOLDEN / "variant.json").read_text())["variant"]
 
 
 def change_json(path, **values):
@@ -27,12 +28,9 @@ def change_json(path, **values):
 
 
 def change_header(path, change):
-    content = path.read_bytes()
-    (size,) = struct.unpack("<Q", content[:8])
-    header = json.loads(content[8 : 8 + size])
+    header, data = read_parts(path)
     change(header)
-    text = json.dumps(header).encode()
-    path.write_bytes(struct.pack("<Q", len(text)) + text + content[8 + size :])
+    write_parts(path, header, data)
 
 
 @pytest.fixture
@@ -56,10 +54,6 @@ class TestShards:
         change_header(shards[1], lambda header: header.update({name[:-1] + "s": header.pop(name)}))
         self.check(shards, f'The index in "{shards[0].parent}" lists {name}, which no file has: .* Fetch it again')
 
-    def test_a_shard_over_another(self, shards):
-        shards[1].write_bytes(shards[0].read_bytes())
-        self.check(shards, f'"{shards[1]}" holds "[a-z0-9_.]+", which is in "{shards[0].name}" by the index')
-
     def test_a_tensor_of_two_shards(self, shards):
         name = next(iter(read_header(shards[0])))
         save_file(load_file(shards[1]) | {name: load_file(shards[0])[name] + 1}, shards[1])
@@ -71,7 +65,7 @@ class TestShards:
         os.mkfifo(shards[0]) if target is None else shards[0].symlink_to(shards[0] if target == "loop" else target)
         self.check(shards, f'"{shards[0]}" is no regular file: put the file in its place')
 
-    @pytest.mark.parametrize("weight_map", [{}, [], {"a": 1}, None, {"a": ["b"]}])
+    @pytest.mark.parametrize("weight_map", [{}, None, {"a": ["b"]}])
     def test_index(self, shards, weight_map):
         path = shards[0].with_name(FILE + ".index.json")
         change_json(path, weight_map=weight_map)
@@ -94,21 +88,20 @@ class TestShards:
 
 
 class TestTensors:
-    @pytest.mark.parametrize("dtype", ["U32", "I32"])
-    def test_dtype(self, folder, dtype):
+    @pytest.mark.parametrize(
+        "dtype, message",
+        [("I32", 'holds "decoder.proj_in.weight" as I32'), ("BF16", "holds tensors as F16 and as BF16, and one must")],
+    )
+    def test_dtype(self, folder, dtype, message):
+        save_file(
+            {name: x.float() if dtype == "I32" else x.half() for name, x in load_file(folder / FILE).items()},
+            folder / FILE,
+        )
         change_header(folder / FILE, lambda header: header["decoder.proj_in.weight"].update(dtype=dtype))
-        with pytest.raises(ValueError, match=f'"{folder / FILE}" holds "decoder.proj_in.weight" as {dtype}'):
+        with pytest.raises(ValueError, match=f'"{folder / FILE}" {message}'):
             AutoencoderViTok.from_pretrained(folder)
 
-    def test_one_letter_of_the_dtype(self, folder):
-        weights = {name: weight.half() for name, weight in load_file(folder / FILE).items()}
-        save_file(weights, folder / FILE)
-        change_header(folder / FILE, lambda header: header["decoder.proj_in.weight"].update(dtype="BF16"))
-        with pytest.raises(ValueError, match="holds tensors as F16 and as BF16, and one must be wrong"):
-            AutoencoderViTok.from_pretrained(folder)
-
-    @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-    @pytest.mark.parametrize("layout", ["file", "shards", "author"])
+    @pytest.mark.parametrize("layout, value", [("file", torch.nan), ("shards", torch.inf), ("author", -torch.inf)])
     def test_not_finite(self, folder, tmp_path, value, layout):
         options, key, name = {}, "decoder.proj_out.weight", "decoder.proj_out.weight"
         if layout == "shards":
@@ -146,15 +139,9 @@ class TestTensors:
             ViTokDiTPipeline.from_pretrained(tmp_path)
         assert ViTokDiTPipeline.from_pretrained(tmp_path, check_finite=False).transformer.proj_out.bias.isnan().all()
 
-    def test_shape(self, folder):
-        change_json(folder / "config.json", patch_size=16)
-        with pytest.raises(ValueError, match=rf'"{folder / FILE}" does not fit .*" is \(.*192.*\), not \(.*768.*\)'):
-            AutoencoderViTok.from_pretrained(folder)
-
 
 class TestDtype:
-    @pytest.mark.parametrize("dtype", ["float16", "torch.bfloat16", torch.float16])
-    @pytest.mark.parametrize("argument", ["dtype", "torch_dtype"])
+    @pytest.mark.parametrize("argument, dtype", [("dtype", "float16"), ("torch_dtype", "torch.bfloat16")])
     def test_by_name(self, folder, tmp_path, dtype, argument):
         expected = getattr(torch, str(dtype).removeprefix("torch."))
         assert AutoencoderViTok.from_pretrained(folder, **{argument: dtype}).dtype == expected
@@ -167,11 +154,10 @@ class TestDtype:
             ViTokDiTPipeline.from_pretrained(tmp_path / "pipeline", **{argument: dtype}).transformer.dtype == expected
         )
 
-    @pytest.mark.parametrize("dtype", ["half", "int8", torch.int8, 16, ""])
+    @pytest.mark.parametrize("dtype", ["half", torch.int8, 16])
     def test_others(self, folder, dtype):
-        with pytest.raises(
-            ValueError, match=f"`dtype` must be a dtype, as torch.bfloat16, .*{re.escape(repr(dtype))}"
-        ):
+        message = f"`dtype` must be a dtype, as torch.bfloat16, .*{re.escape(repr(dtype))}"
+        with pytest.raises(ValueError, match=message):
             AutoencoderViTok.from_pretrained(folder, dtype=dtype)
         with pytest.raises(ValueError, match="`dtype` must be a dtype"):
             to_dtype(dtype)
@@ -179,84 +165,71 @@ class TestDtype:
 
 class TestConfigs:
     @pytest.mark.parametrize(
-        "values, message",
+        "file, values, message",
         [
-            ({"scaling_factor": 0}, "`scaling_factor` and `latents_std` must be positive, but are 0 and"),
-            ({"scaling_factor": float("nan")}, "`scaling_factor` must be float .* is nan"),
-            ({"latents_std": [1.0, 0.0, 1.0, 1.0]}, r"must be positive, but are 1.0 and \[1.0, 0.0"),
-            ({"latents_std": [1.0, -1.0, 1.0, 1.0]}, "must be positive"),
-            ({"latents_std": [1.0, 1.0, 1.0, float("nan")]}, "`latents_std` must be"),
-            ({"latents_mean": "0123"}, "`latents_mean` must be .* is '0123'"),
-            ({"sample_frames": 1.5}, "`sample_frames` must be int .* is 1.5"),
-            ({"patch_size": True}, "`patch_size` must be int .* is True"),
-            ({"use_bias": 1}, "`use_bias` must be bool"),
-            ({"decoder_num_layers": 10**9}, "`decoder_num_layers` must be at most 1024, but is 1000000000"),
-            ({"mlp_ratio": float("inf")}, "`mlp_ratio` must be float"),
-            ({"variational": None}, "`variational` must be bool"),
+            ("vae", {"scaling_factor": 0}, "`scaling_factor` and `latents_std` must be positive, but are 0 and"),
+            ("vae", {"latents_std": [1.0, 0.0, 1.0, 1.0]}, r"must be positive, but are 0.7 and \[1.0, 0.0"),
+            ("vae", {"latents_std": [1.0, 1.0, 1.0, float("nan")]}, "`latents_std` must be"),
+            ("vae", {"latents_mean": "0123"}, "`latents_mean` must be .* is '0123'"),
+            ("vae", {"patch_size": True}, "`patch_size` must be int .* is True"),
+            ("vae", {"decoder_num_layers": 10**9}, "`decoder_num_layers` must be at most 1024, but is 1000000000"),
+            ("vae", {"mlp_ratio": float("inf")}, "`mlp_ratio` must be float"),
             (
-                {"latents_stb": [1.0] * 4, "latents_std": "left out"},
-                r"entries that do not exist, \['latents_stb'\], and not those that do, \['latents_std'\]: it is",
+                "vae",
+                {"latents_stb": [], "latents_std": "left out"},
+                r"not exist, .*latents_stb.* \['latents_std'\]",
             ),
-            ({"_class_name": 7}, "has `_class_name` 7"),
+            ("vae", {"_class_name": 7}, "has `_class_name` 7"),
+            ("vae", {"_class_name": "ViTokDiTModel"}, "is of class ViTokDiTModel, not AutoencoderViTok"),
+            ("vae", {"patch_size": 16}, r'does not fit its config: .*" is \(.*192.*\), not \(.*768.*\)'),
+            ("transformer", {"num_layers": 0}, "does not fit: `num_layers` must be positive"),
+            ("transformer", {"hidden_size": "32"}, "does not fit: `hidden_size` must be int"),
+            ("scheduler", {"beta_end": -7}, "is damaged, or does not fit: "),
+            ("scheduler", {"num_train_timesteps": 10**9}, "is damaged, or does not fit: "),
+            ("scheduler", {"prediction_type": "epsilom"}, "is damaged, or does not fit: "),
+            ("scheduler", {"beta_schedule": ""}, "is damaged, or does not fit: "),
+            ("scheduler", {"clip_sample": 3}, "is damaged, or does not fit: "),
+            ("scheduler", {"steps_offset": None, "_class_name": []}, "is damaged, or does not fit: "),
+            ("scheduler", {"_use_default_values": "yes"}, "has `_use_default_values` 'yes'"),
+            ("scheduler", {"_class_name": "PNDMScheduler"}, "is of a PNDMScheduler, but model_index.json has a DDIM"),
+            ("pipeline", {"vea": [None, None], "vae": "left out"}, "has entries that do not exist"),
+            ("pipeline", {"id2label": {"0": 7}}, "is damaged, or does not fit: `id2label`"),
+            ("pipeline", {"_class_name": "left out"}, "has `_class_name` None"),
+            ("pipeline", {"vae": ["vitok_hf"]}, 'must have library and class of "vae"'),
+            ("pipeline", {"scheduler": ["os", "system"]}, 'has .* for "scheduler"'),
+            ("pipeline", {"scheduler": ["antigravity", "fly"]}, 'has .* for "scheduler"'),
+            ("pipeline", {"transformer": ["vitok_hf", "AutoencoderViTok"]}, 'has .* for "transformer"'),
         ],
     )
-    def test_of_an_autoencoder(self, folder, values, message):
-        change_json(folder / "config.json", **values)
-        with pytest.raises(ValueError, match=f'"{folder}.*{message}'):
-            AutoencoderViTok.from_pretrained(folder)
+    def test_damage(self, tmp_path, file, values, message):
+        """Of a model, alone and in a pipeline, and of the pipeline."""
+        make_pipeline().save_pretrained(tmp_path)
+        names = {"scheduler": "scheduler/scheduler_config.json", "pipeline": "model_index.json"}
+        path = tmp_path / names.get(file, f"{file}/config.json")
+        change_json(path, **values)
+        model = {"vae": AutoencoderViTok, "transformer": ViTokDiTModel}.get(file)
+        with pytest.raises(ValueError, match=f'"{path.parent if model else path}.*{message}'):
+            ViTokDiTPipeline.from_pretrained(tmp_path)
+        if model:
+            with pytest.raises(ValueError, match=f'"{path.parent}.*{message}'):
+                model.from_pretrained(path.parent)
+        assert "antigravity" not in sys.modules
 
     def test_entries_of_others(self, folder):
         """As those that `EMAModel.save_pretrained` adds."""
         change_json(folder / "config.json", decay=0.99, note="mine", quantization_config=None)
         assert AutoencoderViTok.from_pretrained(folder).config.patch_size == 8
 
-    @pytest.mark.parametrize("text", ["", "[]", "7", '{"patch_size": 8', "[" * 100_000])
+    @pytest.mark.parametrize("text", ["[]", '{"patch_size": 8', "[" * 100_000])
     def test_json(self, folder, text):
         (folder / "config.json").write_text(text)
         with pytest.raises(ValueError, match=f'"{folder / "config.json"}"'):
             AutoencoderViTok.from_pretrained(folder)
 
     @pytest.mark.parametrize(
-        "values, message",
-        [
-            ({"num_layers": 0}, "`num_layers` must be positive"),
-            ({"hidden_size": "32"}, "`hidden_size` must be int"),
-            ({"num_classes": 10**12}, "`num_classes` must be at most"),
-        ],
-    )
-    def test_of_a_transformer(self, tmp_path, values, message):
-        make_pipeline().transformer.save_pretrained(tmp_path)
-        change_json(tmp_path / "config.json", **values)
-        with pytest.raises(ValueError, match=f'"{tmp_path / "config.json"}" does not fit: {message}'):
-            ViTokDiTModel.from_pretrained(tmp_path)
-
-    @pytest.mark.parametrize(
-        "values",
-        [
-            {"beta_end": -7},
-            {"beta_start": "x"},
-            {"num_train_timesteps": 10**9},
-            {"num_train_timesteps": 0.5},
-            {"prediction_type": "epsilom"},
-            {"timestep_spacing": "leeding"},
-            {"beta_schedule": ""},
-            {"clip_sample": 3},
-            {"steps_offset": None, "_class_name": []},
-        ],
-    )
-    def test_of_a_scheduler(self, tmp_path, values):
-        make_pipeline().save_pretrained(tmp_path)
-        path = tmp_path / "scheduler" / "scheduler_config.json"
-        change_json(path, **values)
-        with pytest.raises(ValueError, match=f'"{path}" is damaged, or does not fit: '):
-            ViTokDiTPipeline.from_pretrained(tmp_path)
-
-    @pytest.mark.parametrize(
         "scheduler",
         [
             DDIMScheduler(num_train_timesteps=5, clip_sample=False),
-            DDIMScheduler(num_train_timesteps=200_000, clip_sample=False),
-            DDPMScheduler(clip_sample=False),
             FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
             LCMScheduler(original_inference_steps=4, clip_sample=False),
             PNDMScheduler(),
@@ -269,30 +242,8 @@ class TestConfigs:
         ViTokDiTPipeline.from_pretrained(tmp_path)
         assert torch.equal(torch.get_rng_state(), state)
 
-    @pytest.mark.parametrize(
-        "values",
-        [
-            {"vae": "left out"},
-            {"vae": ["vitok_hf"]},
-            {"vea": [None, None], "vae": "left out"},
-            {"id2label": {"a": "cat"}},
-            {"id2label": {"0": 7}},
-            {"id2label": ["cat"]},
-            {"_class_name": "left out"},
-        ],
-    )
-    def test_of_a_pipeline(self, tmp_path, values):
-        make_pipeline().save_pretrained(tmp_path)
-        change_json(tmp_path / "model_index.json", **values)
-        with pytest.raises(ValueError, match=f'"{tmp_path / "model_index.json"}"'):
-            ViTokDiTPipeline.from_pretrained(tmp_path)
-
     def test_whole_numbers_are_numbers(self):
-        vae = make_vae("everything", layer_scale_init=1, scaling_factor=2, mlp_ratio=2)
-        assert (
-            vae(make_input(vae)).sample.isfinite().all()
-            and vae.encoder.transformer_blocks[0].residual1.gamma.sum() == 32
-        )
+        assert make_vae("everything", layer_scale_init=1, scaling_factor=2, mlp_ratio=2).config.mlp_ratio == 2
 
 
 @pytest.mark.parametrize("name", [None, 7, "", b"vitok-tiny-f8x8"])
@@ -341,41 +292,27 @@ class TestMistakes:
         with pytest.raises(ValueError, match=f"{folder / FILE} cannot be read as safetensors: it is a .*{what}"):
             AutoencoderViTok.from_pretrained(folder)
 
-    def test_configs_of_others(self, folder, tmp_path):
-        make_pipeline().transformer.save_pretrained(tmp_path / "transformer")
-        (folder / "config.json").write_bytes((tmp_path / "transformer" / "config.json").read_bytes())
-        with pytest.raises(ValueError, match='config.json" is of class ViTokDiTModel, not AutoencoderViTok'):
-            AutoencoderViTok.from_pretrained(folder)
+    def test_a_model_is_no_pipeline(self, folder):
         with pytest.raises(OSError, match="has no model_index.json, but .*: name a pipeline"):
             ViTokDiTPipeline.from_pretrained(folder)
 
-    @pytest.mark.parametrize(
-        "values",
-        [
-            {"vae": ["diffusers", "AutoencoderKL"]},
-            {"scheduler": ["os", "system"]},
-            {"scheduler": ["antigravity", "fly"]},
-            {"transformer": ["vitok_hf", "AutoencoderViTok"]},
-        ],
-    )
-    def test_classes_of_a_pipeline(self, tmp_path, values):
-        make_pipeline().save_pretrained(tmp_path)
-        change_json(tmp_path / "model_index.json", **values)
-        with pytest.raises(ValueError, match=f'"{tmp_path / "model_index.json"}" has .* for "{next(iter(values))}"'):
-            ViTokDiTPipeline.from_pretrained(tmp_path)
-        assert "antigravity" not in sys.modules
-
-    def test_scheduler_of_another_class(self, tmp_path):
-        make_pipeline().save_pretrained(tmp_path)
-        change_json(tmp_path / "model_index.json", scheduler=["diffusers", "FlowMatchEulerDiscreteScheduler"])
-        with pytest.raises(ValueError, match="it is of a DDIMScheduler, but model_index.json has a FlowMatch"):
-            ViTokDiTPipeline.from_pretrained(tmp_path)
-
 
 @pytest.mark.parametrize("shape", [(), (0,), (5,), (2, 0)])
-@pytest.mark.parametrize("key", ["patch_embed.weight", "encoder_blocks.0.attn.norm_q.weight", "to_code.weight"])
-def test_variant_of_misshapen_weights(shape, key):
+def test_variant_of_misshapen_weights(shape):
     header = read_header(GOLDEN / "encoder.safetensors")
     assert guess_variant({"encoder": header}) is not None
-    guess_variant({"encoder": header | {key: shape}})
+    for key in ("patch_embed.weight", "encoder_blocks.0.attn.norm_q.weight", "to_code.weight"):
+        guess_variant({"encoder": header | {key: shape}})
     assert guess_variant({"encoder": {"patch_embed.weight": shape}}) is None
+
+
+def test_headers_are_read_once(folder, monkeypatch):
+    """In a call, in the next again, and outside each time."""
+    reads, read = [], strict._read_safetensors
+    monkeypatch.setattr(strict, "_read_safetensors", lambda path: reads.append(path.name) or read(path))
+    for count in (1, 2):
+        AutoencoderViTok.from_pretrained(folder)
+        assert reads == [FILE] * count
+    for count in (3, 4):
+        strict.read_header(folder / FILE)
+        assert reads == [FILE] * count

@@ -7,7 +7,6 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
-    FlowMatchEulerDiscreteScheduler,
     HeunDiscreteScheduler,
 )
 from diffusers.callbacks import PipelineCallback
@@ -33,15 +32,10 @@ class TestLabels:
             ("golden retriever", [1]),
             ("retriever", [1]),
             ("golden retriever, retriever", [1]),
-            (3, [3]),
             ([[1], ["cat"]], [1, 0]),
             (torch.tensor([[2], [3]]), [2, 3]),
             (np.array(3), [3]),
-            (["cat", 3, "dog", NULL], [0, 3, 4, NULL]),
-            (np.int64(2), [2]),
-            (torch.tensor([1, 2]), [1, 2]),
-            (torch.tensor(4), [4]),
-            (("cat", "dog"), [0, 4]),
+            (("cat", 3, "dog", NULL), [0, 3, 4, NULL]),
         ],
     )
     def test_ids(self, labels, ids):
@@ -58,11 +52,6 @@ class TestLabels:
             ("xyz", 'no class "xyz": `labels` has them all'),
             ("crane", 'Classes 2, 3 are all called "crane"'),
             (6, "`class_labels` must be a name, or an id from 0 to 4 .5 means no class.*, but is 6"),
-            (-1, "no class.*, but is -1"),
-            (1.5, "no class.*, but is 1.5"),
-            (True, "no class.*, but is True"),
-            (b"\x01", "no class.*, but is b"),
-            (10**30, "no class.*, but is 1000000"),
             (["cat", None], "no class.*, but is None"),
             ([], "`class_labels` is empty"),
         ],
@@ -76,10 +65,6 @@ class TestLabels:
         assert pipe.labels == {} and pipe.get_label_ids(3) == [3]
         with pytest.raises(ValueError, match='no names for its classes, so "cat" is unknown'):
             pipe.get_label_ids("cat")
-
-    def test_names_of_classes_that_the_model_does_not_have(self):
-        with pytest.raises(ValueError, match=r"has ids \[5\], but the transformer num_classes=5"):
-            make_pipeline(id2label={0: "cat", 5: "dog"})
 
 
 class TestGuidance:
@@ -170,12 +155,7 @@ class TestGuidance:
 class TestRandomness:
     @pytest.mark.parametrize(
         "scheduler",
-        [
-            DDIMScheduler(clip_sample=False),
-            DDPMScheduler(clip_sample=False),
-            EulerAncestralDiscreteScheduler(),
-            FlowMatchEulerDiscreteScheduler(),
-        ],
+        [DDIMScheduler(clip_sample=False), DDPMScheduler(clip_sample=False), EulerAncestralDiscreteScheduler()],
     )
     def test_a_seed_gives_the_same_sample_in_any_batch(self, kind, scheduler):
         pipe = make_pipeline(kind, scheduler)
@@ -206,13 +186,10 @@ class TestRandomness:
         assert batches[0] == [0, 0, 4, 4]
         assert_close(output[3:], sample(pipe, "dog", generator=seeds(4), guidance_scale=1.0), atol=2e-3)
 
-    def test_samples_without_class(self, pipe):
-        assert len(sample(pipe, None)) == 1
-        assert len(sample(pipe, None, num_images_per_label=3)) == 3
-
     def test_unconditional_model(self, kind):
         pipe = make_pipeline(kind, num_classes=0, id2label=None)
         assert sample(pipe, None).shape == pipe.get_latent_shape(1)
+        assert len(sample(pipe, None, num_images_per_label=3)) == 3
 
     def test_latents(self, pipe):
         latents = randn_tensor(pipe.get_latent_shape(2), generator=torch.Generator().manual_seed(0))
@@ -277,10 +254,6 @@ class TestCallbacks:
         sample(pipe, callback_on_step_end=Cutoff())
         assert [len(batch) for batch in batches] == [4, 2, 2, 2]
 
-    def test_tensors_that_there_are_not(self):
-        with pytest.raises(ValueError, match=r"has \['noise'\], not of \['latents'\]"):
-            sample(make_pipeline(), callback_on_step_end=print, callback_on_step_end_tensor_inputs=["noise"])
-
     def test_progress_bar(self, capsys):
         pipe = make_pipeline(scheduler=HeunDiscreteScheduler())
         pipe.set_progress_bar_config(disable=False)
@@ -292,38 +265,17 @@ class TestErrors:
     @pytest.mark.parametrize(
         "arguments, message",
         [
-            ({"guidance_scale": -0.5}, "`guidance_scale` must be a number from 0 to 1e\\+06, but is -0.5"),
-            ({"guidance_scale": float("nan")}, "`guidance_scale` must be .*, but is nan"),
-            ({"guidance_scale": float("inf")}, "`guidance_scale` must be .*, but is inf"),
-            ({"eta": 5.0}, "`eta` must be a number from 0 to 1, but is 5.0"),
-            ({"guidance_rescale": 1.5}, "`guidance_rescale` must be a number from 0 to 1, but is 1.5"),
-            ({"num_inference_steps": 0}, "`num_inference_steps` must be an integer from 1 to 10000, but is 0"),
             ({"num_inference_steps": 4.0}, "`num_inference_steps` must be an integer from 1 to 10000, but is 4.0"),
-            ({"num_images_per_label": 0}, "`num_images_per_label` must be an integer from 1 .*, but is 0"),
             ({"guidance_interval": (0.5, 0.2)}, r"0 <= start <= stop <= 1, but is \(0.5, 0.2\)"),
-            ({"output_type": "png"}, "one of pil, np, pt, latent, but is 'png'"),
             ({"height": 30}, "`height` must be a positive multiple of 8, but is 30"),
-            ({"width": 0}, "`width` must be a positive multiple of 8, but is 0"),
             ({"num_frames": 4}, "`num_frames` is 4, but this model makes images"),
             ({"generator": seeds(1)}, "`generator` has 1 entries for 2 samples"),
-            ({"latents": torch.zeros(1, 4, 4, 4)}, r"shape \(2, 4, 4, 4\), but have \(1, 4, 4, 4\)"),
-            ({"latents": torch.zeros(2, 4, 2, 4, 4)}, r"but have \(2, 4, 2, 4, 4\)"),
-            (
-                {"latents": torch.full((2, 4, 4, 4), torch.nan)},
-                "`latents` must be finite, but has values that are NaN",
-            ),
-            ({"latents": torch.zeros(2, 4, 4, 4).long()}, "`latents` must be a tensor of floats, .*torch.int64"),
-            ({"height": 10_000_000}, "`height` 10000000, .* make 10000000 tokens, more than 4194304 in a call"),
+            ({"latents": torch.zeros(2, 4, 2, 4, 4)}, r"must have shape .*, but have \(2, 4, 2, 4, 4\)"),
             ({"num_images_per_label": 10**9}, "`num_images_per_label` 2000000000 make .* tokens, more than 4194304"),
-            ({"num_inference_steps": 10**9}, "`num_inference_steps` must be .* from 1 to 10000, but is 1000000000"),
-            ({"guidance_scale": None}, "`guidance_scale` must be a number from 0 .*, but is None"),
-            ({"guidance_interval": 0.5}, "`guidance_interval` must be two fractions of the schedule, .*, but is 0.5"),
-            ({"generator": tuple(seeds(1, 2))}, "`generator` must be a torch.Generator, None, or a list of them"),
-            ({"callback_on_step_end": 5}, "`callback_on_step_end` must be a function or None, but is 5"),
-            ({"return_dict": "no"}, "`return_dict` must be True or False, but is 'no'"),
         ],
     )
     def test_arguments(self, arguments, message):
+        """All others are in tests/faults/arguments.py."""
         with pytest.raises(ValueError, match=message):
             make_pipeline()(["cat", "dog"], **arguments)
 

@@ -1,4 +1,7 @@
-"""Threads that share a pipeline, and callbacks that call it again: what belongs to a call stays in it."""
+"""Threads that share a pipeline, and callbacks that call it again: what belongs to a call stays in it.
+
+That each gets what it gets alone is what the campaign looks at (tests/faults/side_by_side.py).
+"""
 
 import copy
 import pickle
@@ -6,45 +9,18 @@ from functools import partial
 
 import pytest
 from diffusers import (
-    DDIMScheduler,
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
     PNDMScheduler,
-    UniPCMultistepScheduler,
 )
 
 from tests.conftest import assert_close
 from tests.dit import make_pipeline, sample
-from tests.faults.side_by_side import compare_pipelines
 from tests.threads import together
 from vitok_hf import ViTokDiTPipeline
 
 
-def job(does=None, at=1, seed=0, **arguments):
-    return {"does": does, "at": at, "seed": seed, "arguments": {"num_inference_steps": 4} | arguments}
-
-
 class TestThreads:
-    @pytest.mark.parametrize(
-        "jobs",
-        [
-            [job(guidance_scale=2.0), job(guidance_scale=8.0)],
-            [job(guidance_scale=1.0), job(guidance_scale=4.0)],
-            [job(guidance_rescale=0.0), job(guidance_rescale=1.0)],
-            [job("interrupt"), job()],
-            [job("cut off", at=0), job()],
-            [job("nest"), job(guidance_scale=8.0)],
-        ],
-        ids=["scale", "no guidance", "rescale", "interruption", "cutoff", "nested"],
-    )
-    def test_each_as_alone(self, jobs):
-        assert compare_pipelines(partial(DDIMScheduler, clip_sample=False), jobs) == "harmless"
-
-    @pytest.mark.parametrize("scheduler", [DPMSolverMultistepScheduler, UniPCMultistepScheduler])
-    def test_schedulers_that_remember_steps(self, scheduler):
-        jobs = [job(seed=1), job(seed=2), job(num_inference_steps=6)]
-        assert compare_pipelines(scheduler, jobs) == "harmless"
-
     @pytest.mark.parametrize("scheduler", [DPMSolverMultistepScheduler, PNDMScheduler])
     def test_pipelines_that_share_a_scheduler(self, scheduler):
         first = make_pipeline(scheduler=scheduler())

@@ -3,19 +3,21 @@
 import difflib
 import inspect
 import os
-from collections.abc import Callable
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 from huggingface_hub import is_offline_mode
 
 from ..presets import V1_PATTERN, V2_PATTERN
-from .strict import check_folder, finite_checked, read_object, to_dtype
+from .strict import check_folder, read_object, reading, to_dtype
 
 
-KEYWORDS = ("dtype", "torch_dtype", "device_map", "max_memory", "offload_folder", "offload_state_dict", "variant")
-KEYWORDS += ("low_cpu_mem_usage", "use_safetensors", "quantization_config", "subfolder", "revision", "token")
-KEYWORDS += ("cache_dir", "force_download", "local_files_only", "ignore_mismatched_sizes", "output_loading_info")
+KEYWORDS = (
+    "dtype torch_dtype device_map max_memory offload_folder offload_state_dict variant low_cpu_mem_usage token "
+    "use_safetensors quantization_config subfolder revision cache_dir force_download local_files_only "
+    "ignore_mismatched_sizes output_loading_info"
+).split()
 BUNDLED = Path(__file__).parents[1] / "checkpoints"
 
 
@@ -26,7 +28,7 @@ def list_bundled() -> list[str]:
     )
 
 
-def resolve_bundled(name_or_path):
+def resolve_bundled(name_or_path: Any) -> Any:
     """The folder of a bundled checkpoint, or the argument itself if it names none, or a folder that there is.
 
     A folder without weights, whose config.json has the key "_bundled", stands for the bundled model of that name. The
@@ -95,7 +97,7 @@ def check_place(folder: str | os.PathLike, subfolder: str | None) -> None:
 
 
 def load_strictly(
-    from_pretrained: Callable, name_or_path: str | os.PathLike, check_finite: bool | None = None, **kwargs: Any
+    from_pretrained: MethodType, name_or_path: str | os.PathLike, check_finite: bool | None = None, **kwargs: Any
 ) -> Any:
     """What diffusers' `from_pretrained` gives, unless something is damaged or does not fit.
 
@@ -107,23 +109,23 @@ def load_strictly(
     """
     if is_offline_mode():  # diffusers asks the Hub about sharded weights unless it is told not to
         kwargs["local_files_only"] = True
-    _check_keywords(kwargs, from_pretrained)
+    _check_keywords(kwargs, from_pretrained.__self__)
     output_loading_info = kwargs.pop("output_loading_info", False)
     kwargs |= {name: to_dtype(kwargs[name]) for name in ("dtype", "torch_dtype") if name in kwargs}
     folder = resolve_bundled(name_or_path)
     check_place(folder, kwargs.get("subfolder"))
-    if os.path.isdir(folder):
-        folder = resolve_bundled(Path(folder, kwargs.pop("subfolder", None) or ""))
-        check_folder(Path(folder), kwargs.get("variant"))
-    with finite_checked(check_finite):
+    with reading(check_finite):
+        if os.path.isdir(folder):
+            folder = resolve_bundled(Path(folder, kwargs.pop("subfolder", None) or ""))
+            check_folder(Path(folder), kwargs.get("variant"))
         model, info = from_pretrained(folder, output_loading_info=True, **kwargs)
     check_loading_info(info, name_or_path)
     return (model, info) if output_loading_info else model
 
 
-def _check_keywords(kwargs: dict[str, Any], from_pretrained: Callable) -> None:
+def _check_keywords(kwargs: dict[str, Any], model_class: Any) -> None:
     """Raises `ValueError` for what seems to be one of diffusers' arguments, or of the config, with a typing error."""
-    known = {*KEYWORDS, *inspect.signature(from_pretrained.__self__.__init__).parameters}
+    known = {*KEYWORDS, *inspect.signature(model_class).parameters}
     for name in kwargs.keys() - known:
         if close := difflib.get_close_matches(name, sorted(known), 1, 0.75):
             raise ValueError(f"There is no argument `{name}`: did you mean `{close[0]}`?")

@@ -6,9 +6,11 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import init_empty_weights
+from diffusers import ModelMixin
 from huggingface_hub import model_info, parse_safetensors_file_metadata, snapshot_download
 from safetensors.torch import load_file, save_file
 
@@ -51,7 +53,9 @@ licence for the code). {license_note}
 """
 
 
-def plan_conversion(autoencoder_class: type, source: str, variant: str | None = None, **hub: str | None) -> list[str]:
+def plan_conversion(
+    autoencoder_class: type[ModelMixin], source: str, variant: str | None = None, **hub: Any
+) -> list[str]:
     """Lines: the author's tensors, their shapes and the parameters that they become; reads no weights.
 
     Raises:
@@ -77,7 +81,7 @@ def plan_conversion(autoencoder_class: type, source: str, variant: str | None = 
 
 
 def write_diffusers(
-    autoencoder_class: type,
+    autoencoder_class: type[ModelMixin],
     source: str,
     folder: Path,
     title: str,
@@ -85,7 +89,7 @@ def write_diffusers(
     dtype: torch.dtype | None = None,
     max_shard_size: str = "5GB",
     licence: str | None = None,
-    **hub: str | None,
+    **hub: Any,
 ) -> None:
     """config.json, sharded weights and a model card from the author's files.
 
@@ -99,7 +103,9 @@ def write_diffusers(
     vae.register_to_config(_name_or_path=title.split("/")[-1])
     vae.save_pretrained(folder, max_shard_size=max_shard_size)
     is_folder = os.path.isdir(source)
-    licence = licence or (None if is_folder else source_licence(source, hub.get("revision"), hub.get("token")))
+    if licence is None and not is_folder:
+        stated = model_info(source, revision=hub.get("revision"), token=hub.get("token")).card_data
+        licence = stated.get("license") if stated else None
     note = f"The source states the licence of the weights as `{licence}`." if licence else "The source states none."
     card = MODEL_CARD.format(
         title=title,
@@ -115,13 +121,8 @@ def write_diffusers(
     (folder / "README.md").write_text(card)
 
 
-def source_licence(repository: str, revision: str | None, token: str | None) -> str | None:
-    card = model_info(repository, revision=revision, token=token).card_data
-    return card.get("license") if card else None
-
-
 def write_vitok_v2(
-    autoencoder_class: type, source: str, folder: Path, dtype: torch.dtype | None = None, **hub: str | None
+    autoencoder_class: type[ModelMixin], source: str, folder: Path, dtype: torch.dtype | None = None, **hub: Any
 ) -> None:
     """encoder.safetensors and decoder.safetensors, by default in the dtype of the source.
 
@@ -139,18 +140,16 @@ def write_vitok_v2(
         raise ValueError(f"{source} has no ViTok-v2 architecture: {', '.join(foreign)} differ.")
     _, files = read_index(origin, variant=None)
     check_shards(files, (), {})
-    state_dict = {}
+    state_dict: dict[str, torch.Tensor] = {}
     for file in files:
         state_dict |= load_file(file)
     state_dict = {name: tensor for name, tensor in state_dict.items() if ".to_qkv." not in name}  # a fused copy
-    expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    found = {name: tensor.shape for name, tensor in state_dict.items()}
+    expected, found = ({name: x.shape for name, x in weights.items()} for weights in (model.state_dict(), state_dict))
     if different := sorted(name for name in expected | found if expected.get(name) != found.get(name)):
         raise ValueError(
             f"The weights of {source} do not fit its config: {len(different)} tensors are missing, unexpected "
             f"or of another shape ({', '.join(different[:5])}). Use the config that they were saved with."
         )
-    if dtype is not None:
-        state_dict = {name: tensor.to(dtype) for name, tensor in state_dict.items()}
+    state_dict = {name: tensor.to(dtype) for name, tensor in state_dict.items()}  # `None`: as it is
     for tower, tensors in to_vitok_v2(state_dict, model).items():
         save_file(tensors, folder / f"{tower}.safetensors")

@@ -14,12 +14,14 @@ import typing
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
-from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from diffusers import ModelMixin
+from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME
 from diffusers.utils.hub_utils import _add_variant
 from safetensors import SafetensorError, safe_open
 from torch import nn
@@ -39,19 +41,29 @@ NO_WEIGHTS = {
 MAX_JSON_BYTES = 2**26
 DAMAGED = "it is damaged or its download was cut. Fetch it again, with force_download=True if it came from the Hub."
 
-_checks_values: ContextVar[bool] = ContextVar("checks_values", default=True)
+
+@dataclass
+class Reading:
+    """What holds in one call of `from_pretrained`: whether values are looked at, and the headers read so far."""
+
+    checks_values: bool = True
+    headers: dict[Path, Header] = field(default_factory=dict)
+
+
+_reading: ContextVar[Reading | None] = ContextVar("reading", default=None)
 
 
 @contextmanager
-def finite_checked(check: bool | None):
-    """Whether `check_values` does anything in this block; `None`: as outside of it."""
-    if check not in (None, True, False):
-        raise ValueError(f"`check_finite` must be True or False, but is {check!r}.")
-    token = _checks_values.set(_checks_values.get() if check is None else check)
+def reading(check_finite: bool | None = None) -> Iterator[None]:
+    """In this block files are taken not to change; whether `check_values` does anything, if `None` as outside."""
+    if check_finite not in (None, True, False):
+        raise ValueError(f"`check_finite` must be True or False, but is {check_finite!r}.")
+    outside = _reading.get() or Reading()
+    token = _reading.set(Reading(outside.checks_values if check_finite is None else bool(check_finite)))
     try:
         yield
     finally:
-        _checks_values.reset(token)
+        _reading.reset(token)
 
 
 def check_file(path: str | os.PathLike) -> Path:
@@ -89,7 +101,7 @@ def has_type(value: Any, annotation: Any) -> bool:
         return isinstance(value, (list, tuple)) and all(has_type(item, kind) for item in value)
     if annotation in (int, float):
         kind = numbers.Integral if annotation is int else numbers.Real
-        return isinstance(value, kind) and not isinstance(value, bool) and abs(value) < math.inf
+        return isinstance(value, kind) and not isinstance(value, bool) and value < math.inf and not value <= -math.inf
     return isinstance(value, typing.get_origin(annotation) or annotation)
 
 
@@ -123,10 +135,10 @@ def to_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     )
 
 
-def _read_pickle(path: str | os.PathLike) -> Header:
+def _read_pickle(path: Path) -> Header:
     """As `read_header`, of a file that `torch.save` wrote; nothing in it is run."""
     try:
-        tensors = torch.load(check_file(path), map_location="meta", weights_only=True)
+        tensors = torch.load(path, map_location="meta", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
         raise ValueError(f"{path} cannot be read as weights ({type(error).__name__}): {DAMAGED}") from error
     if not isinstance(tensors, dict):
@@ -137,28 +149,32 @@ def _read_pickle(path: str | os.PathLike) -> Header:
     return {key: tuple(tensor.shape) for key, tensor in tensors.items()}
 
 
-def read_header(path: str | os.PathLike) -> Header:
-    """Names and shapes of the tensors in a file of weights, which must be of floats."""
-    if not str(path).endswith(".safetensors"):
-        return _read_pickle(path)
+def _read_safetensors(path: Path) -> Header:
     try:
-        with safe_open(check_file(path), framework="pt") as file:
+        with safe_open(path, framework="pt") as file:
             slices = {key: file.get_slice(key) for key in file.keys()}
             dtypes = {key: part.get_dtype() for key, part in slices.items()}
             header = {key: tuple(part.get_shape()) for key, part in slices.items()}
     except (SafetensorError, OSError, UnicodeError) as error:
-        with open(path, "rb") as file:
-            start = file.read(40)
-        for beginning, what in NO_WEIGHTS.items():
-            if start.lower().startswith(beginning):
-                raise ValueError(f"{path} cannot be read as safetensors: it is {what}.") from error
-        raise ValueError(f"{path} cannot be read as safetensors ({error}): {DAMAGED}") from error
+        with open(path, "rb") as beginning:
+            start = beginning.read(40).lower()
+        reasons = (f": it is {what}." for text, what in NO_WEIGHTS.items() if start.startswith(text))
+        raise ValueError(f"{path} cannot be read as safetensors{next(reasons, f' ({error}): {DAMAGED}')}") from error
     for key, dtype in dtypes.items():
         if dtype not in FLOATS:
             raise ValueError(f'"{path}" holds "{key}" as {dtype}, but weights are one of {sorted(FLOATS)}: {DAMAGED}')
     if {"F16", "BF16"} <= set(dtypes.values()):  # which differ in a letter, but not in size
         raise ValueError(f'"{path}" holds tensors as F16 and as BF16, and one must be wrong: {DAMAGED}')
     return header
+
+
+def read_header(path: str | os.PathLike) -> Header:
+    """Names and shapes of the tensors in a file of weights, which must be of floats; read once in a `reading`."""
+    path, call = Path(path), _reading.get() or Reading()
+    if path not in call.headers:
+        read = _read_safetensors if path.suffix == ".safetensors" else _read_pickle
+        call.headers[path] = read(check_file(path))
+    return call.headers[path]
 
 
 def read_index(folder: Path, variant: str | None) -> tuple[dict[str, str], list[Path]]:
@@ -169,16 +185,13 @@ def read_index(folder: Path, variant: str | None) -> tuple[dict[str, str], list[
         return {}, [single] if os.path.lexists(single) else []
     content = read_object(index)
     weight_map = content.get("weight_map")
-    if not isinstance(content.get("metadata"), dict) or not has_type([*_values(weight_map)], list[str]):
+    is_map = isinstance(weight_map, dict) and weight_map and has_type([*weight_map.values()], list[str])
+    if not isinstance(content.get("metadata"), dict) or not isinstance(weight_map, dict) or not is_map:
         raise ValueError(f'"{index}" must have "metadata" and "weight_map", objects, the second of names of files.')
     for name, file in weight_map.items():
         if Path(file).name != file:
             raise ValueError(f'"{index}" has "{name}" in "{file}", which leaves the folder: {DAMAGED}')
     return weight_map, [folder / file for file in sorted(set(weight_map.values()))]
-
-
-def _values(content: Any) -> Iterator[Any]:
-    return iter(content.values() if isinstance(content, dict) and content else [None])
 
 
 def check_folder(folder: Path, variant: str | None) -> None:
@@ -191,12 +204,10 @@ def check_folder(folder: Path, variant: str | None) -> None:
             raise ValueError(f'"{folder}/config.json" has `quantization_config` {show(quantization)}, no object.')
         return
     weight_map, files = read_index(folder, variant)
-    if not files and _add_variant(WEIGHTS_NAME, variant) not in names:
-        if any(name.startswith("diffusion_pytorch_model") for name in names):  # diffusers has more names for some
-            names = [name for name in names if name.startswith("diffusion_pytorch_model")]
-        wanted = _add_variant(SAFETENSORS_WEIGHTS_NAME, variant)
-        if not any(name.endswith(".index.json") or name.endswith(".bin") for name in names):
-            raise OSError(f'"{folder}" has no {wanted}, but {names}: name its `variant`, or fetch what is missing.')
+    weights = [name for name in names if name.startswith("diffusion_pytorch_model")]
+    if not files and not any(name.endswith((".index.json", ".bin")) for name in weights or names):
+        wanted = _add_variant(SAFETENSORS_WEIGHTS_NAME, variant)  # diffusers has more names for some
+        raise OSError(f'"{folder}" has no {wanted}, but {weights or names}: name its `variant`, or fetch it.')
     for file in files:
         for name in read_header(file):
             if weight_map.get(name, file.name) != file.name:
@@ -211,7 +222,7 @@ def check_shards(files: Sequence[str | os.PathLike], listed: Collection[str], ex
         listed: Names in their index.
         expected: Shapes that tensors must have where there are such.
     """
-    places = {}
+    places: dict[str, str | os.PathLike] = {}
     for file in files:
         for name, shape in read_header(file).items():
             if name in places:
@@ -231,7 +242,7 @@ def check_shards(files: Sequence[str | os.PathLike], listed: Collection[str], ex
 @torch.no_grad()
 def check_values(model: nn.Module, source: str | os.PathLike, files: Sequence[str | os.PathLike] = ()) -> None:
     """Raises `ValueError` if a weight is not finite; one pass over those in memory, unless it is turned off."""
-    if not _checks_values.get():
+    if not (_reading.get() or Reading()).checks_values:
         return
     by_device: dict[torch.device, dict[str, torch.Tensor]] = {}
     for name, weight in model.state_dict().items():
@@ -273,7 +284,9 @@ def check_private_entries(config: dict[str, Any], path: str | os.PathLike) -> No
             raise ValueError(f'"{path}" has `{name}` {show(config[name])}, but it must be {kind}.')
 
 
-def check_config_file(model_class: type, config: Any, path: str | os.PathLike, complete: bool = True) -> None:
+def check_config_file(
+    model_class: type[ModelMixin], config: Any, path: str | os.PathLike, complete: bool = True
+) -> None:
     """Raises `ValueError`, with the name of the file, for a config that the constructor would not take.
 
     One that is not `complete`, as written by hand, has no unknown entries.
@@ -281,8 +294,8 @@ def check_config_file(model_class: type, config: Any, path: str | os.PathLike, c
     if not isinstance(config, dict):
         raise ValueError(f'The config of "{path}" must be a JSON object, but is {show(config)}.')
     path = Path(path, "config.json") if os.path.isdir(path) else path
-    parameters = inspect.signature(model_class.__init__).parameters
-    defaults = {name: parameter.default for name, parameter in parameters.items() if name != "self"}
+    parameters = inspect.signature(model_class).parameters
+    defaults = {name: parameter.default for name, parameter in parameters.items()}
     check_private_entries(config, path)
     other = getattr(diffusers, str(config.get("_class_name")), None)
     if isinstance(other, type) and not issubclass(other, model_class):

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import dispatch_model, infer_auto_device_map, init_empty_weights
-from accelerate.utils import get_balanced_memory, set_module_tensor_to_device
+from accelerate import dispatch_model, init_empty_weights
+from accelerate.utils import set_module_tensor_to_device
+from diffusers import ModelMixin
+from diffusers.models.model_loading_utils import _determine_device_map
 from huggingface_hub import file_exists, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import (
     EntryNotFoundError,
@@ -21,13 +23,13 @@ from huggingface_hub.errors import (
     LocalEntryNotFoundError,
 )
 from safetensors import safe_open
-from torch import nn
 
 from ..presets import V2_MLP_RATIO, V2_PATTERN, V2_REPOSITORIES, variant_to_config
-from .strict import Header, check_values, finite_checked, read_header, to_dtype
+from .strict import Header, check_values, read_header, reading, to_dtype
 
 
 TOWERS = ("encoder", "decoder")
+DEVICE_PLANS = ("auto", "balanced", "balanced_low_0", "sequential")  # other strings are devices
 HUB_ARGUMENTS = ("subfolder", "revision", "token", "cache_dir", "local_files_only", "force_download")
 
 # Per tower: parts of a name here -> parts of a name there.
@@ -54,17 +56,18 @@ def author_name(name: str) -> tuple[str, str]:
     return tower, name
 
 
-def key_plan(model: nn.Module) -> dict[tuple[str, str], list[str]]:
+def key_plan(model: ModelMixin) -> dict[tuple[str, str], list[str]]:
     """(tower, author's tensor) -> the parameters of `model` that it holds, one above the other."""
-    plan = defaultdict(list)
+    plan: dict[tuple[str, str], list[str]] = defaultdict(list)
     for name in model.state_dict():
         plan[author_name(name)].append(name)
     return dict(plan)
 
 
-def expected_headers(model: nn.Module) -> dict[str, Header]:
+def expected_headers(model: ModelMixin) -> dict[str, Header]:
     """The tensors of the author's files for the architecture of `model`: tower -> name -> shape."""
-    parameters, headers = model.state_dict(), defaultdict(dict)
+    parameters = model.state_dict()
+    headers: dict[str, Header] = defaultdict(dict)
     for (tower, key), names in key_plan(model).items():
         shapes = [parameters[name].shape for name in names]
         headers[tower][key] = (sum(shape[0] for shape in shapes), *shapes[0][1:])
@@ -88,9 +91,9 @@ def to_interleaved(weight: torch.Tensor, groups: int) -> torch.Tensor:
     return weight.unflatten(0, (groups, 2, -1)).transpose(1, 2).flatten(0, 2)
 
 
-def to_vitok_v2(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict[str, dict[str, torch.Tensor]]:
+def to_vitok_v2(state_dict: dict[str, torch.Tensor], model: ModelMixin) -> dict[str, dict[str, torch.Tensor]]:
     """Weights of this package's `model` -> the author's: tower -> name -> tensor, bit for bit."""
-    towers = defaultdict(dict)
+    towers: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
     for (tower, key), names in key_plan(model).items():
         parts = []
         for name in names:
@@ -100,7 +103,7 @@ def to_vitok_v2(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict[s
     return dict(towers)
 
 
-def read_parameters(files: dict[str, Path], model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+def read_parameters(files: dict[str, Path], model: ModelMixin) -> Iterator[tuple[str, torch.Tensor]]:
     """The parameters of `model`, one at a time, from the author's files."""
     for (tower, key), names in key_plan(model).items():
         # A file that stayed open would stay mapped, and count as a second copy of the weights.
@@ -111,39 +114,24 @@ def read_parameters(files: dict[str, Path], model: nn.Module) -> Iterator[tuple[
             yield name, to_half_split(part, groups) if groups else part
 
 
-def find_differences(expected: Header, found: Header) -> list[str]:
-    """What is missing, unexpected or misshapen in a file, one line each."""
-    lines = [f"{key}: missing, expected {shape}" for key, shape in expected.items() if key not in found]
-    lines += [f"{key}: unexpected, {shape}" for key, shape in found.items() if key not in expected]
-    return lines + [
-        f"{key}: expected {expected[key]}, found {shape}"
-        for key, shape in found.items()
-        if key in expected and expected[key] != shape
-    ]
-
-
 def guess_variant(headers: dict[str, Header]) -> str | None:
     """The variant that the shapes in the headers suggest, with temporal patch size 1; `None` if they do not."""
+    sizes = {}
     try:
-        return _guess_variant(headers)
+        for tower, header in headers.items():
+            width = header[f"{RENAMED[tower]['proj_in.']}weight"][0]
+            head_dim = header[f"{tower}_blocks.0.attn.norm_q.weight"][0]
+            mlp_ratio = header[f"{tower}_blocks.0.ffn.fc2.weight"][1] / width
+            depth = len({key.split(".")[1] for key in header if key.startswith(f"{tower}_blocks.")})
+            default = (int(V2_MLP_RATIO * width) + 8) // 16 * 16
+            suffix = "" if round(mlp_ratio * width) == default else f"_m{mlp_ratio:g}"
+            sizes[tower] = f"w{width}_d{depth}_h{width // head_dim}{suffix}"
+        if "encoder" in headers:
+            pixels, channels = headers["encoder"]["patch_embed.weight"][1], headers["encoder"]["to_code.weight"][0]
+        else:
+            pixels, channels = headers["decoder"]["to_pixels.weight"][0], headers["decoder"]["decoder_embed.weight"][1]
     except (KeyError, IndexError, ZeroDivisionError):  # they are of another architecture, or damaged
         return None
-
-
-def _guess_variant(headers: dict[str, Header]) -> str:
-    sizes = {}
-    for tower, header in headers.items():
-        width = header[f"{RENAMED[tower]['proj_in.']}weight"][0]
-        head_dim = header[f"{tower}_blocks.0.attn.norm_q.weight"][0]
-        mlp_ratio = header[f"{tower}_blocks.0.ffn.fc2.weight"][1] / width
-        depth = len({key.split(".")[1] for key in header if key.startswith(f"{tower}_blocks.")})
-        default = (int(V2_MLP_RATIO * width) + 8) // 16 * 16
-        suffix = "" if round(mlp_ratio * width) == default else f"_m{mlp_ratio:g}"
-        sizes[tower] = f"w{width}_d{depth}_h{width // head_dim}{suffix}"
-    if "encoder" in headers:
-        pixels, channels = headers["encoder"]["patch_embed.weight"][1], headers["encoder"]["to_code.weight"][0]
-    else:
-        pixels, channels = headers["decoder"]["to_pixels.weight"][0], headers["decoder"]["decoder_embed.weight"][1]
     some_size = next(iter(sizes.values()))
     towers = dict.fromkeys(sizes.get(tower, some_size) for tower in TOWERS)  # equal ones are named once
     return f"{'-'.join(towers)}/1x{round((pixels / 3) ** 0.5)}x{channels}"
@@ -231,12 +219,12 @@ def fetch_vitok_v2(
 
 
 def empty_vitok_v2(
-    model_class: type,
+    model_class: type[ModelMixin],
     name_or_path: str | os.PathLike,
     headers: dict[str, Header],
     variant: str | None = None,
     subfolder: str | None = None,
-) -> nn.Module:
+) -> ModelMixin:
     """The model without weights (on the meta device) whose tensors the author's files should hold."""
     variant = variant or find_variant(name_or_path, subfolder, headers)
     if not V2_PATTERN.fullmatch(variant):
@@ -250,7 +238,7 @@ def empty_vitok_v2(
 
 
 def load_vitok_v2(
-    model_class: type,
+    model_class: type[ModelMixin],
     name_or_path: str | os.PathLike,
     variant: str | None = None,
     component: str | None = None,
@@ -264,7 +252,7 @@ def load_vitok_v2(
     output_loading_info: bool = False,
     check_finite: bool | None = None,
     **hub_kwargs: Any,
-) -> nn.Module:
+) -> ModelMixin:
     """Loads the author's weights: the model is built without memory, each tensor goes straight to its place and dtype.
 
     Args:
@@ -292,7 +280,7 @@ def load_vitok_v2(
     if low_cpu_mem_usage is False or use_safetensors is False:
         raise ValueError("The author's ViTok-v2 weights are read with low_cpu_mem_usage and use_safetensors only.")
     dtype = dtype if dtype is not None else torch_dtype
-    dtype = dtype if dtype == "auto" else to_dtype(dtype) or torch.get_default_dtype()
+    wanted = None if dtype == "auto" else to_dtype(dtype) or torch.get_default_dtype()
     if component not in (None, *TOWERS):
         raise ValueError(f'`component` must be "encoder", "decoder" or None (both), but is {component!r}.')
     files = fetch_vitok_v2(name_or_path, [component] if component else TOWERS, **hub_kwargs)
@@ -300,30 +288,39 @@ def load_vitok_v2(
     model = empty_vitok_v2(model_class, name_or_path, headers, variant, hub_kwargs.get("subfolder"))
     check_headers(model, headers, name_or_path)
 
-    device_map = resolve_device_map(model, device_map, max_memory, None if dtype == "auto" else dtype)
+    if device_map is not None and not isinstance(device_map, dict) and device_map not in DEVICE_PLANS:
+        device_map = {"": device_map}
+    devices: dict[str, Any] | None = _determine_device_map(model, device_map, max_memory, wanted)
     for name, tensor in read_parameters(files, model):
-        device = "cpu" if device_map is None else find_device(name, device_map)
+        device = "cpu" if devices is None else find_device(name, devices)
         tensor = tensor.to(
             device="cpu" if device == "disk" else device,
-            dtype=None if dtype == "auto" else dtype,
+            dtype=wanted,
             copy=not rotary_groups(name, model.config),  # the others are a copy already, not a view of the file
         )
         set_module_tensor_to_device(model, name, tensor.device, value=tensor, dtype=tensor.dtype)
-    with finite_checked(check_finite):
+    with reading(check_finite):
         check_values(model, name_or_path)
-    if device_map is not None:
-        dispatch_model(model, device_map=device_map, offload_dir=offload_folder)
+    if devices is not None:
+        dispatch_model(model, device_map=devices, offload_dir=offload_folder)
     model.register_to_config(_name_or_path=str(name_or_path))
     model.eval()
-    info = {key: [] for key in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")}
+    info: dict[str, list] = {key: [] for key in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")}
     return (model, info) if output_loading_info else model
 
 
-def check_headers(model: nn.Module, headers: dict[str, Header], name_or_path: str | os.PathLike) -> None:
+def check_headers(model: ModelMixin, headers: dict[str, Header], name_or_path: str | os.PathLike) -> None:
     """Raises `ValueError` with all differences between the author's files and what `model` needs."""
     lines = []
     for tower, expected in expected_headers(model).items():
-        lines += [f"{tower}.safetensors, {line}" for line in find_differences(expected, headers[tower])]
+        found = headers[tower]
+        differences = {key: f"missing, expected {shape}" for key, shape in expected.items() if key not in found}
+        for key, shape in found.items():
+            if shape != expected.get(key):
+                differences[key] = (
+                    f"expected {expected[key]}, found {shape}" if key in expected else f"unexpected, {shape}"
+                )
+        lines += [f"{tower}.safetensors, {key}: {difference}" for key, difference in differences.items()]
     if lines:
         guess = guess_variant(headers)
         raise ValueError(
@@ -333,24 +330,6 @@ def check_headers(model: nn.Module, headers: dict[str, Header], name_or_path: st
             + ("\n..." if lines[10:] else "")
             + (f'\nThe shapes suggest variant="{guess}".' if guess else "")
         )
-
-
-def resolve_device_map(
-    model: nn.Module,
-    device_map: str | int | torch.device | dict[str, Any] | None,
-    max_memory: dict[int | str, int | str] | None,
-    dtype: torch.dtype | None,
-) -> dict[str, Any] | None:
-    """A device for each module, as in diffusers: a device, "auto", "balanced", "sequential", or a dictionary."""
-    if device_map is None or isinstance(device_map, dict):
-        return device_map
-    if device_map not in ("auto", "balanced", "balanced_low_0", "sequential"):
-        return {"": device_map if isinstance(device_map, int) else torch.device(device_map)}
-    kwargs = {"dtype": dtype, "no_split_module_classes": model._no_split_modules}
-    if device_map != "sequential":
-        low_zero = device_map == "balanced_low_0"
-        max_memory = get_balanced_memory(model, max_memory=max_memory, low_zero=low_zero, **kwargs)
-    return infer_auto_device_map(model, max_memory=max_memory, **kwargs)
 
 
 def find_device(name: str, device_map: dict[str, Any]) -> Any:

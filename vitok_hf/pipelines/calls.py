@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from diffusers import SchedulerMixin
 
-from .checks import check_timesteps
+from .schedulers import check_timesteps
 
 
 _lock = threading.Lock()  # of all pipelines: one of their own could not be pickled or copied
@@ -22,16 +22,19 @@ _running: list["Call"] = []  # of all pipelines, which may share a scheduler
 class Call:
     """Of a thread, or of a callback inside another call."""
 
-    scheduler: SchedulerMixin | None = None
+    scheduler: SchedulerMixin
     guidance_scale: float = 1.0
     guidance_rescale: float = 0.0
     is_running: bool = False
     interrupt: bool = False
     num_timesteps: int | None = None
     current_timestep: torch.Tensor | None = None
+    timesteps: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
+    guided_steps: range = range(0)
+    step_options: dict[str, Any] = field(default_factory=dict)
     thread: int = field(default_factory=threading.get_ident)
 
-    def set_timesteps(self, num_inference_steps: int, num_tokens: int, device: torch.device) -> torch.Tensor:
+    def set_timesteps(self, num_inference_steps: int, num_tokens: int, device: torch.device) -> None:
         config, options = self.scheduler.config, {}
         takes_shift = "mu" in inspect.signature(self.scheduler.set_timesteps).parameters
         if takes_shift and config.get("use_dynamic_shifting"):  # more noise for more tokens, as in FLUX
@@ -46,15 +49,16 @@ class Call:
                 "`num_inference_steps`, or the config of the scheduler."
             ) from error
         check_timesteps(self.scheduler)
-        return self.scheduler.timesteps
+        self.timesteps = self.scheduler.timesteps
 
-    def step_options(
-        self, generator: torch.Generator | list[torch.Generator] | None, eta: float | None
-    ) -> dict[str, Any]:
-        """Those that the scheduler's `step` takes."""
+    def set_guided_steps(self, interval: tuple[float, float]) -> None:
+        first, last = (round(fraction * len(self.timesteps)) for fraction in interval)
+        self.guided_steps = range(first, last)
+
+    def set_step_options(self, **options: Any) -> None:
+        """Those that are not `None` and that the scheduler's `step` takes."""
         parameters = inspect.signature(self.scheduler.step).parameters
-        options = {"generator": generator} | ({} if eta is None else {"eta": eta})
-        return {name: value for name, value in options.items() if name in parameters}
+        self.step_options = {name: x for name, x in options.items() if x is not None and name in parameters}
 
 
 class CallField:
@@ -72,7 +76,7 @@ class CallField:
             return self
         calls = list(pipe._calls)
         mine = [call for call in calls if call.thread == threading.get_ident()]
-        return getattr((mine or calls or [Call()])[-1], self.name)
+        return getattr((mine or calls or [Call(None)])[-1], self.name)
 
     def __set__(self, pipe: "CallsMixin", value: Any):
         running = [call for call in list(pipe._calls) if call.is_running]
@@ -82,10 +86,24 @@ class CallField:
 
 
 class CallsMixin:
-    """Needs `_calls`, a list, and `scheduler`."""
+    """Of a pipeline with a `scheduler`: what diffusers' callbacks and caches read and set of a call."""
 
-    _guidance_scale, _guidance_rescale, _interrupt = CallField(), CallField(), CallField()
-    _num_timesteps, _current_timestep = CallField(), CallField()
+    scheduler: SchedulerMixin
+    _calls: list[Call]
+
+    guidance_scale, _guidance_scale, _guidance_rescale = CallField(), CallField(), CallField()
+    interrupt, _interrupt = CallField(), CallField()  # `True` ends the call with the latents of its step
+    num_timesteps, _num_timesteps = CallField(), CallField()
+    current_timestep, _current_timestep = CallField(), CallField()  # of the step that is being computed
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        """Read at every step, so that a callback may set `_guidance_scale`."""
+        return self._guidance_scale > 1
+
+    def __init__(self):
+        super().__init__()
+        self._calls = []
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies run no calls."""
@@ -97,13 +115,13 @@ class CallsMixin:
 
         Of a thread, the calls that run, which are nested, are in the list, or the last one that did.
         """
-        call = Call(is_running=True, **settings)
-        threads = {thread.ident for thread in threading.enumerate()} - {call.thread}
+        others = {thread.ident for thread in threading.enumerate()} - {threading.get_ident()}
         with _lock:
-            self._calls[:] = [other for other in self._calls if other.is_running or other.thread in threads]
+            self._calls[:] = [other for other in self._calls if other.is_running or other.thread in others]
             is_used = any(other.scheduler is self.scheduler for other in _running)
             # Shallow first: the other call must not change a dict that is being gone through.
-            call.scheduler = copy.deepcopy(copy.copy(self.scheduler)) if is_used else self.scheduler
+            scheduler = copy.deepcopy(copy.copy(self.scheduler)) if is_used else self.scheduler
+            call = Call(scheduler, is_running=True, **settings)
             self._calls.append(call)
             _running.append(call)
         try:
@@ -111,6 +129,6 @@ class CallsMixin:
         finally:
             with _lock:
                 _running.remove(call)
-                call.is_running, call.scheduler, call.current_timestep = False, None, None
+                call.is_running, call.current_timestep = False, None
                 if any(other.is_running and other.thread == call.thread for other in self._calls):
                     self._calls.remove(call)

@@ -4,7 +4,7 @@ import difflib
 from collections.abc import Sequence
 from typing import Any
 
-from ..checks import check_int
+from ..checks import LARGEST, check_int, refuse
 
 
 def label_names(text: str) -> list[str]:
@@ -14,7 +14,7 @@ def label_names(text: str) -> list[str]:
 
 def label_table(id2label: dict[int, str]) -> dict[str, int]:
     """Name -> id, in alphabetical order; the first id of a name that several classes have."""
-    table = {}
+    table: dict[str, int] = {}
     for name, index in sorted((name, index) for index, text in id2label.items() for name in label_names(text)):
         table.setdefault(name, index)
     return table
@@ -52,3 +52,23 @@ def to_label_ids(labels: Any, id2label: dict[int, str], num_classes: int) -> lis
     ids = [find_label(label, id2label) if isinstance(label, str) else label for label in flatten(labels)]
     wanted = f"a name, or an id from 0 to {num_classes - 1} ({num_classes} means no class)"
     return [check_int("class_labels", label, 0, num_classes, wanted) for label in ids]
+
+
+def check_id2label(id2label: Any) -> dict[int, str]:
+    """With integers for keys, of which JSON makes strings."""
+    wanted, table = "a dict of class ids and names", dict[int, str]()
+    if id2label is None:
+        return table
+    if not isinstance(id2label, dict):
+        refuse("id2label", wanted, id2label)
+    for index, text in id2label.items():
+        if not isinstance(text, str):
+            refuse("id2label", wanted, id2label)
+        is_text = isinstance(index, str) and index.isdecimal() and len(index) < 10
+        number = check_int("id2label", int(index) if is_text else index, -LARGEST, LARGEST, wanted)
+        if number in table:
+            raise ValueError(
+                f"`id2label` has the id {number} twice, for {table[number]!r} and {text!r}: leave one out."
+            )
+        table[number] = text
+    return table

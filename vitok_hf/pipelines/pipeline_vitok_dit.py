@@ -1,8 +1,7 @@
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,26 +17,23 @@ from PIL import Image
 from ..checks import check_bool, check_finite, check_generator, check_int, check_tensor, refuse
 from ..latents import denormalize_latents
 from ..loading import resolve_bundled
-from ..loading.strict import finite_checked, to_dtype
+from ..loading.strict import reading, to_dtype
 from ..models import AutoencoderViTok, ViTokDiTModel
 from .calls import Call, CallsMixin
 from .checks import (
     check_cache,
     check_callback,
+    check_changes,
     check_components,
     check_guidance,
-    check_id2label,
     check_models,
     check_output_type,
-    check_scheduler,
     check_size,
-    max_steps,
-    takes_variance,
-    warn_of_clipping,
 )
-from .labels import label_table, to_label_ids
+from .labels import check_id2label, label_table, to_label_ids
 from .loading import check_folder
 from .model_card import add_usage
+from .schedulers import check_scheduler, max_steps, takes_variance, warn_of_clipping
 
 
 def rescale_guidance(guided: torch.Tensor, conditional: torch.Tensor, rescale: float) -> torch.Tensor:
@@ -92,7 +88,6 @@ class ViTokDiTPipeline(CallsMixin, DiffusionPipeline):
         id2label: dict[int, str] | dict[str, str] | None = None,
     ):
         super().__init__()
-        self._calls = []
         check_components(transformer, vae, scheduler)
         id2label = check_id2label(id2label)
         if transformer is not None:
@@ -121,7 +116,7 @@ class ViTokDiTPipeline(CallsMixin, DiffusionPipeline):
             dtype = kwargs[name]
             parts = {part: to_dtype(value) for part, value in dtype.items()} if isinstance(dtype, dict) else {}
             kwargs[name] = parts or to_dtype(dtype)
-        with finite_checked(kwargs.pop("check_finite", None)):
+        with reading(kwargs.pop("check_finite", None)):
             return super().from_pretrained(resolve_bundled(pretrained_model_name_or_path), **kwargs)
 
     @classmethod
@@ -140,29 +135,6 @@ class ViTokDiTPipeline(CallsMixin, DiffusionPipeline):
     def is_video(self) -> bool:
         """Whether the output is `frames`: the model was trained on clips, or a latent stands for several frames."""
         return self.transformer.config.sample_frames > 1 or self.vae.temporal_compression_ratio > 1
-
-    @property
-    def guidance_scale(self) -> float:
-        return self._guidance_scale
-
-    @property
-    def do_classifier_free_guidance(self) -> bool:
-        """Read at every step, so that a callback may set `_guidance_scale`."""
-        return self._guidance_scale > 1
-
-    @property
-    def num_timesteps(self) -> int:
-        return self._num_timesteps
-
-    @property
-    def current_timestep(self) -> torch.Tensor | None:
-        """Of the step that is being computed, which diffusers' caches ask for."""
-        return self._current_timestep
-
-    @property
-    def interrupt(self) -> bool:
-        """A callback that sets `_interrupt = True` ends the call with the latents of its step."""
-        return self._interrupt
 
     def get_label_ids(self, labels: str | int | list[str | int] | torch.Tensor) -> list[int]:
         """Ids of classes given by name, by one of several names, or by id, one or a list.
@@ -183,24 +155,29 @@ class ViTokDiTPipeline(CallsMixin, DiffusionPipeline):
         Raises:
             ValueError: If a size is not a multiple of what a token measures, or an image model is to make frames.
         """
-        config, p, q = self.transformer.config, self.vae.spatial_compression_ratio, self.vae.temporal_compression_ratio
+        config = self.transformer.config
         if num_frames is not None and not self.is_video:
             raise ValueError(f"`num_frames` is {num_frames}, but this model makes images: leave it out.")
         check_int("batch_size", batch_size)
-        sizes = {"num_frames": (num_frames, q, q * config.sample_frames)}
-        sizes |= {
-            name: (side, p * config.patch_size, p * config.sample_size)
-            for name, side in (("height", height), ("width", width))
-        }
-        for name, (size, step, _) in sizes.items():
-            wanted = f"a positive multiple of {step}"
-            if size is not None and check_int(name, size, wanted=wanted) % step:
-                refuse(name, wanted, size)
-        frames, height, width = (default if size is None else size for size, _, default in sizes.values())
-        grid = (*((frames // q,) if self.is_video else ()), height // p, width // p)
+        given, grid = {"num_frames": num_frames, "height": height, "width": width}, []
+        for name, unit in self._latent_units().items():
+            is_time = name == "num_frames"
+            step = unit if is_time else unit * config.patch_size
+            size = unit * (config.sample_frames if is_time else config.sample_size)
+            if given[name] is not None:
+                wanted = f"a positive multiple of {step}"
+                size = check_int(name, given[name], wanted=wanted)
+                if size % step:
+                    refuse(name, wanted, given[name])
+            grid.append(size // unit)
         num_tokens = batch_size * math.prod(grid) // config.patch_size**2
-        check_size(num_tokens, num_frames=num_frames, height=height, width=width, num_images_per_label=batch_size)
+        check_size(num_tokens, **given, num_images_per_label=batch_size)
         return (batch_size, config.in_channels, *grid)
+
+    def _latent_units(self) -> dict[str, int]:
+        """What a latent measures in each dimension after the channels, in frames or pixels."""
+        frames = {"num_frames": self.vae.temporal_compression_ratio} if self.is_video else {}
+        return frames | dict.fromkeys(("height", "width"), self.vae.spatial_compression_ratio)
 
     def prepare_latents(
         self,
@@ -216,21 +193,17 @@ class ViTokDiTPipeline(CallsMixin, DiffusionPipeline):
         check_generator(generator, batch_size, "samples")
         if latents is None:
             shape = self.get_latent_shape(batch_size, height, width, num_frames)
-            latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
-        else:
-            check_tensor("latents", latents)
-            check_finite("latents", latents)
-            # The size is theirs unless there is another, which then does not fit.
-            steps = {"num_frames": self.vae.temporal_compression_ratio} if self.is_video else {}
-            steps |= dict.fromkeys(("height", "width"), self.vae.spatial_compression_ratio)
-            given = {"num_frames": num_frames, "height": height, "width": width}
-            sizes = {name: size * step for (name, step), size in zip(steps.items(), latents.shape[2:])}
-            sizes |= {name: size for name, size in given.items() if size is not None}
-            expected = self.get_latent_shape(batch_size, **sizes)
-            if latents.shape != expected:
-                raise ValueError(f"`latents` must have shape {expected}, but have {tuple(latents.shape)}.")
-            latents = latents.to(device=device, dtype=torch.float32)
-        return latents
+            return randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+        check_tensor("latents", latents)
+        check_finite("latents", latents)
+        # The size is theirs unless there is another, which then does not fit.
+        sizes = {name: unit * side for (name, unit), side in zip(self._latent_units().items(), latents.shape[2:])}
+        given = {"num_frames": num_frames, "height": height, "width": width}
+        sizes |= {name: size for name, size in given.items() if size is not None}
+        expected = self.get_latent_shape(batch_size, **sizes)
+        if latents.shape != expected:
+            raise ValueError(f"`latents` must have shape {expected}, but have {tuple(latents.shape)}.")
+        return latents.to(device=device, dtype=torch.float32)
 
     def _predict(
         self, call: Call, latents: torch.Tensor, timestep: torch.Tensor, class_ids: torch.Tensor, guided: bool
@@ -268,46 +241,28 @@ class ViTokDiTPipeline(CallsMixin, DiffusionPipeline):
         postprocess = self.processor.postprocess_video if self.is_video else self.processor.postprocess
         return postprocess(sample, output_type)
 
-    def _call_back(
-        self, callback: Callable | None, names: list[str], step: int, timestep: torch.Tensor, latents: torch.Tensor
-    ) -> torch.Tensor:
-        """The latents that the callback returns, if there is one and it returns any."""
-        if callback is None:
-            return latents
-        changed = callback(self, step, timestep, {"latents": latents} if names else {})
-        if not isinstance(changed, (Mapping, type(None))):
-            refuse("callback_on_step_end", "a function that returns a dict", changed)
-        changed = (changed or {}).pop("latents", latents)
-        if getattr(changed, "shape", None) != latents.shape:
-            refuse("latents", f"of shape {tuple(latents.shape)} in what `callback_on_step_end` returns", changed)
-        return changed
-
     def _denoise(
-        self,
-        call: Call,
-        latents: torch.Tensor,
-        class_ids: torch.Tensor,
-        timesteps: torch.Tensor,
-        guided_steps: range,
-        step_options: dict[str, Any],
-        callback: Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor],
+        self, call: Call, latents: torch.Tensor, class_ids: torch.Tensor, callback: Callable | None, names: list[str]
     ) -> torch.Tensor:
         """Noise -> normalised latents, or those of the step in which the call is interrupted."""
-        call.num_timesteps, was_guided = len(timesteps), None
-        always_guided = call.guidance_scale > 1 and len(guided_steps) == len(timesteps)
-        check_cache(self.transformer._cache_config, always_guided, latents.ndim == 4)
-        with self.progress_bar(total=len(timesteps)) as progress_bar:
-            for step, timestep in enumerate(timesteps):
+        call.num_timesteps, was_guided = len(call.timesteps), None
+        always_guided = call.guidance_scale > 1 and len(call.guided_steps) == len(call.timesteps)
+        check_cache(self.transformer._cache_config, always_guided, self.is_video)
+        with self.progress_bar(total=len(call.timesteps)) as progress_bar:
+            for step, timestep in enumerate(call.timesteps):
                 if call.interrupt:
                     break
                 call.current_timestep = timestep
-                guided = call.guidance_scale > 1 and step in guided_steps
+                guided = call.guidance_scale > 1 and step in call.guided_steps
                 if guided != was_guided:  # a batch of another size: what caches hold is of no use
                     self.transformer._reset_stateful_cache()
                 was_guided = guided
                 prediction = self._predict(call, latents, timestep, class_ids, guided)
-                latents = call.scheduler.step(prediction, timestep, latents, **step_options, return_dict=False)[0]
-                latents = callback(step, timestep, latents)
+                options = call.step_options
+                latents = call.scheduler.step(prediction, timestep, latents, **options, return_dict=False)[0]
+                if callback is not None:
+                    changes = callback(self, step, timestep, {"latents": latents} if names else {})
+                    latents = check_changes(changes, latents)
                 progress_bar.update()
         call.current_timestep = None
         return latents
@@ -381,13 +336,12 @@ class ViTokDiTPipeline(CallsMixin, DiffusionPipeline):
             latents = self.prepare_latents(count, height, width, num_frames, generator, device, latents)
             class_ids = torch.tensor(ids, device=device).repeat_interleave(num_images_per_label)
             num_tokens = latents[0, 0].numel() // self.transformer.config.patch_size**2
-            timesteps = call.set_timesteps(num_inference_steps, num_tokens, device)
+            call.set_timesteps(num_inference_steps, num_tokens, device)
+            call.set_step_options(generator=generator, eta=eta)
+            if set(ids) != {null_class}:
+                call.set_guided_steps(guidance_interval)
             latents = latents * getattr(scheduler, "init_noise_sigma", 1.0)  # which depends on the timesteps
-            first, last = (round(fraction * len(timesteps)) for fraction in guidance_interval)
-            guided_steps = range(first, last) if set(ids) != {null_class} else range(0)
-            step_options = call.step_options(generator, eta)
-            callback = partial(self._call_back, callback_on_step_end, names)
-            latents = self._denoise(call, latents, class_ids, timesteps, guided_steps, step_options, callback)
+            latents = self._denoise(call, latents, class_ids, callback_on_step_end, names)
             output = latents if output_type == "latent" else self._decode(latents, output_type)
         self.maybe_free_model_hooks()
         if not return_dict:
