@@ -8,18 +8,18 @@ between. The peer is diffusers' `AutoencoderKL` in the configuration of Stable D
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable
 
 import torch
 from accelerate import PartialState
+from studies.baselines import make_peer
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vitok_hf import AutoencoderViTok, list_bundled
-from vitok_hf.commands import run_command
-from vitok_hf.evaluation.macs import count_macs
-from vitok_hf.evaluation.peers import make_peer
-from vitok_hf.precision import DTYPES, choose_dtype
+from vitok_hf.commands import add_dtype, make_parser, run_command
+from vitok_hf.evaluation.costs import count_macs
+from vitok_hf.precision import choose_dtype
+from vitok_hf.training.tracking import finished_time
 
 
 class RecordProducts(TorchDispatchMode):
@@ -41,17 +41,10 @@ class RecordProducts(TorchDispatchMode):
             func(*args, **kwargs)
 
 
-def synchronize() -> None:
-    if torch.accelerator.is_available():
-        torch.accelerator.synchronize()
-
-
 def timed(function: Callable[[], object]) -> float:
-    synchronize()
-    began = time.perf_counter()
+    began = finished_time()
     function()
-    synchronize()
-    return time.perf_counter() - began
+    return finished_time() - began
 
 
 def time_in_turns(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
@@ -75,11 +68,11 @@ def make_model(args: argparse.Namespace, device: torch.device) -> AutoencoderViT
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser("benchmark.py", __doc__)
     parser.add_argument("--variant", default="S-B/16", help="variant or bundled name")
     parser.add_argument("--size", type=int, default=256, help="height and width in pixels")
     parser.add_argument("--batch_size", type=int, default=4)
-    parser.add_argument("--dtype", default="auto", choices=DTYPES)
+    add_dtype(parser)
     parser.add_argument("--rounds", type=int, default=15, help="the median of so many timings counts")
     parser.add_argument("--peer_rounds", type=int, default=2, help="timings of the AutoencoderKL; 0 leaves it out")
     parser.add_argument("--no_compile", action="store_true", help="leave out torch.compile")

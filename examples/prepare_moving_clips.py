@@ -9,7 +9,6 @@ grows (`grow`) or turns to either side (`turn`); the folder says which. Drawing,
 of --seed and the number of the clip. The mp4 files are lossless, in RGB, which not every player shows.
 """
 
-import argparse
 from functools import partial
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from demo_data.download import save_as
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from vitok_hf.commands import run_command
+from vitok_hf.commands import make_parser, run_command
 from vitok_hf.data.claims import claim_folder
 from vitok_hf.data.files import IMAGE_SUFFIXES, list_files
 from vitok_hf.data.media import load_image
@@ -31,7 +30,7 @@ SIDE = (0.4, 0.55)  # of the drawing, a share of the frame's
 TRAVEL = (0.55, 1.0)  # a share of the room there is
 GROWN_FROM, GROWN_TO = (0.25, 0.35), (0.55, 0.7)
 TURN = (60.0, 150.0)  # degrees
-FPS = 8
+NUM_FRAMES, FPS, SIZE = 8, 8, 64  # of the clips; the side in pixels
 SUPERSAMPLING = 4  # places are exact to a quarter of a pixel
 
 
@@ -86,31 +85,26 @@ def write_clip(frames: np.ndarray, path: Path) -> None:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser("prepare_moving_clips.py", __doc__)
     parser.add_argument("--drawings", type=Path, required=True, help="folder of pictures on white or transparent")
     parser.add_argument("--exclude", nargs="+", default=[], help="leave out files whose names begin so")
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--clips_per_class", type=int, default=250)
-    parser.add_argument("--num_frames", type=int, default=8, help=f"at {FPS} a second")
-    parser.add_argument("--size", type=int, default=64, help="side of the clips in pixels")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    for name, least in (("clips_per_class", 1), ("num_frames", 2), ("size", 16)):
-        if getattr(args, name) < least:
-            raise ValueError(f"`{name}` must be at least {least}, but is {getattr(args, name)}.")
+    if args.clips_per_class < 1:
+        raise ValueError(f"`clips_per_class` must be at least 1, but is {args.clips_per_class}.")
     drawings = list_files(args.drawings, IMAGE_SUFFIXES)
     drawings = [file for file in drawings if not file.name.startswith(tuple(args.exclude))]
     if not drawings:
         raise ValueError(f'`exclude` {args.exclude} leaves no drawing of "{args.drawings}": name fewer.')
 
-    settings = {name: getattr(args, name) for name in ("seed", "num_frames", "size")}
-    claim_folder(args.output_dir, settings, drawings)
+    claim_folder(args.output_dir, {"seed": args.seed, "num_frames": NUM_FRAMES, "size": SIZE}, drawings)
     for number, motion in enumerate(MOTIONS):
         for index in tqdm(range(args.clips_per_class), desc=motion):
             rng = np.random.default_rng((args.seed, number, index))
             drawing = load_image(drawings[rng.integers(len(drawings))])
-            path = draw_path(motion, rng, args.num_frames, args.size)
-            clip = draw_clip(drawing, path, args.size)
+            clip = draw_clip(drawing, draw_path(motion, rng, NUM_FRAMES, SIZE), SIZE)
             save_as(args.output_dir / motion / f"{index:04d}.mp4", partial(write_clip, clip))
     print(f"{len(MOTIONS)} x {args.clips_per_class} clips of {len(drawings)} drawings in {args.output_dir}")
 

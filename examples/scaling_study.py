@@ -1,37 +1,36 @@
 """The paper's scaling study (arXiv 2501.09755, figures 2, 6 and 7, table 2) at small scale, on one's own pictures.
 
     python examples/scaling_study.py --train_data_dir data/train/film:0.4 data/train/photos:0.3 data/train/emoji:0.3 \
-        --test_data_dir data/test/film data/test/photos data/test/emoji --classifier classifier.safetensors \
-        --max_minutes 60 --output_dir study
+        --test_data_dir data/test/film data/test/photos data/test/emoji \
+        --classifier output/classifier/classifier.safetensors --output_dir study
 
-Trains small autoencoders of pictures of 64 x 64 with train_vitok.py, all on the same crops, which are cut first, and
+Trains small autoencoders of pictures of 64 x 64 with `vitok train`, all on the same crops, which are cut first, and
 for as many steps: patch sizes and channels that give 2^5 to 2^11 floats a picture (E), then depths of the encoder and
 of the decoder at E = 512, and one of these points in float32 (the others have bfloat16 autocast). A finished run is
-not repeated: the same command goes on where time ran out. On a machine of few cores or of several GPUs, run a process
-for each seed (`--seeds 0`, `--seeds 1`) with one `output_dir`, which has results.csv, plots, and report.md with the
-coefficients of determination (R2) of straight lines, quality against the logarithm of E, or of the parameters of the
-tower.
+not repeated: the same command goes on where it was interrupted. On a machine of few cores or of several GPUs, run a
+process for each seed (`--seeds 0`, `--seeds 1`) with one `output_dir`, which has results.csv, plots, and report.md
+with the coefficients of determination (R2) of straight lines, quality against the logarithm of E, or of the parameters
+of the tower.
 """
 
 import argparse
-import csv
 import json
 import math
 import shutil
 import subprocess
 import sys
 import tempfile
-import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate import PartialState
 from PIL import Image
+from studies.scaling import SIZE, STUDIES, Point, report
 
 from vitok_hf import AutoencoderViTok
-from vitok_hf.commands import run_command
+from vitok_hf.commands import make_parser, run_command
 from vitok_hf.data.claims import claim_folder
 from vitok_hf.data.files import list_files
 from vitok_hf.data.held_out import load_evaluation_images
@@ -39,57 +38,22 @@ from vitok_hf.data.loader import SourceSettings, iterate_pixels, make_dataset
 from vitok_hf.data.sources import parse_source
 from vitok_hf.data.views import CropView
 from vitok_hf.disk import replace_durably, write_json
-from vitok_hf.evaluation.features import Classifier, frechet_distance
+from vitok_hf.evaluation.features import Classifier
 from vitok_hf.evaluation.reconstruction import evaluate_reconstruction
 from vitok_hf.training.checkpointing import list_checkpoints
 
 
-SIZE = 64  # pixels a side
-WIDTH, HEADS = 192, 3
-
-
-@dataclass(frozen=True)
-class Point:
-    patch_size: int = 8
-    latent_channels: int = 8
-    encoder_layers: int = 2
-    decoder_layers: int = 4
-    mixed_precision: str = "bf16"
-
-    @property
-    def floats(self) -> int:
-        """E of the paper: numbers in the code of a picture."""
-        return (SIZE // self.patch_size) ** 2 * self.latent_channels
-
-    @property
-    def name(self) -> str:
-        precision = "" if self.mixed_precision == "bf16" else "-fp32"
-        return f"p{self.patch_size}-c{self.latent_channels}-{self.encoder_layers}-{self.decoder_layers}{precision}"
-
-    def model_config(self) -> dict:
-        towers = {}
-        for tower, layers in (("encoder", self.encoder_layers), ("decoder", self.decoder_layers)):
-            sizes = {"hidden_size": WIDTH, "num_layers": layers, "num_attention_heads": HEADS}
-            towers |= {f"{tower}_{name}": value for name, value in sizes.items()}
-        return towers | {"patch_size": self.patch_size, "latent_channels": self.latent_channels, "sample_size": SIZE}
-
-
-CHANNELS = {16: (2, 4, 8, 16, 32, 64), 8: (2, 4, 8, 16, 32), 4: (1, 2, 4, 8)}  # of each patch size
-DEPTHS = (1, 2, 4, 8)
-STUDIES = {
-    "bottleneck": [Point(patch, channels) for patch, several in CHANNELS.items() for channels in several],
-    "encoder": [Point(encoder_layers=layers) for layers in DEPTHS],
-    "decoder": [Point(decoder_layers=layers) for layers in DEPTHS],
-    "precision": [Point(), Point(mixed_precision="no")],
+TRAINING = {
+    "resolution": SIZE,
+    "train_batch_size": 32,
+    "learning_rate": 1e-3,
+    "lpips_weight": 0,
+    "compile": True,
+    "cache_gib": 4.0,
+    "checkpoints_total_limit": 1,
+    "report_to": "none",
 }
-METRICS = {
-    "psnr": "PSNR, dB",
-    "ssim": "SSIM",
-    "frechet_distance": "Frechet distance",
-    "log2_frechet_distance": "log2 of Frechet distance",
-}
-
-SETTINGS = ("num_crops", "max_train_steps", "train_batch_size", "learning_rate", "limit")
+LIMIT = 200  # test pictures of a folder
 
 
 def claim(args: argparse.Namespace) -> None:
@@ -97,7 +61,8 @@ def claim(args: argparse.Namespace) -> None:
     sources = [parse_source(source) for source in args.train_data_dir]
     places = [folder for folder, _ in sources] + args.test_data_dir
     files = [file for place in places for file in list_files(place)]
-    settings = {name: getattr(args, name) for name in SETTINGS}
+    settings = {name: getattr(args, name) for name in ("num_crops", "max_train_steps")}
+    settings |= {name: TRAINING[name] for name in ("train_batch_size", "learning_rate")} | {"limit": LIMIT}
     settings |= {"weights": [weight for _, weight in sources], "classifier": args.classifier is not None}
     claim_folder(args.output_dir, settings, files + [args.classifier] * settings["classifier"])
 
@@ -109,7 +74,7 @@ def cut_crops(args: argparse.Namespace) -> Path:
         return folder
     temporary = Path(tempfile.mkdtemp(".incomplete", "crops-", args.output_dir))
     view = CropView([(SIZE, SIZE, 1.0)], each * SIZE**2, flip=False)
-    dataset = make_dataset(view, SourceSettings(args.train_data_dir, cache_gib=args.cache_gib))
+    dataset = make_dataset(view, SourceSettings(args.train_data_dir, cache_gib=TRAINING["cache_gib"]))
     for number, crops in enumerate(iterate_pixels(dataset, -(-args.num_crops // each))):
         for index, crop in enumerate(crops[:, :, 0]):
             Image.fromarray(crop.permute(1, 2, 0).numpy()).save(temporary / f"{each * number + index:07}.png")
@@ -120,35 +85,17 @@ def cut_crops(args: argparse.Namespace) -> Path:
     return folder
 
 
-def train(point: Point, seed: int, folder: Path, args: argparse.Namespace, minutes: float | None) -> bool:
-    """Whether the run is finished: not, if its time was up."""
+def train(point: Point, seed: int, folder: Path, args: argparse.Namespace) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    config = folder / "model_config.json"
+    config, steps = folder / "model_config.json", args.max_train_steps
     config.write_text(json.dumps(point.model_config()))
-    options = {
-        "model_config": config,
-        "mixed_precision": point.mixed_precision,
-        "seed": seed,
-        "resolution": SIZE,
-        "train_batch_size": args.train_batch_size,
-        "max_train_steps": args.max_train_steps,
-        "learning_rate": args.learning_rate,
-        "lr_warmup_steps": args.max_train_steps // 20,
-        "lpips_weight": 0,
-        "cache_gib": args.cache_gib,
-        "checkpointing_steps": max(1, args.max_train_steps // 2),
-        "checkpoints_total_limit": 1,
-        "report_to": "none",
-        "output_dir": folder,
-    }
-    if minutes is not None:
-        options["max_minutes"] = minutes
+    options = TRAINING | {"model_config": config, "mixed_precision": point.mixed_precision, "seed": seed}
+    options |= {"max_train_steps": steps, "lr_warmup_steps": steps // 20, "checkpointing_steps": max(1, steps // 2)}
+    options |= {"train_data_dir": cut_crops(args), "output_dir": folder}
     if list_checkpoints(folder):
         options["resume_from_checkpoint"] = "latest"
-    command = [sys.executable, str(Path(__file__).with_name("train_vitok.py")), "--compile", str(args.compile)]
-    command += [part for name, value in options.items() for part in (f"--{name}", str(value))]
-    subprocess.run([*command, "--train_data_dir", str(cut_crops(args))], check=True)
-    return (folder / "vae").exists()
+    arguments = [part for name, value in options.items() for part in (f"--{name}", str(value))]
+    subprocess.run([sys.executable, "-m", "vitok_hf.commands", "train", *arguments], check=True)
 
 
 @torch.no_grad()
@@ -159,11 +106,10 @@ def evaluate(folder: Path, args: argparse.Namespace) -> dict[str, float]:
     classifier = None if args.classifier is None else Classifier.load(args.classifier).to(device)
     rows = []
     for path in args.test_data_dir:
-        images = load_evaluation_images(path, SIZE, args.limit)
+        images = load_evaluation_images(path, SIZE, LIMIT)
         metrics, reconstructions = evaluate_reconstruction(vae, images, batch_size=32)
         if classifier is not None:
-            pair = reconstructions.to(device), images.to(device)
-            metrics["frechet_distance"] = frechet_distance(*pair, classifier)
+            metrics["frechet_distance"] = classifier.distance(reconstructions.to(device), images.to(device))
         rows.append(metrics)
     means = {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
     if classifier is not None:
@@ -173,126 +119,42 @@ def evaluate(folder: Path, args: argparse.Namespace) -> dict[str, float]:
     return means
 
 
+def run(args: argparse.Namespace) -> None:
+    """Trains and measures what is missing. The first seed goes first."""
+    points = dict.fromkeys(point for study in args.studies for point in STUDIES[study])
+    for seed in args.seeds:
+        for point in points:
+            folder = args.output_dir / "runs" / f"{point.name}-seed{seed}"
+            if (folder / "row.json").exists():
+                continue
+            if not (folder / "vae").exists():
+                train(point, seed, folder, args)
+            row = {"name": point.name, "seed": seed, "floats": point.floats} | asdict(point) | evaluate(folder, args)
+            write_json(folder / "row.json", row)
+            print(", ".join(f"{name} {value}" for name, value in row.items()), flush=True)
+
+
 def read_rows(output_dir: Path) -> list[dict]:
-    """The rows of the runs that are finished."""
+    """The rows of the runs that are finished, also those of other seeds and studies."""
     points = dict.fromkeys(point for study in STUDIES.values() for point in study)
     files = (path for point in points for path in sorted(output_dir.glob(f"runs/{point.name}-seed*/row.json")))
     return [json.loads(path.read_text()) for path in files]
 
 
-def run(args: argparse.Namespace) -> int:
-    """Trains and measures what is missing; returns how many runs are left. The first seed goes first."""
-    began = time.monotonic()
-    points = dict.fromkeys(point for study in args.studies for point in STUDIES[study])
-    runs = [
-        (point, seed, args.output_dir / "runs" / f"{point.name}-seed{seed}") for seed in args.seeds for point in points
-    ]
-    missing = [run for run in runs if not (run[-1] / "row.json").exists()]
-    for number, (point, seed, folder) in enumerate(missing):
-        minutes = None
-        if args.max_minutes is not None:
-            minutes = args.max_minutes - (time.monotonic() - began) / 60
-            if minutes <= 0:
-                return len(missing) - number
-        if not (folder / "vae").exists() and not train(point, seed, folder, args, minutes):
-            return len(missing) - number
-        row = {"name": point.name, "seed": seed, "floats": point.floats} | asdict(point) | evaluate(folder, args)
-        write_json(folder / "row.json", row)
-        print(", ".join(f"{name} {value}" for name, value in row.items()), flush=True)
-    return 0
-
-
-def r_squared(x: np.ndarray, y: np.ndarray) -> float:
-    """Coefficient of determination of the straight line through (N,) points; NaN if all `y` are equal."""
-    if np.ptp(y) == 0:
-        return math.nan
-    slope, intercept = np.polyfit(x, y, 1)
-    return 1.0 - np.square(y - slope * x - intercept).sum() / np.square(y - y.mean()).sum()
-
-
-def plot(axes, x: np.ndarray, y: np.ndarray, groups: np.ndarray, labels: tuple[str, str]) -> None:
-    """Points by group, on matplotlib's `axes`, over a line against the logarithm of x."""
-    for group in dict.fromkeys(groups):
-        axes.plot(x[groups == group], y[groups == group], "o", label=group, alpha=0.7)
-    line = np.array([x.min(), x.max()])
-    axes.plot(line, np.polyval(np.polyfit(np.log2(x), y, 1), np.log2(line)), color="grey", linewidth=1)
-    axes.set_xscale("log", base=2)
-    axes.set(xlabel=labels[0], ylabel=labels[1], title=f"R2 = {r_squared(np.log2(x), y):.2f}")
-
-
-def report(args: argparse.Namespace) -> None:
-    """results.csv, plots and report.md of all that there is."""
-    from matplotlib.figure import Figure  # of an extra
-
-    rows = read_rows(args.output_dir)
-    if not rows:
-        return
-    with open(args.output_dir / "results.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
-    metrics = [name for name in METRICS if name in rows[0]]
-    lines = ["| study | runs | " + " | ".join(f"R2, {METRICS[name]}" for name in metrics) + " |"]
-    lines.append("|---" * (2 + len(metrics)) + "|")
-    for study, column in (
-        ("bottleneck", "floats"),
-        ("encoder", "encoder_parameters"),
-        ("decoder", "decoder_parameters"),
-    ):
-        names = {point.name for point in STUDIES[study]}
-        chosen = [row for row in rows if row["name"] in names]
-        x = np.array([float(row[column]) for row in chosen])
-        if len(np.unique(x)) < 3:
-            continue
-        groups = np.array([f"patch size {row['patch_size']}" for row in chosen])
-        figure = Figure(figsize=(4 * len(metrics), 3.5), dpi=100, layout="constrained")
-        y = {name: np.array([float(row[name]) for row in chosen]) for name in metrics}
-        for name, axes in zip(metrics, figure.subplots(1, len(metrics), squeeze=False)[0]):
-            plot(axes, x, y[name], groups, (column.replace("_", " "), METRICS[name]))
-        axes.legend()
-        figure.savefig(args.output_dir / f"{study}.png")
-        subsets = {study: np.full(len(x), True)}
-        if len(np.unique(groups)) > 1:
-            subsets |= {f"{study}, {group}": groups == group for group in dict.fromkeys(groups)}
-        for subset, mask in subsets.items():
-            if len(np.unique(x[mask])) > 2:
-                values = [f"{r_squared(np.log2(x[mask]), y[name][mask]):.3f}" for name in metrics]
-                lines.append(f"| {subset} | {mask.sum()} | {' | '.join(values)} |")
-    lines += ["", "| run | seeds | E | " + " | ".join(METRICS[name] for name in metrics) + " |"]
-    lines.append("|---" * (3 + len(metrics)) + "|")
-    for name in dict.fromkeys(row["name"] for row in rows):
-        seeds = [row for row in rows if row["name"] == name]
-        cells = []
-        for metric in metrics:
-            values = np.array([float(row[metric]) for row in seeds])
-            cells.append(f"{values.mean():.3f} ({np.ptp(values):.3f})")
-        lines.append(f"| {name} | {len(seeds)} | {seeds[0]['floats']} | {' | '.join(cells)} |")
-    lines += ["", "In brackets: the largest value of a seed minus the smallest.", ""]
-    (args.output_dir / "report.md").write_text("\n".join(lines))
-    print("\n".join(lines))
-
-
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser("scaling_study.py", __doc__)
     parser.add_argument("--train_data_dir", nargs="+", required=True, help="folders with optional weights")
     parser.add_argument("--test_data_dir", nargs="+", required=True, help="folders; each counts as much as the others")
     parser.add_argument("--classifier", help="output of train_classifier.py, for Frechet distances")
     parser.add_argument("--studies", nargs="+", choices=STUDIES, default=list(STUDIES))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     parser.add_argument("--max_train_steps", type=int, default=1500)
-    parser.add_argument("--train_batch_size", type=int, default=32)
-    parser.add_argument("--learning_rate", type=float, default=1e-3)
     parser.add_argument("--num_crops", type=int, default=20_000, help="training pictures, rounded up to hundreds")
-    parser.add_argument("--cache_gib", type=float, default=4.0)
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--limit", type=int, default=200, help="test pictures a folder")
-    parser.add_argument("--max_minutes", type=float, help="stop after this time; the same command goes on")
     parser.add_argument("--output_dir", type=Path, default=Path("study"))
     args = parser.parse_args()
     claim(args)
-    left = run(args)
-    report(args)
-    print(f"{left} runs are left: run the same command again." if left else "All runs are finished.")
+    run(args)
+    report(read_rows(args.output_dir), args.output_dir)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,9 @@ import av
 import numpy as np
 import pytest
 import torch
+from demo_data.motion import judge
 from PIL import Image
+from prepare_moving_clips import draw_clip, draw_path, write_clip
 
 from tests.conftest import EXAMPLES, TINY
 from vitok_hf.data.classes import LabelledFiles
@@ -26,21 +28,6 @@ def make_drawing() -> np.ndarray:
 
 
 @pytest.fixture
-def clips(monkeypatch):
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-    import prepare_moving_clips
-
-    return prepare_moving_clips
-
-
-@pytest.fixture
-def judge(clips):
-    from demo_data.motion import judge
-
-    return judge
-
-
-@pytest.fixture
 def drawings(tmp_path):
     folder = tmp_path / "drawings"
     folder.mkdir()
@@ -55,42 +42,33 @@ def to_tensor(frames: np.ndarray) -> torch.Tensor:
 
 class TestClips:
     def test_files_and_classes(self, run_example, drawings, tmp_path):
+        command = ("prepare_moving_clips.py", "--drawings", drawings, "--clips_per_class", 2, "--output_dir")
         for folder, seed in (("one", 3), ("same", 3), ("other", 4)):
-            options = ("--output_dir", folder, "--clips_per_class", 2, "--seed", seed)
-            assert "6 x 2 clips of 2 drawings" in run_example(
-                "prepare_moving_clips.py", "--drawings", drawings, *options
-            )
+            assert "6 x 2 clips of 2 drawings" in run_example(*command, folder, "--seed", seed)
         files = LabelledFiles([str(tmp_path / "one")], num_frames=8)
         assert files.classes == MOTIONS and np.bincount(files.labels).tolist() == [2] * 6
         assert len(list((tmp_path / "one").rglob("*.mp4"))) == 12
         with pytest.raises(ValueError, match="has results with seed 3, not 5"):
-            run_example(
-                *("prepare_moving_clips.py", "--drawings", drawings, "--output_dir", "one", "--clips_per_class", 2),
-                *("--seed", 5),
-            )
-        mirrored = Image.fromarray(make_drawing()[:, ::-1])
-        mirrored.save(drawings / "a_face.png")
+            run_example(*command, "one", "--seed", 5)
+        Image.fromarray(make_drawing()[:, ::-1]).save(drawings / "a_face.png")
         with pytest.raises(ValueError, match=r"has results with other files, 1 changed \(a_face.png\)"):
-            run_example(
-                *("prepare_moving_clips.py", "--drawings", drawings, "--output_dir", "one", "--clips_per_class", 2),
-                *("--seed", 3),
-            )
+            run_example(*command, "one", "--seed", 3)
         one, same, other = (load_evaluation_images(tmp_path / name, 64, 12, 8) for name in ("one", "same", "other"))
         assert one.shape == (12, 3, 8, 64, 64)
         assert torch.equal(one, same) and not torch.equal(one, other)
         drawn = (one.amin(dim=1) < 128).sum(dim=(2, 3))  # (12, T)
         assert drawn.min() > 20
 
-    def test_read_back_as_written(self, clips, tmp_path):
+    def test_read_back_as_written(self, tmp_path):
         frames = np.random.default_rng(0).integers(0, 256, (8, 64, 64, 3), dtype=np.uint8)
-        clips.write_clip(frames, tmp_path / "noise.mp4")
+        write_clip(frames, tmp_path / "noise.mp4")
         assert np.array_equal(load_clip(tmp_path / "noise.mp4", 0.0, 8), frames)
 
     @pytest.mark.parametrize("motion", MOTIONS)
-    def test_drawings_stay_inside(self, clips, motion):
+    def test_drawings_stay_inside(self, motion):
         rng = np.random.default_rng(0)
         for _ in range(50):
-            x, y, side, angle = clips.draw_path(motion, rng, 8, 64).T
+            x, y, side, angle = draw_path(motion, rng, 8, 64).T
             for centre in (x, y):
                 assert (centre - side / 2).min() > -1e-9 and (centre + side / 2).max() < 64 + 1e-9
             changes = [np.ptp(values) for values in (x, y, side, angle)]
@@ -101,7 +79,6 @@ class TestClips:
         "options, message",
         [
             (("--clips_per_class", 0), "`clips_per_class` must be at least 1, but is 0"),
-            (("--num_frames", 1), "`num_frames` must be at least 2, but is 1"),
             (("--exclude", "a_", "b_"), "`exclude` .* leaves no drawing"),
         ],
     )
@@ -109,23 +86,23 @@ class TestClips:
         with pytest.raises(ValueError, match=message):
             run_example("prepare_moving_clips.py", "--drawings", drawings, "--output_dir", "clips", *options)
 
-    def test_unknown_motion(self, clips):
+    def test_unknown_motion(self):
         with pytest.raises(ValueError, match='`motion` must be one of right, .*, but is "jump"'):
-            clips.draw_path("jump", np.random.default_rng(0), 8, 64)
+            draw_path("jump", np.random.default_rng(0), 8, 64)
 
 
 class TestJudge:
     @pytest.mark.parametrize("motion", MOTIONS)
-    def test_motions(self, clips, judge, motion):
+    def test_motions(self, motion):
         for seed in range(5):
-            path = clips.draw_path(motion, np.random.default_rng(seed), 8, 64)
-            frames = clips.draw_clip(make_drawing(), path, 64)
+            path = draw_path(motion, np.random.default_rng(seed), 8, 64)
+            frames = draw_clip(make_drawing(), path, 64)
             assert judge(to_tensor(frames)) == motion
             noise = np.random.default_rng(seed).normal(0, 8, frames.shape)
             assert judge(to_tensor(np.clip(frames + noise, 0, 255).astype(np.uint8))) == motion
 
-    def test_none(self, clips, judge):
-        still = clips.draw_clip(make_drawing(), np.tile([32.0, 32.0, 30.0, 0.0], (8, 1)), 64)
+    def test_none(self):
+        still = draw_clip(make_drawing(), np.tile([32.0, 32.0, 30.0, 0.0], (8, 1)), 64)
         mirrored = np.concatenate([still[:4], still[4:, :, ::-1]])  # changed, but neither moved nor turned
         paths = {  # centre x and y, side and angle, from the first frame to the last
             "diagonal": ([20, 20, 30, 0], [40, 40, 30, 0]),
@@ -134,7 +111,7 @@ class TestJudge:
         }
         lines = [np.linspace(*ends, 8) for ends in paths.values()]
         shown = [still, mirrored, np.full_like(still, 255)]
-        shown += [clips.draw_clip(make_drawing(), line, 64) for line in lines]
+        shown += [draw_clip(make_drawing(), line, 64) for line in lines]
         assert [judge(to_tensor(frames.copy())) for frames in shown] == ["none"] * 6
 
 

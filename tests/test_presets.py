@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from vitok_hf import AutoencoderViTok
-from vitok_hf.evaluation.macs import count_macs
+from vitok_hf.evaluation.costs import count_macs
 from vitok_hf.presets import variant_to_config
 
 

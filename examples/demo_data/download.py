@@ -1,8 +1,10 @@
 """Fetching packages by name, and writing files that are complete once they have their final name."""
 
+import csv
 import re
 import shutil
 import subprocess
+import sys
 import tarfile
 import tempfile
 from pathlib import Path
@@ -13,11 +15,17 @@ from tqdm import tqdm
 from vitok_hf.disk import atomic_file, replace_durably
 
 
+TABLES = Path(__file__).parent
+PIP_DOWNLOAD = [sys.executable, "-m", "pip", "download", "--no-deps"]
 JPEG_OPTIONS = {"format": "JPEG", "quality": 95, "subsampling": "4:4:4"}
 
 
 def cannot_build(set_name: str, reason: str) -> ValueError:
     return ValueError(f"set '{set_name}' cannot be built: {reason}; leave '{set_name}' out of --sets to do without it")
+
+
+def read_table(name: str) -> list[dict[str, str]]:
+    return list(csv.DictReader((TABLES / name).read_text("utf-8").splitlines()))
 
 
 def save_as(path: Path, content) -> None:

@@ -1,6 +1,5 @@
 """Emoji drawings of npm packages, matched to concepts by code point or name and rendered on white."""
 
-import argparse
 import io
 import json
 import multiprocessing
@@ -32,6 +31,7 @@ EMOJI_STYLES = {
     "openmoji": ("openmoji@17.0.0", "CC-BY-SA-4.0", "OpenMoji, the open-source emoji and icon project", True),
 }
 EMOJI_LABELS = "emoji-datasource-google@16.0.0"
+EMOJI_SIZE = 256  # side of the pictures in pixels
 SKIN_TONES = {"1F3FB", "1F3FC", "1F3FD", "1F3FE", "1F3FF"}
 HOMONYMS = {"bow", "wave", "up"}  # short names that FxEmoji gives to a ribbon, to water and to an arrow
 SVG_ROOT = '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" viewBox="0 0 {} {}">'
@@ -110,7 +110,7 @@ def render_emoji(job: tuple[bytes, Path, int]) -> str | None:
 
 
 def prepare_emoji(
-    output_dir: Path, cache: Path, args: argparse.Namespace, concept_rows: list[dict[str, str]]
+    output_dir: Path, cache: Path, include_share_alike: bool, concept_rows: list[dict[str, str]]
 ) -> list[str]:
     if resvg_py is None:
         raise cannot_build("emoji", "it needs `pip install resvg-py==0.5.0`")
@@ -118,10 +118,10 @@ def prepare_emoji(
     jobs = {}
     for style, code, source in emoji_drawings(cache, concepts):
         concept = concepts.get(normal_code(code, dropped=SKIN_TONES))
-        if concept and (concept["split"] == "test" or args.include_share_alike or not EMOJI_STYLES[style][3]):
+        if concept and (concept["split"] == "test" or include_share_alike or not EMOJI_STYLES[style][3]):
             target = output_dir / concept["split"] / "emoji" / concept["class"] / f"{style}_{code}.png"
-            jobs.setdefault(target, (source, target, args.emoji_size))
+            jobs.setdefault(target, (source, target, EMOJI_SIZE))
     jobs = [job for target, job in jobs.items() if not target.exists()]
-    with multiprocessing.Pool(args.num_workers) as pool:
+    with multiprocessing.Pool() as pool:
         results = tqdm(pool.imap_unordered(render_emoji, jobs, 16), total=len(jobs), desc="emoji", unit="drawing")
         return [problem for problem in results if problem]

@@ -96,5 +96,7 @@ def test_default_of_reconstruct(monkeypatch, tmp_path, capsys):
     """A photograph of the package, in an empty folder."""
     monkeypatch.chdir(tmp_path)
     start("reconstruct", [])
-    assert "astronaut.png: 512x512  PSNR" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "24:1" in out and "astronaut.png: 512x512  PSNR" in out
+    assert float(out.split("PSNR ")[1].split(" dB")[0]) > 25.0
     assert Image.open("reconstructions/astronaut_comparison.png").size == (1024, 512)

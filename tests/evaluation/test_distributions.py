@@ -37,15 +37,6 @@ def measure(metrics: SetMetrics, generated: torch.Tensor, real: torch.Tensor, ba
 
 
 class TestFrechetDistance:
-    def test_of_gaussians(self):
-        """|m1 - m2|^2 + sum (s1 - s2)^2 for independent channels."""
-        given = SetMetrics(lambda x: x)  # the "pictures" are the features
-        rng = np.random.default_rng(0)
-        real = torch.from_numpy(rng.normal([0, 1, 2, 3], [1, 2, 3, 4], (200_000, 4)))
-        generated = torch.from_numpy(rng.normal([1, 1, 0, 3], [1, 3, 3, 2], (200_000, 4)))
-        values, missing = measure(given, generated, real, 50_000)
-        assert values == {"frechet_distance": pytest.approx(1 + 4 + 1 + 4, rel=0.01)} and missing == {}
-
     def test_exact_and_independent_of_batches(self):
         """Against scipy's matrix square root, in float64: the same to 12 digits far from the origin."""
         rng = np.random.default_rng(1)
@@ -56,10 +47,6 @@ class TestFrechetDistance:
         for batch_size in (7, 40):
             values, _ = measure(SetMetrics(lambda x: x), *map(torch.from_numpy, sets), batch_size)
             assert values["frechet_distance"] == pytest.approx(expected, rel=1e-7)
-
-    def test_of_equal_sets(self):
-        values, _ = measure(SetMetrics(mean_colour), pictures(0, 100), pictures(0, 100))
-        assert abs(values["frechet_distance"]) < 1e-6
 
 
 class TestInceptionScore:
@@ -124,12 +111,9 @@ class TestDistributionMetrics:
     }
 
     def test_names_and_frames(self):
-        clips = [
-            x.unflatten(0, (-1, 2)).transpose(1, 2) for x in (pictures(0, 40), pictures(1, 40))
-        ]  # (20, 3, 2, ...)
         metrics = DistributionMetrics(self.NETWORKS, "g", precision_recall=True)
-        for images, real in zip(clips, (False, True)):
-            metrics.update(images, real)
+        for seed in (0, 1):
+            metrics.update(pictures(seed, 40).unflatten(0, (-1, 2)).transpose(1, 2), bool(seed))  # (20, 3, 2, ...)
         values, missing = metrics.compute()
         assert set(values) == {"gFID", "gIS", "gFDD", "gFVD", "precision", "recall"} and not missing
         of_frames, _ = measure(SetMetrics(mean_colour), pictures(0, 40), pictures(1, 40))
@@ -139,7 +123,7 @@ class TestDistributionMetrics:
     def test_pictures_have_no_fvd(self):
         metrics = DistributionMetrics(self.NETWORKS, "r")
         for seed in (0, 1):
-            metrics.update(pictures(seed, 20), bool(seed))
+            metrics.update(pictures(seed, 20)[:, :, None], bool(seed))
         values, missing = metrics.compute()
         assert set(values) == {"rFID", "rIS", "rFDD"}
         assert missing == {"rFVD": "of clips only: these are pictures"}

@@ -1,8 +1,6 @@
-import io
 import json
 import math
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -10,18 +8,16 @@ from PIL import Image
 from tests.conftest import ASSETS, make_vae, run_on_two_processes
 from tests.data.conftest import write_video
 from tests.evaluation.test_distributions import colour_and_logits
-from vitok_hf.data.files import list_files
-from vitok_hf.data.held_out import EvaluationData, Protocol, load_evaluation_images
-from vitok_hf.data.media import load_image
+from vitok_hf.clips import fold_frames
+from vitok_hf.data.held_out import EvaluationData, Protocol
 from vitok_hf.data.sources import FolderFiles
-from vitok_hf.data.video import load_clip
-from vitok_hf.evaluation.autoencoders import count_cost
-from vitok_hf.evaluation.codecs import ImageCodec, autoencoder_codec, decode
-from vitok_hf.evaluation.evaluator import ReconstructionEvaluator
+from vitok_hf.evaluation.costs import count_macs
+from vitok_hf.evaluation.evaluator import ReconstructionEvaluator, Row, autoencoder_row
 from vitok_hf.evaluation.metrics import psnr, ssim
 from vitok_hf.evaluation.networks import FeatureNetwork
 from vitok_hf.evaluation.reconstruction import reconstruct
-from vitok_hf.evaluation.results import load_results, markdown_table, save_results
+from vitok_hf.evaluation.results import load_results, save_results
+from vitok_hf.evaluation.tables import markdown_table
 
 
 NETWORKS = {
@@ -39,38 +35,15 @@ def darken(images: torch.Tensor) -> torch.Tensor:
     return (images.double() * 0.9).round().to(torch.uint8)
 
 
-class TestEvaluationData:
-    def test_is_what_training_evaluates_on(self):
-        data = make_data(3)
-        (images,) = data.batches(range(len(data)), 8)
-        assert torch.equal(images, load_evaluation_images(ASSETS, 64, 3))
-
-    def test_whole_pictures_go_apart(self):
-        data = make_data(resolution=None)
-        batches = list(data.batches(range(len(data)), 8))
-        files = list_files(ASSETS)
-        assert sum(len(batch) for batch in batches) == len(files) and len(batches) > 1
-        first = batches[0][0].permute(1, 2, 0).numpy()
-        assert np.array_equal(first, load_image(files[0]))
-
-    def test_clips(self, tmp_path):
-        write_video(tmp_path / "ramp.mp4")
-        protocol = Protocol(resolution=None, num_frames=4)
-        data = EvaluationData(FolderFiles(str(tmp_path), 4), protocol)
-        expected = torch.from_numpy(load_clip(tmp_path / "ramp.mp4", 0.0, 4)).permute(3, 0, 1, 2)
-        assert torch.equal(data[0], expected)
-
-    def test_no_pictures(self):
-        with pytest.raises(ValueError, match="no pictures"):
-            EvaluationData([], Protocol())
+DARKER = Row("darker", darken)
 
 
 class TestReconstructionEvaluator:
     def test_values(self):
         data = make_data()
         evaluator = ReconstructionEvaluator(data, "assets", NETWORKS, {"dino": "no weights"}, batch_size=2)
-        result, values = evaluator.evaluate("darker", darken, {"parameters_M": 1.0})
-        (images,) = data.batches(range(len(data)), 8)
+        result, values = evaluator.evaluate(Row("darker", darken, lambda: {"parameters_M": 1.0}))
+        (images,) = map(fold_frames, data.batches(range(len(data)), 8))
         expected = {"psnr": psnr(darken(images), images), "ssim": ssim(darken(images), images)}
         for name, column in expected.items():
             torch.testing.assert_close(values[name], column)
@@ -86,37 +59,27 @@ class TestReconstructionEvaluator:
 
     def test_rows_are_independent_and_identical_pictures_are_finite(self):
         evaluator = ReconstructionEvaluator(make_data(), "assets", NETWORKS)
-        first, _ = evaluator.evaluate("darker", darken)
-        same, _ = evaluator.evaluate("same", torch.clone)
-        again, _ = evaluator.evaluate("darker", darken)
+        first, _ = evaluator.evaluate(DARKER)
+        same, _ = evaluator.evaluate(Row("same", torch.clone))
+        again, _ = evaluator.evaluate(DARKER)
         assert first.metrics == again.metrics
         best = 10 * math.log10(12 * 255**2)
         assert same.metrics["psnr"] == pytest.approx(best) and 0 <= same.metrics["rFID"] < 1e-6
         assert same.intervals["psnr"] == pytest.approx((best, best)) and same.intervals["ssim"] == (1.0, 1.0)
 
-    def test_one_perfect_picture(self, tmp_path):
-        """Counts as 58.92 dB in the mean, and the file can be read by all."""
-        data = make_data(2)
-        first = data[0]
-        evaluator = ReconstructionEvaluator(data, "assets", batch_size=1)
-        result, values = evaluator.evaluate("half", lambda x: x if torch.equal(x[0], first) else darken(x))
-        assert values["psnr"][0] == pytest.approx(10 * math.log10(12 * 255**2)) and values["psnr"][1] < 40
-        assert result.metrics["psnr"] == pytest.approx(values["psnr"].mean().item())
-        save_results(tmp_path / "results.json", [result])
-        json.loads((tmp_path / "results.json").read_text(), parse_constant=pytest.fail)
-
     def test_metrics_that_are_not_finite_are_named(self, tmp_path):
         networks = {"lpips": FeatureNetwork("broken", lambda x, y: torch.full((len(x),), torch.nan), "1")}
-        result, _ = ReconstructionEvaluator(make_data(2), "assets", networks).evaluate("darker", darken)
+        result, _ = ReconstructionEvaluator(make_data(2), "assets", networks).evaluate(DARKER)
         assert "lpips" not in result.metrics and result.unavailable["lpips"] == "is nan"
         save_results(tmp_path / "results.json", [result])
+        json.loads((tmp_path / "results.json").read_text(), parse_constant=pytest.fail)  # for any reader
         assert load_results(tmp_path / "results.json") == [result]
         assert "No lpips: is nan." in markdown_table([result])
 
     @pytest.mark.parametrize("count", [1, 2])
     def test_few_pictures(self, count):
         """Fewer than features: distances that are numbers, or a reason; no interval of a single picture."""
-        result, _ = ReconstructionEvaluator(make_data(count), "assets", NETWORKS).evaluate("darker", darken)
+        result, _ = ReconstructionEvaluator(make_data(count), "assets", NETWORKS).evaluate(DARKER)
         assert ("rFID" in result.metrics) == ("psnr" in result.intervals) == (count == 2)
         assert all(math.isfinite(value) for value in result.metrics.values())
         assert count == 2 or result.unavailable["rFID"] == "needs 2 real and 2 generated pictures, has 1 and 1"
@@ -127,14 +90,12 @@ class TestReconstructionEvaluator:
             Image.new("RGB", size, (index, 0, 0)).save(tmp_path / f"{index}.png")
         data = EvaluationData(FolderFiles(str(tmp_path)), Protocol(resolution=None))
         evaluator, vae = ReconstructionEvaluator(data, "sizes"), make_vae("v1")
-        assert evaluator.shapes == {(3, 16, 24): 2, (3, 40, 32): 1}
-        _, costs = autoencoder_codec(vae, evaluator.shapes)
+        assert evaluator.shapes == {(3, 1, 16, 24): 2, (3, 1, 40, 32): 1}
+        costs = evaluator.evaluate(autoencoder_row("tiny", vae, evaluator.shapes))[0].costs
         assert costs["E"] == pytest.approx((24 + 24 + 80) / 3) and costs["bytes"] == pytest.approx(2 * costs["E"])
         assert costs["compression"] == pytest.approx(3 * (2 * 16 * 24 + 40 * 32) / (24 + 24 + 80))
-        small, large = (count_cost(vae, shape).macs / 1e9 for shape in ((3, 16, 24), (3, 40, 32)))
+        small, large = (count_macs(vae, (1, 3, 1, *size)) / 1e9 for size in ((16, 24), (40, 32)))
         assert costs["GMACs"] == pytest.approx((2 * small + large) / 3) and large > 3 * small
-        _, quantized = autoencoder_codec(vae, evaluator.shapes, 4)
-        assert quantized["bytes"] == pytest.approx(((12 + 32) * 2 + 40 + 32) / 3)
 
     def test_other_pictures_have_another_checksum(self):
         checksums = {ReconstructionEvaluator(make_data(limit), "x").data_sha256 for limit in (None, None, 2)}
@@ -145,7 +106,7 @@ class TestReconstructionEvaluator:
         data = EvaluationData(FolderFiles(str(tmp_path), 4), Protocol(resolution=32, num_frames=4))
         vae = make_vae("video", sample_size=16)
         evaluator = ReconstructionEvaluator(data, "ramp", NETWORKS)
-        result, values = evaluator.evaluate("video", lambda clips: reconstruct(vae, clips))
+        result, values = evaluator.evaluate(autoencoder_row("video", vae, evaluator.shapes))
         clip, reconstruction = data[0], reconstruct(vae, data[0][None])[0]
         expected = psnr(reconstruction.transpose(0, 1), clip.transpose(0, 1)).mean()
         assert values["psnr"].shape == (1,) and result.metrics["psnr"] == pytest.approx(expected.item())
@@ -155,12 +116,12 @@ class TestReconstructionEvaluator:
             raise FileNotFoundError("no such file: /proc/self/clear_refs")
 
         monkeypatch.setattr("vitok_hf.evaluation.evaluator.reset_peak_memory", fail)
-        result, _ = ReconstructionEvaluator(make_data(2), "assets").evaluate("darker", darken)
+        result, _ = ReconstructionEvaluator(make_data(2), "assets").evaluate(DARKER)
         assert "memory_MB" not in result.costs and "/proc/self" in result.unavailable["memory_MB"]
 
     def test_a_codec_must_keep_the_size(self):
         with pytest.raises(ValueError, match=r"uint8 of \(.*32\) for uint8 pictures of \(.*64\)"):
-            ReconstructionEvaluator(make_data(1), "assets").evaluate("crop", lambda x: x[..., :32])
+            ReconstructionEvaluator(make_data(1), "assets").evaluate(Row("crop", lambda x: x[..., :32]))
 
 
 def evaluate_share(path: str) -> None:
@@ -168,13 +129,12 @@ def evaluate_share(path: str) -> None:
 
     state = PartialState(cpu=True)
     evaluator = ReconstructionEvaluator(make_data(3), "assets", NETWORKS, batch_size=2)
-    measured = (len(evaluator.share), evaluator.shapes, *evaluator.evaluate("darker", darken))
-    torch.save(measured, f"{path}.{state.process_index}")
+    torch.save((len(evaluator.share), evaluator.shapes, *evaluator.evaluate(DARKER)), f"{path}.{state.process_index}")
 
 
 def test_two_processes_measure_as_one(tmp_path):
     run_on_two_processes(evaluate_share, str(tmp_path / "x"))
-    expected, values = ReconstructionEvaluator(make_data(3), "assets", NETWORKS).evaluate("darker", darken)
+    expected, values = ReconstructionEvaluator(make_data(3), "assets", NETWORKS).evaluate(DARKER)
     shares = []
     for rank in (0, 1):
         share, counts, result, columns = torch.load(tmp_path / f"x.{rank}", weights_only=False)
@@ -182,44 +142,5 @@ def test_two_processes_measure_as_one(tmp_path):
         assert torch.equal(columns["psnr"], values["psnr"])
         assert result.metrics == pytest.approx(expected.metrics) and result.intervals == expected.intervals
         assert result.data_sha256 == expected.data_sha256
-        assert counts == {(3, 64, 64): 3}
+        assert counts == {(3, 1, 64, 64): 3}
     assert shares == [2, 1]
-
-
-class TestImageCodec:
-    @pytest.mark.parametrize("file_format", ["JPEG", "WEBP"])
-    def test_is_the_best_within_the_budget(self, file_format):
-        images = load_evaluation_images(ASSETS, 64, 2)
-        codec = ImageCodec(file_format, 1500)
-        decoded = codec(images)
-        assert decoded.shape == images.shape and psnr(decoded, images).min() > 20
-        for image in images:
-            data = codec.compress(image)
-            assert len(data) <= 1500
-            picture, errors = Image.fromarray(image.permute(1, 2, 0).numpy()), []
-            for settings in codec.SETTINGS[file_format]:
-                within = []
-                for quality in range(1, 101):
-                    file = io.BytesIO()
-                    picture.save(file, file_format, quality=quality, optimize=True, **settings)
-                    within += [file.getvalue()] if len(file.getvalue()) <= 1500 else []
-                decoded = torch.from_numpy(decode(max(within, key=len))).permute(2, 0, 1)
-                errors.append(psnr(decoded[None], image[None]).item())
-            best = torch.from_numpy(decode(data)).permute(2, 0, 1)
-            assert psnr(best[None], image[None]).item() == max(errors)
-        assert codec.num_items == 4 and codec.num_above_budget == 0 and 4 * 1000 < codec.num_bytes <= 4 * 1500
-
-    def test_above_the_budget(self):
-        codec = ImageCodec("JPEG", 100)
-        images = load_evaluation_images(ASSETS, 64, 2)
-        codec(images)
-        assert codec.num_above_budget == 2
-        picture, file = Image.fromarray(images[0].permute(1, 2, 0).numpy()), io.BytesIO()
-        picture.save(file, "JPEG", quality=1, optimize=True, subsampling="4:2:0")
-        assert len(codec.compress(images[0])) == len(file.getvalue())
-
-    def test_wrong_arguments(self):
-        with pytest.raises(ValueError, match='no codec "PNG": choose from JPEG, WEBP'):
-            ImageCodec("PNG", 100)
-        with pytest.raises(ValueError, match="`max_bytes` is 0"):
-            ImageCodec("JPEG", 0)

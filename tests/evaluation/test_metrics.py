@@ -5,13 +5,14 @@ from scipy.ndimage import correlate1d
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from tests.conftest import ASSETS
+from vitok_hf.clips import fold_frames
 from vitok_hf.data.held_out import load_evaluation_images
-from vitok_hf.evaluation.metrics import high_frequency_energy, ms_ssim, psnr, ssim
+from vitok_hf.evaluation.metrics import frame_values, ms_ssim, psnr, ssim
 
 
 @pytest.fixture(scope="module")
 def pairs():
-    images = load_evaluation_images(ASSETS, 128, 4)
+    images = fold_frames(load_evaluation_images(ASSETS, 128, 4))
     noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0)) * torch.tensor(
         [2.0, 8, 20, 60]
     ).view(-1, 1, 1, 1)
@@ -21,6 +22,11 @@ def pairs():
 def test_psnr_agrees_with_scikit_image(pairs):
     expected = [peak_signal_noise_ratio(x.numpy(), y.numpy(), data_range=255) for x, y in zip(*pairs)]
     torch.testing.assert_close(psnr(pairs[1], pairs[0]), torch.tensor(expected, dtype=torch.float64))
+
+
+def test_values_of_the_frames_of_clips(pairs):
+    clips, noisy = (x.unflatten(0, (2, 2)).transpose(1, 2) for x in pairs)  # (2, 3, 2, 128, 128)
+    assert torch.equal(frame_values(ssim, noisy, clips), ssim(pairs[1], pairs[0]).view(2, 2))
 
 
 def test_psnr_of_equal_pictures(pairs):
@@ -75,7 +81,7 @@ def plain_ms_ssim(x: np.ndarray, y: np.ndarray) -> float:
 
 
 def test_ms_ssim_agrees_with_the_definition():
-    images = load_evaluation_images(ASSETS, 192, 2)
+    images = fold_frames(load_evaluation_images(ASSETS, 192, 2))
     noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0)) * 30
     noisy = (images + noise).clamp(0, 255).round().to(torch.uint8)
     expected = [plain_ms_ssim(x.double().numpy(), y.double().numpy()) for x, y in zip(noisy, images)]
@@ -90,13 +96,3 @@ def test_small_pictures_are_refused(metric, name, least):
         ValueError, match=f"^{name} needs {least} pixels a side, but the pictures are 200 x {least - 1}"
     ):
         metric(images, images)
-
-
-def test_high_frequency_energy(pairs):
-    checkerboard = 255 * (torch.arange(16).view(16, 1) + torch.arange(16)) % 510
-    checkerboard = checkerboard.clamp(max=255).to(torch.uint8).expand(2, 3, 16, 16)
-    assert high_frequency_energy(checkerboard) == pytest.approx(0.25)  # the blur makes it grey
-    ramp = torch.arange(0, 128, 8, dtype=torch.uint8).expand(1, 3, 16, 16)
-    assert high_frequency_energy(ramp) == pytest.approx(0.0, abs=1e-12)
-    images, noisy = pairs
-    assert high_frequency_energy(images) < high_frequency_energy(noisy)

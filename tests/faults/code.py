@@ -14,13 +14,13 @@ from pathlib import Path
 import torch
 from diffusers import DiffusionPipeline
 
+from examples.studies.samples import save_samples
 from tests.conftest import make_vae
 from tests.dit import make_pipeline
 from vitok_hf import AutoencoderViTok, ViTokDiTModel, ViTokDiTPipeline
 from vitok_hf.data.latent_cache import LatentCache
 from vitok_hf.disk import seal
 from vitok_hf.evaluation.features import Classifier
-from vitok_hf.evaluation.generation import save_samples
 from vitok_hf.training.checkpointing import MANIFEST, write_manifest
 
 from . import Case, judge

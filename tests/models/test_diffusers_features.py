@@ -331,7 +331,8 @@ class TestPrecision:
 
     @pytest.mark.parametrize("precision, loss", [("float16", 0.01), ("bfloat16", 0.05), ("int8", 0.1), ("fp8", 0.1)])
     def test_decibels_that_it_costs_the_bundled_model(self, precision, loss):
-        image = torch.from_numpy(load_image(ASSETS / "astronaut.png")[128:384, 128:384].copy()).permute(2, 0, 1)[None]
+        image = torch.from_numpy(load_image(ASSETS / "astronaut.png")[128:384, 128:384].copy())
+        image = image.permute(2, 0, 1)[None, :, None]
         arguments = {"int8": INT8, "fp8": {}}.get(precision) or {"torch_dtype": getattr(torch, precision, None)}
         reference = AutoencoderViTok.from_pretrained("vitok-tiny-f8x8")
         vae = AutoencoderViTok.from_pretrained("vitok-tiny-f8x8", **arguments)

@@ -7,7 +7,7 @@ from tests.conftest import ASSETS, make_input, make_vae
 from vitok_hf import AutoencoderViTok
 from vitok_hf.clips import to_float
 from vitok_hf.data.media import load_image
-from vitok_hf.evaluation.memory import peak_memory, reset_peak_memory
+from vitok_hf.evaluation.costs import peak_memory, reset_peak_memory
 from vitok_hf.models.tiling import Tiling, apply_tiled, overlap_add, windows
 
 

@@ -1,3 +1,4 @@
+import itertools
 import json
 from functools import partial
 from pathlib import Path
@@ -8,8 +9,11 @@ import torch
 from tests.conftest import ASSETS, TINY
 from tests.data.conftest import video as video
 from vitok_hf import AutoencoderViTok
+from vitok_hf.clips import to_runs
+from vitok_hf.data.batches import Batch
 from vitok_hf.training.arguments import AutoencoderArguments
 from vitok_hf.training.autoencoder_trainer import AutoencoderTrainer
+from vitok_hf.training.trainer import Trainer
 
 
 def make_arguments(folder: Path, config: dict = TINY, **overrides) -> AutoencoderArguments:
@@ -64,9 +68,21 @@ def run(args: AutoencoderArguments) -> AutoencoderTrainer:
     return trainer
 
 
-def next_batches(trainer: AutoencoderTrainer, count: int = 1) -> list:
-    batches = iter(trainer.loader)
-    return [next(batches) for _ in range(count)]
+def next_batches(trainer: Trainer, count: int = 1) -> list[Batch]:
+    return list(itertools.islice(trainer.loader, count))
+
+
+def split_batch(batch: Batch, counts: list[int]) -> list[Batch]:
+    """Batches of so many items each, in their order."""
+    items = iter([item for run in batch.pixels for item in run])
+    pixels = [to_runs(list(itertools.islice(items, count)))[0] if batch.pixels else [] for count in counts]
+    parts = [[None] * len(counts) if x is None else x.split(counts) for x in (batch.moments, batch.labels)]
+    return [Batch(*part) for part in zip(pixels, *parts)]
+
+
+def keep_gradients(trainer: Trainer) -> None:
+    """Steps of the first model leave its weights as they are, and the gradients in place."""
+    trainer.trained.optimizer.step = trainer.trained.optimizer.zero_grad = lambda: None
 
 
 def read_log(output_dir: str | Path, key: str = "loss") -> dict[int, float]:

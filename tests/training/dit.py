@@ -8,6 +8,8 @@ import torch
 from tests.conftest import TINY
 from tests.data.conftest import write_noise
 from vitok_hf import AutoencoderViTok
+from vitok_hf.data.classes import LabelledFiles
+from vitok_hf.data.latent_cache import write_latents
 from vitok_hf.training.arguments import DiTArguments
 from vitok_hf.training.dit_trainer import DiTTrainer
 
@@ -55,12 +57,14 @@ def make_dit_arguments(folder: Path, vae: dict | str | None = None, model: dict 
     return DiTArguments(**defaults | overrides)
 
 
+def write_cache(args: DiTArguments, **options) -> str:
+    """A cache of the latents of the settings' pictures, beside their output_dir."""
+    vae, folder = AutoencoderViTok.from_pretrained(args.vae_name_or_path), Path(args.output_dir).with_name("cache")
+    write_latents(vae, "vae", LabelledFiles(args.train_data_dir), folder, 16, **options)
+    return str(folder)
+
+
 def run(args: DiTArguments) -> DiTTrainer:
     trainer = DiTTrainer(args)
     trainer.train()
     return trainer
-
-
-def next_batches(trainer: DiTTrainer, count: int = 1) -> list:
-    batches = iter(trainer.loader)
-    return [next(batches) for _ in range(count)]

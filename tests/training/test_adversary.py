@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from tests.conftest import ARCHITECTURES, TINY
-from tests.training.conftest import read_log, run
+from tests.training.conftest import keep_gradients, next_batches, read_log, run, split_batch
+from vitok_hf.clips import to_float, to_runs
 from vitok_hf.data.batches import Batch
 from vitok_hf.training.autoencoder_trainer import AutoencoderTrainer
 
@@ -20,20 +21,21 @@ def step(trainer: AutoencoderTrainer, count: int = 1) -> list[dict[str, torch.Te
 
 
 def decoder_gradient(trainer: AutoencoderTrainer) -> torch.Tensor:
-    trainer.models["vae"].optimizer.zero_grad = lambda: None
+    keep_gradients(trainer)
     step(trainer)
     return torch.cat([parameter.grad.flatten() for parameter in trainer.vae.decoder.parameters()])
 
 
 class TestStage2:
     def test_encoder_is_frozen(self, stage2):
-        trainer = AutoencoderTrainer(stage2())
+        trainer = AutoencoderTrainer(stage2(use_ema=True))
         before = {name: value.clone() for name, value in trainer.vae.state_dict().items()}
         step(trainer, 3)
         for name, value in trainer.vae.state_dict().items():
             assert torch.equal(value, before[name]) == name.startswith("encoder.")
         optimized = {id(x) for group in trainer.models["vae"].optimizer.param_groups for x in group["params"]}
         assert optimized == {id(x) for x in trainer.vae.decoder.parameters()}
+        assert len(trainer.average.shadow_params) == len(optimized)
         assert not trainer.vae.encoder.training and trainer.vae.decoder.training
         posterior = trainer.vae.encode(torch.zeros(1, 3, 16, 16)).latent_dist
         assert not posterior.mode().requires_grad
@@ -60,10 +62,6 @@ class TestStage2:
         assert (adversarial - plain).abs().max() > 1e-6
         torch.testing.assert_close(stronger - plain, 2 * (adversarial - plain), rtol=1e-2, atol=1e-6)
 
-    def test_kinds_differ(self, stage2):
-        logs = [step(AutoencoderTrainer(stage2(gan_loss=kind)))[0] for kind in ("hinge", "non_saturating")]
-        assert logs[0]["discriminator_loss"] != logs[1]["discriminator_loss"]
-
     def test_decoder_leaves_no_gradients_in_the_discriminator(self, stage2):
         trainer = AutoencoderTrainer(stage2())
         step(trainer)
@@ -86,10 +84,8 @@ class TestStage2:
         assert len(fakes) == 2 and torch.equal(*fakes) and not fakes[1].requires_grad
 
     def test_learning_rates(self, stage2):
-        args = stage2(
-            learning_rate=1.0, lr_warmup_steps=0, discriminator_learning_rate=0.1, discriminator_warmup_steps=4
-        )
-        trainer = AutoencoderTrainer(args)
+        rates = {"discriminator_learning_rate": 0.1, "discriminator_warmup_steps": 4}
+        trainer = AutoencoderTrainer(stage2(learning_rate=1.0, lr_warmup_steps=0, **rates))
         rates = [trainer.models["discriminator"].learning_rate(step) for step in range(5)]
         assert rates == pytest.approx([0.0, 0.025, 0.05, 0.075, 0.1])
         assert trainer.models["vae"].learning_rate(0) == 1.0
@@ -102,14 +98,15 @@ class TestStage2:
 
     def test_native_aspect_ratio(self, stage2):
         args = stage2(TINY, max_tokens=200, resolution=32, crop_sizes=[], max_train_steps=2)
-        run(args)
+        shapes = [run.shape for run in next_batches(run(args))[0].pixels]
+        assert len(shapes) > 1 and all(height * width <= 32**2 for *_, height, width in shapes)
         assert sorted(read_log(args.output_dir, "gan")) == [1, 2]
 
 
 def take_steps(args, steps: list[list[Batch]]) -> tuple[list[torch.Tensor], list[dict[str, float]], list[int]]:
     """Weights of all models after optimiser steps on these batches, logs, and the pictures of each forward call."""
     trainer, logs, calls = AutoencoderTrainer(args), [], []
-    trainer.vae.register_forward_hook(lambda _, arguments, output: calls.append(len(arguments[0])))
+    trainer.vae.register_forward_hook(lambda _, arguments, output: calls.append(len(output.kl)))
     for batches in steps:
         parts = trainer.training_step(batches)
         names = {name for part in parts for name in part}
@@ -124,38 +121,35 @@ class TestAccumulation:
     """Several batches in a step equal a single one: weights and logs after three steps, with noise and GAN."""
 
     REGULARISED = {"r1_weight": 1.0, "r1_every": 2, "lecam_weight": 0.1, "adaptive_gan_weight": 1e4}
-    NATIVE = {"max_tokens": 200, "resolution": 32, "crop_sizes": []}
+    NATIVE, OPEN = {"max_tokens": 200, "resolution": 32, "crop_sizes": []}, {"freeze_encoder": False}
 
     def pictures(self, shapes: list[tuple[int, ...]], steps: int = 3) -> list[Batch]:
         generator = torch.Generator().manual_seed(3)
         drawn = [[torch.randint(256, x, generator=generator, dtype=torch.uint8) for x in shapes] for _ in range(steps)]
-        return [Batch(torch.stack(x) if len(set(shapes)) == 1 else x, []) for x in drawn]
+        return [Batch(to_runs(items)[0]) for items in drawn]
 
     @pytest.mark.parametrize(
         "sides, parts, overrides",
         [
-            ([(16, 16)] * 8, [4, 4], {}),
-            ([(16, 16)] * 8, [4, 4], {"freeze_encoder": False} | REGULARISED),
-            ([(8, 32)] * 12, [4, 4, 4], REGULARISED),
-            ([(16, 16)] * 8, [2] * 4, {"discriminator_minibatch_stddev": False} | REGULARISED),
-            ([(16, 24)] * 4 + [(13, 21), (32, 24), (8, 9), (32, 32)], [4, 4], {"freeze_encoder": False} | NATIVE),
-            ([(16, 24)] * 5 + [(13, 21), (8, 9), (32, 32)], [5, 2, 1], NATIVE | REGULARISED),
+            ([(1, 16, 16)] * 8, [4, 4], {}),
+            ([(1, 16, 16)] * 8, [4, 4], {"freeze_encoder": False} | REGULARISED),
+            ([(1, 8, 32)] * 12, [4, 4, 4], REGULARISED),
+            ([(1, 16, 16)] * 8, [2] * 4, {"discriminator_minibatch_stddev": False} | REGULARISED),
+            ([(1, 16, 24)] * 4 + [(1, 13, 21), (1, 32, 24), (1, 8, 9), (1, 32, 32)], [4, 4], OPEN | NATIVE),
+            ([(1, 16, 24)] * 5 + [(1, 13, 21), (1, 8, 9), (1, 32, 32)], [5, 2, 1], NATIVE | REGULARISED),
             ([(4, 16, 16)] * 4, [2, 2], REGULARISED),
         ],
     )
     def test_equals_a_larger_batch(self, stage2, video, sides, parts, overrides):
         config = TINY
-        if len(sides[0]) == 3:
+        if sides[0][0] == 4:
             config, overrides = ARCHITECTURES["video"], overrides | {"train_data_dir": [str(video)]}
         options = {"lr_warmup_steps": 0, "discriminator_warmup_steps": 0, "discriminator_learning_rate": 1e-3}
         options |= {"discriminator_minibatch_stddev": 5 not in parts, "max_grad_norm": 1e9, "learning_rate": 1e-4}
         whole, results = self.pictures([(3, *side) for side in sides]), []
-        for number, steps in (
-            (1, [[batch] for batch in whole]),
-            (len(parts), [[Batch(x, []) for x in self.split(batch.pixels, parts)] for batch in whole]),
-        ):
-            args = stage2(config, gradient_accumulation_steps=number, **options | overrides)
-            results.append(take_steps(args, steps))
+        for counts in ([len(sides)], parts):
+            args = stage2(config, gradient_accumulation_steps=len(counts), **options | overrides)
+            results.append(take_steps(args, [split_batch(batch, counts) for batch in whole]))
         (weights, logs, calls), (ours, our_logs, our_calls) = results
         for one, other in zip(ours, weights, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
@@ -166,19 +160,13 @@ class TestAccumulation:
         passes = 2 if "adaptive_gan_weight" in overrides else 1  # a weight of the whole step has to be known before
         assert sum(our_calls) == 3 * len(sides) * passes
 
-    def split(self, pixels: torch.Tensor | list[torch.Tensor], parts: list[int]) -> list:
-        if isinstance(pixels, torch.Tensor):
-            return list(pixels.split(parts))
-        ends = [sum(parts[: index + 1]) for index in range(len(parts))]
-        return [pixels[end - part : end] for end, part in zip(ends, parts)]
-
     def test_pictures_have_noise_of_their_own(self, stage2):
         """Two equal pictures of a step get different samples, and another step's get others."""
         trainer, samples = AutoencoderTrainer(stage2(gradient_accumulation_steps=2)), []
-        trainer.vae.register_forward_hook(lambda _, arguments, output: samples.extend(output.sample.detach()))
-        picture = self.pictures([(3, 16, 16)] * 4)[0].pixels[:1].repeat(2, 1, 1, 1)
+        trainer.vae.register_forward_hook(lambda _, arguments, output: samples.extend(output.sample[0].detach()))
+        picture = self.pictures([(3, 1, 16, 16)])[0].pixels[0].repeat(2, 1, 1, 1, 1)
         for _ in range(2):
-            trainer.training_step([Batch(picture, [])] * 2)
+            trainer.training_step([Batch([picture])] * 2)
         for index, sample in enumerate(samples):
             assert all((sample - other).abs().max() > 1e-3 for other in samples[:index])
         assert len(samples) == 8
@@ -202,7 +190,7 @@ class TestWeight:
     def test_adaptive(self, stage2, bound):
         """Within its bound, it gives both losses gradients of one norm at the pixels, times gan_weight."""
         trainer = AutoencoderTrainer(stage2(gan_weight=0.5, adaptive_gan_weight=bound))
-        target = torch.rand(2, 3, 16, 16) * 2 - 1
+        target = torch.rand(2, 3, 1, 16, 16) * 2 - 1
         fakes = [(target + 0.1 * torch.randn_like(target)).requires_grad_()]
         reconstruction = (fakes[0] - target).square().mean()
         loss, logs = trainer.adversary.generator_loss(fakes, reconstruction, step=0)
@@ -219,8 +207,6 @@ class TestRegularisation:
         trainer = AutoencoderTrainer(stage2(r1_weight=10.0, r1_every=3))
         logs = step(trainer, 5)
         assert [("r1" in log) for log in logs] == [True, False, False, True, False]
-        plain = step(AutoencoderTrainer(stage2()))[0]
-        assert logs[0]["discriminator_grad_norm"] != plain["discriminator_grad_norm"]
 
     def test_r1_flattens_the_discriminator(self, stage2):
         """Over some steps, the slope at real pictures falls below that without it."""
@@ -229,8 +215,7 @@ class TestRegularisation:
             options = {"learning_rate": 0.0, "discriminator_warmup_steps": 0, "discriminator_learning_rate": 3e-3}
             trainer = AutoencoderTrainer(stage2(r1_weight=weight, r1_every=1, **options))
             step(trainer, 12)
-            batch = next(iter(trainer.loader)).pixels / 127.5 - 1.0
-            batch.requires_grad_()
+            batch = to_float(next_batches(trainer)[0].pixels[0]).requires_grad_()
             (logits,) = trainer.models["discriminator"].model([batch])
             slopes.append(torch.autograd.grad(logits.sum(), batch)[0].norm())
         assert slopes[1] < 0.5 * slopes[0]

@@ -1,16 +1,20 @@
-import inspect
 import logging
 from functools import partialmethod
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
 from diffusers.optimization import get_scheduler
 from torch import nn
 
-from tests.conftest import ASSETS, TINY, V2
-from tests.data.conftest import write_video
-from tests.training.conftest import next_batches, read_log, run
+from tests.conftest import ARCHITECTURES, ASSETS, TINY, V2
+from tests.data.conftest import write_noise, write_video
+from tests.training.conftest import keep_gradients, next_batches, read_log, run, split_batch
+from vitok_hf.clips import to_float
+from vitok_hf.data.items import Clip
+from vitok_hf.data.loader import SourceSettings
+from vitok_hf.data.views import CropView, NativeView
 from vitok_hf.training import autoencoder_trainer
 from vitok_hf.training.autoencoder_trainer import AutoencoderTrainer
 
@@ -38,9 +42,8 @@ class TestStep:
             args = make(TINY, gradient_accumulation_steps=parts, max_grad_norm=1e9, lr_warmup_steps=0, **options)
             trainer = AutoencoderTrainer(args)
             (batch,) = next_batches(trainer)
-            trainer.models["vae"].optimizer.step = lambda: None
-            trainer.models["vae"].optimizer.zero_grad = lambda: None
-            logs = trainer.training_step([batch._replace(pixels=part) for part in batch.pixels.chunk(parts)])
+            keep_gradients(trainer)
+            logs = trainer.training_step(split_batch(batch, [8 // parts] * parts))
             assert len(logs) == parts and [("grad_norm" in log) for log in logs] == [False] * (parts - 1) + [True]
             models = [trained.model for trained in trainer.models.values()]
             gradients.append([x.grad for x in models[0].parameters() if x.requires_grad])
@@ -58,20 +61,19 @@ class TestStep:
         trainer.training_step(next_batches(trainer, 2))
         assert trainer.models["vae"].optimizer.param_groups[0]["lr"] == 0.75
 
-    @pytest.mark.parametrize("name", ["linear", "constant_with_warmup"])
-    def test_schedules_of_diffusers(self, arguments, name):
-        trainer = AutoencoderTrainer(arguments(lr_scheduler=name, lr_warmup_steps=3, max_train_steps=9))
+    def test_schedules_of_diffusers(self, arguments):
+        trainer = AutoencoderTrainer(arguments(lr_scheduler="linear", lr_warmup_steps=3, max_train_steps=9))
         optimizer = torch.optim.SGD([torch.zeros(1)], lr=1e-3)
-        schedule = get_scheduler(name, optimizer, num_warmup_steps=3, num_training_steps=9)
+        schedule = get_scheduler("linear", optimizer, num_warmup_steps=3, num_training_steps=9)
         for step in range(9):
             assert trainer.models["vae"].learning_rate(step) == pytest.approx(schedule.get_last_lr()[0])
             optimizer.step()
             schedule.step()
 
     def test_optimizer(self, arguments):
-        options = {"adam_beta1": 0.8, "adam_beta2": 0.7, "adam_epsilon": 1e-5, "adam_weight_decay": 0.3}
+        options = {"adam_beta1": 0.8, "adam_beta2": 0.7, "adam_weight_decay": 0.3}
         group = AutoencoderTrainer(arguments(**options)).models["vae"].optimizer.param_groups[0]
-        assert (group["betas"], group["eps"], group["weight_decay"]) == ((0.8, 0.7), 1e-5, 0.3)
+        assert (group["betas"], group["eps"], group["weight_decay"]) == ((0.8, 0.7), 1e-8, 0.3)
 
     @pytest.mark.parametrize("stage", [1, 2])
     def test_gradient_checkpointing_gives_the_same_gradients(self, arguments, stage2, stage, monkeypatch):
@@ -79,7 +81,7 @@ class TestStep:
         for checkpointing in (False, True):
             trainer = AutoencoderTrainer((arguments, stage2)[stage - 1](gradient_checkpointing=checkpointing))
             assert trainer.vae.is_gradient_checkpointing == checkpointing
-            trainer.models["vae"].optimizer.zero_grad = lambda: None
+            keep_gradients(trainer)
             trainer.training_step(next_batches(trainer))
             gradients.append([x.grad for x in trainer.vae.parameters() if x.requires_grad])
         for one, other in zip(*gradients):
@@ -98,26 +100,9 @@ class TestStep:
         """Both towers, with and without gradients, in training and evaluation, and batches of one."""
         # what is counted are graphs, whatever they are compiled to
         monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend="eager"))
-        args = stage2(
-            compile=True,
-            gradient_accumulation_steps=2,
-            crop_sizes=["16", "32"],
-            train_batch_size=4,
-            use_ema=True,
-            validation_data_dir=[str(ASSETS)],
-            validation_resolution=32,
-            num_validation_images=5,
-            validation_steps=2,
-        )
-        assert run(args).step == 6
-
-    def test_tf32(self, arguments):
-        before = torch.get_float32_matmul_precision()
-        try:
-            AutoencoderTrainer(arguments(allow_tf32=True))
-            assert torch.get_float32_matmul_precision() == "high"
-        finally:
-            torch.set_float32_matmul_precision(before)
+        data = {"crop_sizes": ["16", "32"], "train_batch_size": 4, "gradient_accumulation_steps": 2}
+        held_out = {"validation_data_dir": [str(ASSETS)], "validation_resolution": 32, "num_validation_images": 5}
+        assert run(stage2(compile=True, use_ema=True, validation_steps=2, **data, **held_out)).step == 6
 
     @pytest.mark.parametrize("logging_steps, step", [(1, 1), (50, 3)])
     def test_a_loss_that_is_no_number_ends_the_run(self, arguments, logging_steps, step):
@@ -158,79 +143,41 @@ class TestLosses:
         torch.testing.assert_close(logs["loss"], expected)
         assert trainer.loss.weights["lpips"] == trainer.loss.weights["dino"] == 0.0
 
-    def test_border_weight(self, arguments):
-        trainer = AutoencoderTrainer(arguments(patch_border_weight=3.0))
-        assert (trainer.loss.patch_weights[0, 0] / trainer.loss.patch_weights[1, 1]).item() == pytest.approx(3.0)
-
-    def test_dino(self, arguments, tmp_path):
-        from transformers import Dinov2Config, Dinov2Model
-
-        config = Dinov2Config(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, patch_size=8, image_size=16)
-        Dinov2Model(config).save_pretrained(tmp_path / "dino")
-        args = arguments(dino_weight=500.0, dino_model_name_or_path=str(tmp_path / "dino"), crop_sizes=["16"])
-        trainer = AutoencoderTrainer(args)
-        (logs,) = trainer.training_step(next_batches(trainer))
-        torch.testing.assert_close(logs["loss"], logs["mse"] + 1e-3 * logs["kl"] + 500.0 * logs["dino"])
-
 
 class TestData:
     def test_settings_reach_the_data(self, arguments, monkeypatch):
-        given = {
-            "dataset_name": "name",
-            "dataset_config_name": "config",
-            "dataset_split": "validation",
-            "data_column": "picture",
-            "streaming": True,
-            "train_shards": ["a.tar"],
-            "shuffle_buffer": 7,
-        }
-        signature, bound = inspect.signature(autoencoder_trainer.make_dataset), {}
-
-        def record(*args):
-            bound.update(signature.bind(*args).arguments)
-            raise InterruptedError
-
-        monkeypatch.setattr(autoencoder_trainer, "make_dataset", record)
-        with pytest.raises(InterruptedError):
-            AutoencoderTrainer(arguments(**given, cache_gib=2.0, fps=5.0))
-        assert {name: bound[name] for name in given} == given
-        assert bound["train_data_dir"] == [str(ASSETS)] and bound["cache_bytes"] == 2**31
-        assert bound["settings"].fps == 5.0 and bound["settings"].seed == 0
+        made = Mock(side_effect=InterruptedError)
+        monkeypatch.setattr(autoencoder_trainer, "make_dataset", made)
+        sources = {"dataset_name": "name", "train_data_dir": [], "shuffle_buffer": 7, "cache_gib": 2.0}
+        for view, overrides in (
+            (CropView([(24, 24, 1.0)], 8 * 24**2 * 4, Clip(4, 5.0), False), {"crop_sizes": []}),
+            (NativeView(64, 24**2, (2, 8), Clip(4, 5.0), False), {"crop_sizes": [], "max_tokens": 64}),
+        ):
+            with pytest.raises(InterruptedError):
+                options = {"resolution": 24, "fps": 5.0, "random_flip": False, "seed": 3}
+                AutoencoderTrainer(arguments(ARCHITECTURES["video"], **sources, **options, **overrides))
+            made.assert_called_with(view, SourceSettings(**sources), 3)
 
     def test_dataset_of_the_hub(self, arguments, tmp_path):
-        (tmp_path / "pictures").mkdir()
-        for index in range(3):
-            (tmp_path / "pictures" / f"{index}.png").write_bytes((ASSETS / "coffee.png").read_bytes())
+        write_noise(tmp_path / "pictures", 3)
         for streaming in (False, True):
             options = {"dataset_name": str(tmp_path / "pictures"), "streaming": streaming, "train_data_dir": []}
             args = arguments(**options, max_train_steps=2, output_dir=str(tmp_path / f"run{streaming}"))
             run(args)
             assert sorted(read_log(args.output_dir)) == [1, 2]
 
-    def test_native_aspect_ratio(self, arguments):
-        args = arguments(TINY | V2, max_tokens=200, resolution=32, max_train_steps=2, crop_sizes=[])
-        trainer = AutoencoderTrainer(args)
-        (batch,) = next_batches(trainer)
-        shapes = {tuple(picture.shape) for picture in batch.pixels}
-        assert len(shapes) > 1 and all(height * width <= 32**2 for _, height, width in shapes)
-        trainer.train()
-        assert sorted(read_log(args.output_dir, "mse")) == [1, 2]
-
     def test_native_losses_leave_padding_out(self, arguments):
         trainer = AutoencoderTrainer(arguments(TINY | V2, max_tokens=200, resolution=32, crop_sizes=[]))
         (batch,) = next_batches(trainer)
         (logs,) = trainer.training_step([batch])
-        pixels = [picture / 127.5 - 1.0 for picture in batch.pixels]
+        pixels = [to_float(picture[:, 0]) for run in batch.pixels for picture in run]
         fresh = AutoencoderTrainer(arguments(TINY | V2, max_tokens=200, resolution=32, crop_sizes=[])).vae
         errors = [(x - y).square().sum() for x, y in zip(fresh(pixels).sample, pixels)]
         assert logs["mse"].item() == pytest.approx((sum(errors) / sum(x.numel() for x in pixels)).item(), rel=1e-4)
 
     def test_broken_files_are_counted(self, arguments, tmp_path, caplog):
-        for index in range(20):
-            name = "coffee.png" if index else "broken.png"
-            data = (ASSETS / "coffee.png").read_bytes()
-            (tmp_path / "data").mkdir(exist_ok=True)
-            (tmp_path / "data" / f"{index}-{name}").write_bytes(data if index else data[:5000])
+        write_noise(tmp_path / "data", 20)
+        (tmp_path / "data" / "broken.png").write_bytes((ASSETS / "coffee.png").read_bytes()[:5000])
         with caplog.at_level(logging.WARNING):
             args = arguments(train_data_dir=[str(tmp_path / "data")], max_train_steps=8)
             trainer = run(args)
@@ -241,37 +188,21 @@ class TestData:
     @pytest.mark.parametrize("stage", [1, 2])
     def test_videos(self, arguments, stage2, tmp_path, stage):
         write_video(tmp_path / "videos" / "a.mp4")
-        data = [str(tmp_path / "videos")]
-        config = TINY | {"temporal_patch_size": 2, "sample_frames": 4}
-        args = (arguments, stage2)[stage - 1](
-            config,
-            train_data_dir=data,
-            validation_data_dir=data,
-            validation_resolution=16,
-            max_train_steps=2,
-            validation_steps=2,
-            fps=12.5,
-        )
-        trainer = run(args)
-        assert read_log(args.output_dir, "videos_psnr")[2] > 3.0
+        data = {name: [str(tmp_path / "videos")] for name in ("train_data_dir", "validation_data_dir")}
+        options = {"validation_resolution": 16, "max_train_steps": 2, "validation_steps": 2, "fps": 12.5}
+        trainer = run((arguments, stage2)[stage - 1](ARCHITECTURES["video"], **data, **options))
+        assert read_log(trainer.output_dir, "videos_psnr")[2] > 3.0
         (batch,) = next_batches(trainer)
-        assert batch.pixels.shape[1:3] == (3, 4)
-        assert batch.pixels[:, 0].numel() == 8 * 4 * 16 * 16
-
-    def test_flips(self, arguments):
-        assert AutoencoderTrainer(arguments()).loader.dataset.settings.flip
-        assert not AutoencoderTrainer(arguments(random_flip=False)).loader.dataset.settings.flip
+        assert batch.pixels[0].shape[1:3] == (3, 4) and trainer.count_pixels(batch) == 8 * 4 * 16 * 16
 
     def test_resolution(self, arguments):
-        trainer = AutoencoderTrainer(arguments(resolution=None, crop_sizes=[], train_batch_size=3))
-        assert next_batches(trainer)[0].pixels.shape == (3, 3, 32, 32)
-        trainer = AutoencoderTrainer(arguments(resolution=24, crop_sizes=[], train_batch_size=3, cache_gib=0.5))
-        assert next_batches(trainer)[0].pixels.shape == (3, 3, 24, 24)
-        assert trainer.loader.dataset.cache_bytes == 2**29
+        for resolution, side in ((None, 32), (24, 24)):
+            trainer = AutoencoderTrainer(arguments(resolution=resolution, crop_sizes=[], train_batch_size=3))
+            assert next_batches(trainer)[0].pixels[0].shape == (3, 3, 1, side, side)
 
     def test_seed(self, arguments):
         first, second, other = (AutoencoderTrainer(arguments(seed=seed)) for seed in (0, 0, 1))
-        batches = [next_batches(trainer)[0].pixels for trainer in (first, second, other)]
+        batches = [next_batches(trainer)[0].pixels[0] for trainer in (first, second, other)]
         weights = [trainer.vae.decoder.proj_out.weight for trainer in (first, second, other)]
         assert torch.equal(batches[0], batches[1]) and torch.equal(weights[0], weights[1])
         assert not torch.equal(weights[0], weights[2]) and not torch.equal(batches[0], batches[2])

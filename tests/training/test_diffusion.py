@@ -5,7 +5,6 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
 from vitok_hf.training.diffusion import (
-    PREDICTION_TYPES,
     add_noise,
     bucket_timesteps,
     diffusion_losses,
@@ -16,6 +15,7 @@ from vitok_hf.training.diffusion import (
 )
 
 
+PREDICTION_TYPES = ("epsilon", "v_prediction", "flow_prediction")
 SHAPES = [(3, 2, 4, 6), (3, 2, 2, 4, 6)]
 
 
@@ -42,10 +42,6 @@ class TestSchedulers:
             torch.testing.assert_close(scheduler.alphas_cumprod, DDPMScheduler().alphas_cumprod)
             assert scheduler.alphas_cumprod[700].item() == pytest.approx(alpha_bar(700), rel=1e-4)
         assert isinstance(make_scheduler("flow_prediction"), FlowMatchEulerDiscreteScheduler)
-
-    def test_unknown(self):
-        with pytest.raises(ValueError, match='one of epsilon, v_prediction, flow_prediction, but is "sample"'):
-            make_scheduler("sample")
 
 
 class TestTargets:
@@ -134,10 +130,9 @@ class TestTimesteps:
         uniform = sample_timesteps(scheduler, 20_000, generator=seeded()) / 1000
         assert uniform.mean().item() == pytest.approx(0.5, abs=0.01)
         assert uniform.var().item() == pytest.approx(1 / 12, rel=0.05)
-        drawn = sample_timesteps(scheduler, 20_000, "logit_normal", 0.7, 0.5, seeded()) / 1000
-        logits = torch.logit(drawn)
-        assert logits.mean().item() == pytest.approx(0.7, abs=0.02)
-        assert logits.std().item() == pytest.approx(0.5, abs=0.02)
+        logits = torch.logit(sample_timesteps(scheduler, 20_000, "logit_normal", seeded()) / 1000)
+        assert logits.mean().item() == pytest.approx(0.0, abs=0.03)
+        assert logits.std().item() == pytest.approx(1.0, abs=0.02)
 
     @pytest.mark.parametrize("kind", PREDICTION_TYPES)
     def test_determinism(self, kind):
@@ -161,8 +156,3 @@ class TestDropout:
         assert (dropped == 7).float().mean().item() == pytest.approx(0.1, abs=0.01)
         assert torch.equal(dropped[dropped != 7], labels[dropped != 7])
         assert torch.equal(dropped, drop_labels(labels, 7, 0.1, seeded()))
-
-    def test_bounds(self):
-        labels = torch.arange(5)
-        assert torch.equal(drop_labels(labels, 5, 0.0), labels)
-        assert drop_labels(labels, 5, 1.0).tolist() == [5] * 5

@@ -7,17 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline
 from PIL import Image
 
 from tests.conftest import ASSETS, TINY
 from tests.data.conftest import write_video
-from tests.training.conftest import read_log
-from tests.training.dit import CLASSES, make_dit_arguments, next_batches, run
+from tests.training.conftest import keep_gradients, next_batches, read_log, split_batch
+from tests.training.dit import CLASSES, make_dit_arguments, run, write_cache
 from vitok_hf import AutoencoderViTok, ViTokDiTPipeline, denormalize_latents
 from vitok_hf.clips import to_float
 from vitok_hf.data.classes import LabelledFiles
-from vitok_hf.data.latent_cache import write_latents
 from vitok_hf.data.media import load_image, resize_and_crop
 from vitok_hf.training import dit_trainer
 from vitok_hf.training.dit_trainer import DiTTrainer
@@ -40,18 +38,11 @@ class TestRun:
         losses = read_log(args.output_dir)
         expected = 2.0 if kind == "flow_prediction" else 1.0  # the variance of normalised latents is 1, as the noise's
         assert sorted(losses) == [1, 2, 3, 4] and losses[1] == pytest.approx(expected, rel=0.3)
-        folder = Path(args.output_dir)
-        averages = dict(
-            zip((name for name, _ in trainer.transformer.named_parameters()), trainer.average.shadow_params)
-        )
-        for path, weights in (
-            (folder / "checkpoint-4" / "pipeline", dict(trainer.transformer.named_parameters())),
-            (folder / "checkpoint-4" / "pipeline_ema", averages),
-            (folder / "pipeline", averages),
-        ):
-            pipe = ViTokDiTPipeline.from_pretrained(path)
-            for name, weight in pipe.transformer.named_parameters():
-                assert torch.equal(weight, weights[name])
+        own, averages = list(trainer.transformer.parameters()), trainer.average.shadow_params
+        names = {"checkpoint-4/pipeline": own, "checkpoint-4/pipeline_ema": averages, "pipeline": averages}
+        for name, weights in names.items():
+            pipe = ViTokDiTPipeline.from_pretrained(trainer.output_dir / name)
+            assert all(map(torch.equal, pipe.transformer.parameters(), weights))
             assert pipe.config.id2label == dict(enumerate(CLASSES))
             assert pipe.scheduler.config.get("prediction_type", "flow_prediction") == kind
             assert not pipe.scheduler.config.get("clip_sample")
@@ -91,9 +82,8 @@ class TestRun:
         trainer = run(args)
         assert not (Path(args.output_dir) / "checkpoint-2" / "pipeline_ema").exists()
         assert (Path(args.output_dir) / "samples" / "samples_0000002.png").exists()
-        final = ViTokDiTPipeline.from_pretrained(Path(args.output_dir) / "pipeline").transformer
-        for ours, theirs in zip(final.parameters(), trainer.transformer.parameters()):
-            assert torch.equal(ours, theirs)
+        final = ViTokDiTPipeline.from_pretrained(trainer.output_dir / "pipeline").transformer
+        assert all(map(torch.equal, final.parameters(), trainer.transformer.parameters()))
 
     def test_videos(self, arguments, tmp_path):
         for split in ("clips", "held_out_clips"):
@@ -120,10 +110,7 @@ class TestResume:
     @pytest.mark.parametrize("cached", [False, True])
     def test_continues_with_the_same_losses(self, arguments, tmp_path, cached):
         if cached:
-            args = arguments()
-            files = LabelledFiles(args.train_data_dir)
-            write_latents(AutoencoderViTok.from_pretrained(args.vae_name_or_path), "x", files, tmp_path / "cache", 16)
-            arguments = partial(arguments, latents_dir=str(tmp_path / "cache"))
+            arguments = partial(arguments, latents_dir=write_cache(arguments()))
         whole = run(arguments(output_dir=str(tmp_path / "whole")))
         parts = DiTTrainer(arguments(output_dir=str(tmp_path / "parts")))
         for batch in next_batches(parts, 2):
@@ -143,22 +130,16 @@ class TestResume:
     def test_says_what_has_changed(self, arguments, tmp_path, cached, caplog):
         """Of the pictures, or of the cache and the autoencoder that it is of."""
         args = arguments()
-        files = LabelledFiles(args.train_data_dir)
-
-        def write(vae):
-            shutil.rmtree(tmp_path / "cache", ignore_errors=True)
-            write_latents(vae, "x", files, tmp_path / "cache", 16)
-
         vae = AutoencoderViTok.from_pretrained(args.vae_name_or_path)
         if cached:
-            write(vae)
-            arguments = partial(arguments, latents_dir=str(tmp_path / "cache"))
+            arguments = partial(arguments, latents_dir=write_cache(args))
         run(arguments(max_train_steps=2))
         with torch.no_grad():
             vae.encoder.proj_out.weight.mul_(2.0)
         vae.save_pretrained(tmp_path / "vae")
         if cached:
-            write(vae)
+            shutil.rmtree(tmp_path / "cache")
+            write_cache(args)
         else:
             (tmp_path / "data" / "cat" / "001.png").unlink()
         with caplog.at_level(logging.WARNING):
@@ -168,15 +149,9 @@ class TestResume:
         message = f'checkpoint-2", but its run was last started with {changed}'
         assert re.search(message, caplog.text)
 
-    def test_latest_of_nothing_starts_anew(self, arguments):
-        trainer = run(arguments(resume_from_checkpoint="latest", max_train_steps=2))
-        assert len(trainer.vae.config.latents_mean) == 4
-        assert DiTTrainer(arguments(resume_from_checkpoint="latest")).step == 2
-        with pytest.raises(ValueError, match="`use_ema` is False, but checkpoint-2 was written with True"):
-            DiTTrainer(arguments(resume_from_checkpoint="latest", use_ema=False))
-
     def test_statistics_are_those_of_the_checkpoint(self, arguments):
         first = run(arguments(max_train_steps=2))
+        assert len(first.vae.config.latents_mean) == 4
         resumed = DiTTrainer(arguments(resume_from_checkpoint="latest", num_statistics_images=1))
         assert resumed.vae.config.latents_mean == first.vae.config.latents_mean
 
@@ -185,14 +160,13 @@ class TestLatents:
     def test_normalised(self, arguments):
         trainer = DiTTrainer(arguments(num_statistics_images=64, train_batch_size=64))
         latents = trainer.latents_of(*next_batches(trainer))
-        assert latents.shape == (64, 4, 2, 2)
-        posterior = trainer.vae.encode(to_float(trainer.loader.dataset[0].pixels)).latent_dist
+        assert latents.shape == (64, 4, 1, 2, 2)
+        posterior = trainer.vae.encode(to_float(trainer.loader.dataset[0].pixels[0])).latent_dist
         config = trainer.vae.config
-        means = torch.tensor(config.latents_mean).view(1, 4, 1, 1)
-        stds = torch.tensor(config.latents_std).view(1, 4, 1, 1)
+        means, stds = (torch.tensor(x).view(1, 4, 1, 1, 1) for x in (config.latents_mean, config.latents_std))
         modes = (posterior.mode() - means) / stds
-        torch.testing.assert_close(modes.mean(dim=(0, 2, 3)), torch.zeros(4), rtol=0, atol=1e-3)
-        variance = modes.var(dim=(0, 2, 3)) + (posterior.std / stds).square().mean(dim=(0, 2, 3))
+        torch.testing.assert_close(modes.mean(dim=(0, 2, 3, 4)), torch.zeros(4), rtol=0, atol=1e-3)
+        variance = modes.var(dim=(0, 2, 3, 4)) + (posterior.std / stds).square().mean(dim=(0, 2, 3, 4))
         torch.testing.assert_close(variance, torch.ones(4), rtol=0, atol=1e-2)
         errors = (latents - modes) * stds / posterior.std
         assert errors.std().item() == pytest.approx(1.0, rel=0.1)
@@ -214,9 +188,8 @@ class TestLatents:
         """Losses of whole runs, with the same statistics."""
         own = {"latents_mean": [0.1] * 4, "latents_std": [0.5] * 4}
         fresh = run(arguments(TINY | own, output_dir=str(tmp_path / "fresh"), no_flip_classes=["flag"]))
-        files = LabelledFiles(fresh.args.train_data_dir)
-        write_latents(fresh.vae, "vae", files, tmp_path / "cache", 16, dtype=torch.float32)
-        overrides = {"latents_dir": str(tmp_path / "cache"), "resolution": None, "no_flip_classes": ["flag"]}
+        latents_dir = write_cache(fresh.args, dtype=torch.float32)
+        overrides = {"latents_dir": latents_dir, "resolution": None, "no_flip_classes": ["flag"]}
         cached = run(arguments(output_dir=str(tmp_path / "cached"), **overrides))
         for key in ("loss", "held_out_loss"):
             expected = read_log(tmp_path / "fresh", key)
@@ -225,28 +198,21 @@ class TestLatents:
 
     def test_cache_has_statistics(self, arguments, tmp_path):
         fresh = DiTTrainer(arguments(num_statistics_images=512, random_flip=False))
-        write_latents(fresh.vae, "vae", LabelledFiles(fresh.args.train_data_dir), tmp_path / "cache", 16)
-        cached = DiTTrainer(arguments(latents_dir=str(tmp_path / "cache")))
+        cached = DiTTrainer(arguments(latents_dir=write_cache(fresh.args)))
         assert cached.vae.config.latents_std == pytest.approx(fresh.vae.config.latents_std, rel=0.1)
 
     def test_rate_of_cached_clips(self, arguments, tmp_path, monkeypatch):
-        trainer = DiTTrainer(arguments(no_flip_classes=["flag"]))
-        files = LabelledFiles(trainer.args.train_data_dir)
-        write_latents(trainer.vae, "vae", files, tmp_path / "cache", 16, fps=5.0)
-        monkeypatch.setattr(DiTTrainer, "start", lambda self: None)
-        trainer = DiTTrainer(arguments(latents_dir=str(tmp_path / "cache"), fps=8.0))
+        monkeypatch.setattr(DiTTrainer, "start", lambda self, dataset: None)
+        trainer = DiTTrainer(arguments(latents_dir=write_cache(arguments(), fps=5.0), fps=8.0))
         assert trainer.fps == 8.0  # of pictures it means nothing
         trainer.vae.register_to_config(sample_frames=4)
         with pytest.raises(ValueError, match="`fps` is 8.0, but the cached latents have 5.0"):
-            trainer._choose_fps()
+            trainer._choose("fps")
         trainer.args.fps = None
-        assert trainer._choose_fps() == 5.0
+        assert trainer._choose("fps") == 5.0
 
     def test_caches_that_do_not_fit(self, arguments, tmp_path):
-        args = arguments()
-        vae = AutoencoderViTok.from_pretrained(args.vae_name_or_path)
-        write_latents(vae, "vae", LabelledFiles(args.train_data_dir), tmp_path / "cache", 16)
-        arguments = partial(arguments, latents_dir=str(tmp_path / "cache"))
+        arguments = partial(arguments, latents_dir=write_cache(arguments()))
         with pytest.raises(ValueError, match="`resolution` is 32, but the cached latents have 16"):
             DiTTrainer(arguments(resolution=32))
         (tmp_path / "classes.txt").write_text("dog\ncat\nflag\n")
@@ -267,8 +233,7 @@ class TestStep:
         with torch.no_grad():
             for parameter in trainer.transformer.parameters():
                 parameter.normal_(std=0.1)
-        trainer.models["transformer"].optimizer.step = lambda: None
-        trainer.models["transformer"].optimizer.zero_grad = lambda: None
+        keep_gradients(trainer)
         (batch,) = next_batches(trainer)
         trainer.training_step([batch])
         ((labels, *rest),) = seen
@@ -280,27 +245,23 @@ class TestStep:
         loss, draw = dit_trainer.diffusion_losses, dit_trainer.sample_timesteps
         monkeypatch.setattr(dit_trainer, "diffusion_losses", lambda *x: calls.update(loss=x[-1]) or loss(*x))
         monkeypatch.setattr(dit_trainer, "sample_timesteps", lambda *x, **y: calls.update(draw=x[2:]) or draw(*x, **y))
-        trainer = DiTTrainer(arguments(snr_gamma=5.0, weighting_scheme="none", logit_mean=0.5, logit_std=2.0))
+        trainer = DiTTrainer(arguments(snr_gamma=5.0, weighting_scheme="none"))
         trainer.training_step(next_batches(trainer))
-        assert calls == {"loss": 5.0, "draw": ("none", 0.5, 2.0)}
+        assert calls == {"loss": 5.0, "draw": ("none",)}
 
     @pytest.mark.parametrize("kind", ["epsilon", "flow_prediction"])
     @pytest.mark.parametrize("cached", [False, True])
     def test_accumulation_equals_a_larger_batch(self, arguments, tmp_path, kind, cached):
         """With samples of the posteriors, noise, timesteps and dropped classes, over three steps."""
         if cached:
-            args = arguments()
-            files = LabelledFiles(args.train_data_dir)
-            write_latents(AutoencoderViTok.from_pretrained(args.vae_name_or_path), "x", files, tmp_path / "cache", 16)
-            arguments = partial(arguments, latents_dir=str(tmp_path / "cache"))
+            arguments = partial(arguments, latents_dir=write_cache(arguments()))
         results = []
         for parts in ([8], [4, 4], [5, 2, 1]):
             options = {"prediction_type": kind, "class_dropout": 0.5, "max_grad_norm": 1e9}
             trainer = DiTTrainer(arguments(gradient_accumulation_steps=len(parts), **options))
             losses = []
             for batch in next_batches(trainer, 3):
-                pieces = zip(batch.pixels.split(parts), batch.labels.split(parts))
-                logs = trainer.training_step([batch._replace(pixels=x, labels=y) for x, y in pieces])
+                logs = trainer.training_step(split_batch(batch, parts))
                 assert [("grad_norm" in log) for log in logs] == [False] * (len(parts) - 1) + [True]
                 losses += [sum(log["loss"] for log in logs) / len(parts), logs[-1]["grad_norm"]]
                 trainer.step += 1
@@ -313,14 +274,7 @@ class TestStep:
         trainer = run(arguments(max_train_steps=1))
         assert not any(parameter.requires_grad for parameter in trainer.vae.parameters())
         pretrained = AutoencoderViTok.from_pretrained(trainer.args.vae_name_or_path)
-        for ours, theirs in zip(trainer.vae.parameters(), pretrained.parameters()):
-            assert torch.equal(ours, theirs)
-
-    def test_gradient_checkpointing_and_precision(self, arguments):
-        trainer = DiTTrainer(arguments(gradient_checkpointing=True, mixed_precision="bf16"))
-        assert trainer.transformer.gradient_checkpointing
-        (logs,) = trainer.training_step(next_batches(trainer))
-        assert logs["loss"].dtype == torch.float32 and logs["grad_norm"] > 0
+        assert all(map(torch.equal, trainer.vae.parameters(), pretrained.parameters()))
 
 
 class TestPublishing:
@@ -338,25 +292,6 @@ class TestPublishing:
         scope = {}
         exec(code.replace("num_inference_steps=50", "num_inference_steps=1").replace(".show()", ""), scope)
         assert isinstance(scope["pipe"], ViTokDiTPipeline) and scope["output"].images[0].size == (16, 16)
-
-    def test_push_to_hub(self, arguments, hub):
-        run(arguments(push_to_hub=True, hub_model_id="someone/mine", hub_token="hf_x", max_train_steps=1))
-        _, files = hub.snapshot("someone/mine")
-        assert {"README.md", "model_index.json", "transformer/config.json", "vae/config.json"} <= set(files)
-
-
-def test_example(arguments, tmp_path, monkeypatch):
-    import runpy
-    import sys
-
-    settings = vars(arguments(max_train_steps=1))
-    command = []
-    for name, value in settings.items():
-        if value not in (None, []):
-            command += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
-    monkeypatch.setattr(sys, "argv", ["train_dit.py", *command])
-    runpy.run_path(str(ASSETS.parent / "train_dit.py"), run_name="__main__")
-    assert isinstance(DiffusionPipeline.from_pretrained(tmp_path / "run" / "pipeline"), ViTokDiTPipeline)
 
 
 @pytest.mark.slow

@@ -1,18 +1,16 @@
 import json
 from functools import partial
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 
 from tests.conftest import ASSETS, GOLDEN
 from tests.data.conftest import write_noise
-from tests.training.conftest import read_log
-from tests.training.dit import MODEL, make_dit_arguments, run
+from tests.training.dit import MODEL, make_dit_arguments, run, write_cache
 from vitok_hf import AutoencoderViTok, ViTokDiTModel, ViTokDiTPipeline
 from vitok_hf.commands import train_dit
-from vitok_hf.data.classes import LabelledFiles
-from vitok_hf.data.latent_cache import write_latents
 from vitok_hf.loading import resolve_bundled
 from vitok_hf.training import dit_trainer
 from vitok_hf.training.arguments import DiTArguments
@@ -29,13 +27,11 @@ class TestFlags:
     def test_data(self, arguments, tmp_path, cached):
         args = arguments(random_flip=False, class_balanced=True, seed=3, dataloader_num_workers=2)
         if cached:
-            files = LabelledFiles(args.train_data_dir)
-            write_latents(AutoencoderViTok.from_pretrained(args.vae_name_or_path), "x", files, tmp_path / "cache", 16)
-            args.train_data_dir, args.latents_dir = [], str(tmp_path / "cache")
+            args.train_data_dir, args.latents_dir = [], write_cache(args)
         trainer = DiTTrainer(args)
         dataset = trainer.loader.dataset
         assert not dataset.sampler.flips.any() and [len(x) for x in dataset.sampler.members] == [5, 6, 7]
-        assert dataset.seed == 3 and dataset.batch_size == 8 and trainer.loader.num_workers == 2
+        assert dataset.seed == 3 and dataset.view.batch_size == 8 and trainer.loader.num_workers == 2
         args.random_flip, args.class_balanced, args.no_flip_classes = True, False, ["dog"]
         sampler = DiTTrainer(args).loader.dataset.sampler
         assert sampler.flips.tolist() == [True, False, True] and sampler.members is None
@@ -43,7 +39,7 @@ class TestFlags:
     def test_classes_in_order(self, arguments, tmp_path):
         (tmp_path / "classes.txt").write_text("dog\nbird\ncat\nflag\n")
         trainer = DiTTrainer(arguments(class_file=str(tmp_path / "classes.txt")))
-        assert trainer.transformer.config.num_classes == 4 and trainer.loader.dataset.files.labels[0] == 2
+        assert trainer.transformer.config.num_classes == 4 and trainer.loader.dataset.items.labels[0] == 2
 
     def test_samples(self, arguments, monkeypatch):
         calls, call = [], ViTokDiTPipeline.__call__
@@ -62,13 +58,7 @@ class TestFlags:
 
     def test_held_out_pictures(self, arguments):
         latents, labels = DiTTrainer(arguments(num_validation_images=3)).held_out["held_out"]
-        assert latents.shape == (3, 4, 2, 2) and labels.tolist() == [0, 1, 2]
-
-    def test_broken_files_are_counted(self, arguments, tmp_path):
-        args = arguments()
-        (tmp_path / "data" / "cat" / "000.png").write_bytes(b"x")
-        trainer = run(args)
-        assert trainer.num_skipped > 0 and read_log(args.output_dir, "skipped")[4] == trainer.num_skipped
+        assert latents.shape == (3, 4, 1, 2, 2) and labels.tolist() == [0, 1, 2]
 
     def test_author_layout(self, arguments, tmp_path):
         folder = tmp_path / "author"
@@ -81,14 +71,11 @@ class TestFlags:
         assert saved.config.latent_norm and saved.config.latents_std == trainer.vae.config.latents_std
 
     def test_compile(self, arguments, monkeypatch):
-        calls = []
-        monkeypatch.setattr(
-            dit_trainer.ViTokDiTModel, "compile_repeated_blocks", lambda _, **options: calls.append(options)
-        )
-        DiTTrainer(arguments())
-        assert not calls
-        DiTTrainer(arguments(compile=True))
-        assert calls == [{"fullgraph": True, "dynamic": True}]
+        compiled = Mock()
+        monkeypatch.setattr(ViTokDiTModel, "compile_repeated_blocks", compiled)
+        assert not DiTTrainer(arguments()).transformer.gradient_checkpointing and not compiled.called
+        assert DiTTrainer(arguments(compile=True, gradient_checkpointing=True)).transformer.gradient_checkpointing
+        compiled.assert_called_once_with(fullgraph=True, dynamic=True)
 
 
 class TestModel:
@@ -117,9 +104,6 @@ class TestArguments:
             ({"prediction_type": "sample"}, '`prediction_type` must be one of epsilon, v_prediction, .* is "sample"'),
             ({"weighting_scheme": "mode"}, '`weighting_scheme` must be one of logit_normal, none, but is "mode"'),
             ({"prediction_type": "flow_prediction", "snr_gamma": 5.0}, "flow matching has none"),
-            ({"snr_gamma": 0.0}, "`snr_gamma` must be a finite number, more than 0, or None, but is 0.0"),
-            ({"class_dropout": 1.5}, "`class_dropout` must be a finite number, at least 0, at most 1, but is 1.5"),
-            ({"num_timestep_buckets": 0}, "`num_timestep_buckets` must be a whole number, at least 1, but is 0"),
             ({"resolution": 20}, "`resolution` 20 must be a multiple of the autoencoder's patch_size 8"),
             ({"no_flip_classes": ["x"]}, "`no_flip_classes` has"),
             ({"variant": "M"}, 'Unknown variant "M"'),
@@ -149,6 +133,3 @@ class TestArguments:
         config = json.loads((ASSETS.parent / "configs" / Path(args.model_config).name).read_text())
         bundled = ViTokDiTModel.load_config(resolve_bundled("vitok-dit-emoji"), subfolder="transformer")
         assert config.items() <= bundled.items()
-
-    def test_settings_are_json(self, arguments):
-        json.dumps(vars(arguments()))

@@ -40,40 +40,25 @@ def test_half_a_minute_of_stage_1(arguments, held_out):
 
 
 @pytest.mark.slow
-class TestTwoMinutes:
-    @pytest.mark.parametrize("use_ema", [False, True])
-    def test_stage_1(self, arguments, held_out, use_ema):
-        options = {"max_minutes": 2.0, "max_train_steps": 1500, "learning_rate": 2e-3, "use_ema": use_ema}
-        trainer = AutoencoderTrainer(arguments(CONFIG, **held_out, **options))
-        before, _ = trainer.evaluate()
-        trainer.train()
-        after, _ = trainer.evaluate()
-        losses = list(read_log(trainer.args.output_dir).values())
-        assert losses[-1] < 0.1 * losses[0]
-        for label in ("", "_ema") if use_ema else ("",):
-            assert after[f"held_out{label}_psnr"] > before[f"held_out{label}_psnr"] + 6.0
-
-    @pytest.mark.parametrize("use_ema", [False, True])
-    def test_stage_2(self, arguments, stage2, held_out, tmp_path, use_ema):
-        """After a short stage 1, the reconstruction error falls on, and so does the discriminator's loss."""
-        run(arguments(CONFIG, **held_out, max_train_steps=300, learning_rate=2e-3))
-        second = stage2(
-            **held_out,
-            pretrained_model_name_or_path=str(tmp_path / "run" / "vae"),
-            output_dir=str(tmp_path / "second"),
-            max_minutes=2.0,
-            max_train_steps=900,
-            learning_rate=1e-3,
-            gan_weight=2e-3,
-            gan_start_step=100,
-            discriminator_channels=16,
-            use_ema=use_ema,
-        )
-        trainer = AutoencoderTrainer(second)
-        trainer.train()
-        after, _ = trainer.evaluate()
-        for name in ("mse", "discriminator_loss"):
-            losses = list(read_log(second.output_dir, name).values())
-            assert losses[-1] < 0.95 * losses[0]
-        if use_ema:
-            assert after["held_out_ema_psnr"] > after["held_out_psnr"] - 0.1
+def test_two_minutes_of_stage_2(arguments, stage2, held_out, tmp_path):
+    """After a short stage 1, the reconstruction error falls on, and so does the discriminator's loss."""
+    run(arguments(CONFIG, **held_out, max_train_steps=300, learning_rate=2e-3))
+    second = stage2(
+        **held_out,
+        pretrained_model_name_or_path=str(tmp_path / "run" / "vae"),
+        output_dir=str(tmp_path / "second"),
+        max_minutes=2.0,
+        max_train_steps=900,
+        learning_rate=1e-3,
+        gan_weight=2e-3,
+        gan_start_step=100,
+        discriminator_channels=16,
+        use_ema=True,
+    )
+    trainer = AutoencoderTrainer(second)
+    trainer.train()
+    after, _ = trainer.evaluate()
+    for name in ("mse", "discriminator_loss"):
+        losses = list(read_log(second.output_dir, name).values())
+        assert losses[-1] < 0.95 * losses[0]
+    assert after["held_out_ema_psnr"] > after["held_out_psnr"] - 0.1

@@ -11,16 +11,10 @@ from vitok_hf.training.publishing import last_folder
 
 class TestEvaluation:
     def test_held_out_pictures(self, arguments):
-        args = arguments(
-            validation_data_dir=[str(ASSETS)],
-            validation_resolution=32,
-            num_validation_images=3,
-            validation_steps=3,
-            use_ema=True,
-            ema_decay=0.5,
-        )
+        held_out = {"validation_data_dir": [str(ASSETS)], "validation_resolution": 32, "num_validation_images": 3}
+        args = arguments(**held_out, validation_steps=3, use_ema=True, ema_decay=0.5)
         trainer = run(args)
-        assert trainer.validation_images["assets"].shape == (3, 3, 32, 32)
+        assert trainer.held_out["assets"].shape[-2:] == (32, 32) and len(trainer.held_out["assets"]) == 3
         for key in ("assets_psnr", "assets_ssim", "assets_ema_psnr"):
             assert sorted(read_log(args.output_dir, key)) == [3, 6]
         assert read_log(args.output_dir, "assets_psnr") != read_log(args.output_dir, "assets_ema_psnr")
@@ -76,7 +70,6 @@ class TestTrackers:
 
         args = stage2(
             report_to="tensorboard",
-            logging_dir="tracked",
             tracker_project_name="mine",
             adaptive_gan_weight=10.0,
             validation_data_dir=[str(ASSETS)],
@@ -85,7 +78,7 @@ class TestTrackers:
             hub_token="hf_secret",
         )
         run(args)
-        folder = Path(args.output_dir) / "tracked" / "mine"
+        folder = Path(args.output_dir) / "logs" / "mine"
         events = EventAccumulator(str(folder)).Reload()
         expected = ("loss", "logits_real", "logits_fake", "gan_weight", "grad_norm", "discriminator_grad_norm")
         for name in (*expected, "items_per_second", "assets_psnr", "learning_rate", "discriminator_learning_rate"):

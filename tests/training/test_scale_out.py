@@ -18,6 +18,7 @@ from tests.conftest import ASSETS, TINY, launcher, run_launched
 from tests.data.conftest import write_noise
 from tests.training.conftest import make_stage2, next_batches, read_log
 from vitok_hf import AutoencoderViTok
+from vitok_hf.clips import to_runs
 from vitok_hf.data.batches import Batch
 from vitok_hf.training.autoencoder_trainer import AutoencoderTrainer
 
@@ -44,8 +45,8 @@ class Pairs:
     def __iter__(self):
         batches = iter(self.loader)
         for batch in batches:
-            pair = batch.pixels, next(batches).pixels
-            yield Batch(torch.cat(pair) if isinstance(pair[0], torch.Tensor) else sum(pair, []), batch.skipped)
+            items = [item for part in (batch, next(batches)) for run in part.pixels for item in run]
+            yield Batch(to_runs(items)[0])
 
 
 def make_settings(folder: Path, name: str, **overrides):
@@ -148,7 +149,7 @@ def test_processes_with_other_numbers_of_pictures(settings, tmp_path):
     assert process.returncode == 0, process.stderr[-3000:]
     alone = AutoencoderTrainer(settings("whole", **overrides))
     alone.loader = Pairs(alone.loader)
-    counts = [len(batch.pixels) for batch in next_batches(AutoencoderTrainer(alone.args), 4)]
+    counts = [batch.num_items for batch in next_batches(AutoencoderTrainer(alone.args), 4)]
     assert counts[0] != counts[1]
     alone.train()
     assert metrics(tmp_path / "parts") == pytest.approx(metrics(tmp_path / "whole"), rel=2e-4)

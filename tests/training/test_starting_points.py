@@ -1,5 +1,4 @@
 import contextlib
-import json
 from pathlib import Path
 
 import pytest
@@ -36,15 +35,12 @@ class TestStartingPoints:
         args = arguments(pretrained_model_name_or_path=str(folder), variant="w64_d2_h4-w96_d3_h4/1x8x16")
         assert autoencoder_trainer.load_model(args).config.latent_norm
 
-    def test_decoder_only(self, arguments, stage2):
-        before = AutoencoderTrainer(stage2(stage=1, freeze_encoder=True)).vae.state_dict()
-        before = {name: value.clone() for name, value in before.items()}
-        trainer = run(stage2(stage=1, freeze_encoder=True, use_ema=True))
+    def test_decoder_only(self, stage2):
+        trainer = run(stage2(stage=1, freeze_encoder=True))
+        before = autoencoder_trainer.load_model(trainer.args).state_dict()
         for name, value in trainer.vae.state_dict().items():
             assert torch.equal(value, before[name]) == name.startswith("encoder.")
-        assert not trainer.vae.encoder.training and trainer.vae.decoder.training
-        assert len(trainer.average.shadow_params) == len(list(trainer.vae.decoder.parameters()))
-        assert "kl" not in read_log(trainer.args.output_dir, "loss")
+        assert not read_log(trainer.args.output_dir, "kl")
 
     @pytest.mark.parametrize("stage", [1, 2])
     def test_lora(self, stage2, tmp_path, stage):
@@ -86,20 +82,13 @@ class TestArguments:
     @pytest.mark.parametrize(
         "overrides, message",
         [
-            ({"stage": 3}, "`stage` must be a whole number, at least 1, at most 2, but is 3"),
             ({"stage": 2}, "`freeze_encoder` True needs `pretrained_model_name_or_path`"),
             ({"lora_rank": 4}, "`lora_rank` 4 needs `pretrained_model_name_or_path`"),
             ({"model_config": None}, "Name the model by `variant`"),
             ({"variant": "S-B/16", "model_config": "x"}, 'but variant is "S-B/16", model_config "x"'),
             ({"train_data_dir": []}, "Set exactly one of train_data_dir, dataset_name, train_shards"),
             ({"train_shards": ["x.tar"]}, "Set exactly one of train_data_dir, dataset_name, train_shards"),
-            ({"max_train_steps": 0}, "`max_train_steps` must be a whole number, at least 1, but is 0"),
-            (
-                {"checkpoints_total_limit": 0},
-                "`checkpoints_total_limit` must be a whole number, at least 1, or None, but is 0",
-            ),
             ({"gan_loss": "wgan"}, '`gan_loss` must be one of hinge, non_saturating, but is "wgan"'),
-            ({"ema_decay": 1.0}, "`ema_decay` must be a finite number, at least 0, less than 1, but is 1.0"),
             ({"report_to": "paper"}, '`report_to` is "paper", but of the trackers'),
             ({"lr_scheduler": "sine"}, "`lr_scheduler` must be one of linear, cosine"),
             ({"pretrained_model_name_or_path": "x", "latent_channels": 4}, "cannot be changed in a pretrained model"),
@@ -108,6 +97,3 @@ class TestArguments:
     def test_errors(self, arguments, overrides, message):
         with pytest.raises(ValueError, match=message):
             AutoencoderTrainer(arguments(**overrides))
-
-    def test_settings_are_json(self, arguments):
-        json.dumps(vars(arguments()))

@@ -1,7 +1,6 @@
-"""How well autoencoders reconstruct: any that diffusers can load, on pictures or videos, next to PCA, JPEG and WebP.
+"""How well autoencoders reconstruct: any that diffusers can load, on pictures or videos.
 
-    vitok evaluate --models vitok-tiny-f8x8 stabilityai/sd-vae-ft-mse \
-        --data_dir data/test/film --resolution 256 --baselines pca jpeg webp --pca_data_dir data/train/film
+    vitok evaluate --models vitok-tiny-f8x8 stabilityai/sd-vae-ft-mse --data_dir data/test/film --resolution 256
 
 Prints a table and writes it to `output_dir`/<data>/ as table.md, table.csv and results.json, which holds the protocol
 (crop, filter, rounding, feature networks and the checksums of their weights); saves of each row some pictures and the
@@ -9,30 +8,35 @@ worst ten beside their reconstructions and error maps, clips as mp4. Metrics: PS
 95 % confidence intervals, rFID, rIS, rFDD (DINOv2) and, of clips, rFVD. The weights of the feature networks are
 downloaded, or read from the paths given; a metric whose weights cannot be had is left out, and the table says why.
 Costs, of pictures of several sizes means: GMACs, E (numbers in the code), compression (values a number), bytes (of
-latents at 16 bits, or as --latent_bits says; of JPEG and WebP whole files), seconds a picture with the given batch
-size, and by how much memory rises at most.
+latents at 16 bits), seconds a picture with the given batch size, and by how much memory rises at most.
 `accelerate launch -m vitok_hf.commands evaluate ...` shares the pictures among processes.
 """
 
 import argparse
-from dataclasses import fields
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from . import add_dtype, make_parser
+
+
+if TYPE_CHECKING:
+    from diffusers import ModelMixin
+
+    from ..evaluation.evaluator import ReconstructionEvaluator, Row
 
 
 NETWORKS = ["inception", "dino", "i3d", "lpips"]
 
 
-def parse(argv: list[str], program: str) -> argparse.Namespace:
-    parser = make_parser(program, __doc__)
+def make_evaluation_parser(program: str, description: str | None) -> argparse.ArgumentParser:
+    parser = make_parser(program, description)
     parser.add_argument("--models", nargs="+", required=True, help="folders, Hub ids or bundled names")
     parser.add_argument("--subfolder", help="folder inside each model, as vae")
     parser.add_argument(
         "--variant", help="of the weights (fp16), or the architecture of the author's ViTok-v2 weights"
     )
     add_dtype(parser)
-    parser.add_argument("--latent_bits", type=int, help="adds a row of each model with latents quantized to so many")
     parser.add_argument("--data_dir", nargs="*", default=[], help="folders or files, a table each")
     parser.add_argument("--dataset_name", help="data set of the Hub")
     parser.add_argument("--dataset_config_name")
@@ -43,9 +47,6 @@ def parse(argv: list[str], program: str) -> argparse.Namespace:
     parser.add_argument("--num_frames", type=int, default=1, help="more than 1: the first clip of each video")
     parser.add_argument("--fps", type=float, help="of clips; default: every frame")
     parser.add_argument("--batch_size", type=int, default=8)
-    parser.add_argument("--baselines", nargs="*", default=[], choices=["pca", "jpeg", "webp"], help="of pictures")
-    parser.add_argument("--pca_data_dir", help="training pictures for PCA")
-    parser.add_argument("--pca_limit", type=int, default=1000, help="at most so many of them")
     parser.add_argument("--networks", nargs="*", choices=NETWORKS, help="default: all that fit the data")
     parser.add_argument("--inception_weights", help="weights-inception-2015-12-05-6726825d.pth of torch-fidelity")
     parser.add_argument("--dino", help="folder or Hub id of a DINOv2; default: facebook/dinov2-large")
@@ -56,21 +57,45 @@ def parse(argv: list[str], program: str) -> argparse.Namespace:
         "--add_results", nargs="*", default=[], help="results.json whose rows go into the table as well"
     )
     parser.add_argument("--output_dir", type=Path, default=Path("evaluation"))
-    args = parser.parse_args(argv)
+    return parser
+
+
+def check_data(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse.Namespace:
     if bool(args.data_dir) == bool(args.dataset_name):
         parser.error("give either --data_dir or --dataset_name")
-    if args.baselines and (args.num_frames > 1 or args.resolution == 0):
-        parser.error("--baselines are for pictures of one --resolution")
-    if "pca" in args.baselines and not args.pca_data_dir:
-        parser.error("--baselines pca needs --pca_data_dir")
-    if args.latent_bits is not None and not 1 <= args.latent_bits <= 16:
-        parser.error(f"--latent_bits must be from 1 to 16, but is {args.latent_bits}")
-    if args.networks is None:
-        args.networks = [name for name in NETWORKS if name != "i3d" or args.num_frames > 1]
     return args
 
 
-def run(args: argparse.Namespace) -> None:
+def parse(argv: list[str], program: str) -> argparse.Namespace:
+    parser = make_evaluation_parser(program, __doc__)
+    return check_data(parser, parser.parse_args(argv))
+
+
+def load_models(args: argparse.Namespace) -> "Iterator[tuple[str, ModelMixin]]":
+    """Names of rows, and models."""
+    import torch
+
+    from ..evaluation.autoencoders import load_autoencoder
+
+    options = {"subfolder": args.subfolder, "dtype": getattr(torch, args.dtype)}
+    options |= {"variant": args.variant} if args.variant else {}
+    for name in args.models:
+        title = name if args.dtype == "float32" else f"{name}, {args.dtype}"
+        yield title, load_autoencoder(name, **options)
+
+
+def model_rows(args: argparse.Namespace, evaluator: "ReconstructionEvaluator") -> "Iterator[Row]":
+    from ..evaluation.evaluator import autoencoder_row
+
+    for name, vae in load_models(args):
+        yield autoencoder_row(name, vae.to(evaluator.device), evaluator.shapes)
+
+
+def run(
+    args: argparse.Namespace,
+    make_rows: "Callable[[argparse.Namespace, ReconstructionEvaluator], Iterable[Row]]" = model_rows,
+) -> None:
+    """A table for each data set, with the rows that `make_rows` gives for it."""
     from accelerate import Accelerator
 
     from ..data.files import short_names
@@ -79,27 +104,29 @@ def run(args: argparse.Namespace) -> None:
     from ..evaluation.evaluator import ReconstructionEvaluator
     from ..evaluation.networks import load_networks
     from ..evaluation.results import load_results
-    from ..evaluation.tables import TableSettings, write_table
+    from ..evaluation.tables import write_table
     from ..precision import choose_dtype
 
     args.dtype = choose_dtype(args.dtype)
     accelerator = Accelerator()
     protocol = Protocol(args.resolution or None, args.num_frames, args.fps)
+    fitting = [name for name in NETWORKS if name != "i3d" or args.num_frames > 1]
+    chosen = fitting if args.networks is None else args.networks
     paths = {"inception": args.inception_weights, "dino": args.dino, "i3d": args.i3d_weights}
     with accelerator.main_process_first():  # which downloads for all
-        networks, unavailable = load_networks(args.networks, paths | {"lpips": args.lpips_weights}, accelerator.device)
-    unavailable |= {name: "left out" for name in NETWORKS if name not in args.networks and name != "i3d"}
+        networks, unavailable = load_networks(chosen, paths | {"lpips": args.lpips_weights}, accelerator.device)
+    unavailable |= {name: "left out" for name in NETWORKS if name not in chosen and name != "i3d"}
     earlier = [result for path in args.add_results for result in load_results(path)]
-    settings = TableSettings(**{field.name: getattr(args, field.name) for field in fields(TableSettings)})
-    names = short_names(args.data_dir) if args.data_dir else [f"{args.dataset_name} {args.dataset_split}"]
-    for index, name in enumerate(names):
-        if args.data_dir:
-            source = FolderFiles(args.data_dir[index], args.num_frames)
-        else:
-            options = (args.dataset_name, args.dataset_config_name, args.dataset_split, args.data_column)
-            source = HubRows(*options, args.num_frames)
+    sources: dict[str, FolderFiles | HubRows]
+    if args.data_dir:
+        folders = zip(args.data_dir, short_names(args.data_dir))
+        sources = {name: FolderFiles(folder, args.num_frames) for folder, name in folders}
+    else:
+        hub = (args.dataset_name, args.dataset_config_name, args.dataset_split, args.data_column)
+        sources = {f"{args.dataset_name} {args.dataset_split}": HubRows(*hub, args.num_frames)}
+    for name, source in sources.items():
         data = EvaluationData(source, protocol, args.limit)
         evaluator = ReconstructionEvaluator(data, name, networks, unavailable, args.batch_size, accelerator.device)
-        table = write_table(settings, evaluator, args.output_dir, earlier)
+        table = write_table(make_rows(args, evaluator), evaluator, args.output_dir, args.num_examples, earlier)
         if accelerator.is_main_process:
             print(f"{name}, {len(data)} {'clips' if args.num_frames > 1 else 'pictures'}\n\n{table}", flush=True)

@@ -79,8 +79,7 @@ def parse_settings(settings_class: type, argv: list[str], program: str, descript
     Raises:
         ValueError: If the file has an unknown setting.
     """
-    options = {"formatter_class": _Formatter, "allow_abbrev": False}
-    parser = argparse.ArgumentParser(program, description=description, **options)
+    parser = argparse.ArgumentParser(program, description=description, formatter_class=_Formatter, allow_abbrev=False)
     add_settings(parser, settings_class)
     parser.add_argument("--config", help="YAML file with settings; the command line takes precedence.")
     known, _ = parser.parse_known_args(argv)

@@ -61,7 +61,7 @@ class LabelledFiles(FolderFiles):
 
     def __init__(
         self,
-        folders: list[str | Path],
+        folders: Sequence[str | Path],
         classes: list[str] | None = None,
         num_frames: int = 1,
         max_files_per_class: int | None = None,

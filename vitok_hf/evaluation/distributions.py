@@ -1,13 +1,12 @@
 """Distances between two sets of pictures or clips: FID, Inception score, FDD, FVD, precision and recall.
 
-Means and covariances are summed up in float64 batch by batch, logits and features kept where a metric needs them all.
-Each process sees its share; all get the result of the whole.
+Features are kept, and statistics made of them in float64. Each process sees its share; all get the result of the
+whole.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
-from torch import nn
 
 from ..clips import fold_frames
 from .networks import FeatureNetwork
@@ -18,65 +17,54 @@ INCEPTION_SPLITS = 10
 NEIGHBORS = 3
 
 
-class _Given(nn.Identity):
-    """Stands for the network of torchmetrics where features are at hand."""
+def frechet_distance(features: torch.Tensor, references: torch.Tensor) -> float:
+    """Frechet distance of the normal distributions with the means and covariances of (N, D) and (M, D).
 
-    def __init__(self, num_features: int):
-        super().__init__()
-        self.num_features = num_features
+    It is biased upwards, the more so the fewer there are: compare sets of equal sizes only.
+    """
+    pair = features.double(), references.double()
+    means, covariances = [x.mean(dim=0) for x in pair], [torch.cov(x.T) for x in pair]
+    roots = torch.linalg.eigvals(covariances[0] @ covariances[1]).sqrt().real.sum()
+    traces = covariances[0].trace() + covariances[1].trace()
+    return ((means[0] - means[1]).square().sum() + traces - 2 * roots).clamp(min=0.0).item()
 
 
 class SetMetrics:
     """Metrics of generated pictures or clips against real ones in the features of one network.
 
     Args:
-        extractor: Maps uint8 (B, 3, [T,] H, W) to features (B, D), or to a pair of features and logits of classes
-            (B, K), of which the Inception score is made.
-        precision_recall: Also improved precision and recall (Kynkaanniemi et al., 2019) with 3 neighbours; all
-            features are kept.
+        extractor: Maps uint8 (B, 3, H, W) or, for clips, (B, 3, T, H, W) to features (B, D), or to a pair of features
+            and logits of classes (B, K), of which the Inception score is made.
+        precision_recall: Also improved precision and recall (Kynkaanniemi et al., 2019) with 3 neighbours.
     """
 
     def __init__(self, extractor: Callable[[torch.Tensor], torch.Tensor | tuple], precision_recall: bool = False):
         self.extractor, self.precision_recall = extractor, precision_recall
-        self._frechet = None
         self._features: dict[bool, list[torch.Tensor]] = {True: [], False: []}
         self._logits: list[torch.Tensor] = []
-        self._counts = {True: 0, False: 0}
 
     @torch.no_grad()
     def update(self, images: torch.Tensor, real: bool) -> None:
-        """Adds uint8 pictures (B, 3, H, W) or clips (B, 3, T, H, W), real or generated."""
-        from torchmetrics.image.fid import FrechetInceptionDistance  # of an extra
-
+        """Adds what the extractor takes, real or generated."""
         output = self.extractor(images)
         features, logits = output if isinstance(output, tuple) else (output, None)
-        features = features.double()
-        if self._frechet is None:
-            given = _Given(features.shape[1])
-            self._frechet = FrechetInceptionDistance(given, reset_real_features=False).to(features.device)
-        self._frechet.update(features, real=real)
-        self._counts[real] += len(features)
-        if self.precision_recall:
-            self._features[real].append(features.cpu())
+        self._features[real].append(features.cpu())
         if logits is not None and not real:
             self._logits.append(logits.cpu())
 
     @property
     def is_empty(self) -> bool:
-        return self._frechet is None
+        return not any(self._features.values())
 
     def reset_generated(self) -> None:
         """Forgets the generated pictures and keeps the real ones."""
-        if self._frechet is not None:
-            self._frechet.reset()
-        self._features[False], self._logits, self._counts[False] = [], [], 0
+        self._features[False], self._logits = [], []
 
     def compute(self) -> tuple[dict[str, float], dict[str, str]]:
         """The values of all pictures in all processes, and for each value that cannot be had the reason.
 
         Keys: "frechet_distance"; with logits "inception_score", the mean of 10 splits after a seeded shuffle; with
-        `precision_recall`, "precision" and "recall". The Frechet distance is biased upwards, the more so the fewer
-        the pictures: compare sets of equal sizes only.
+        `precision_recall`, "precision" and "recall".
 
         Raises:
             ValueError: If one process has no picture of one kind.
@@ -84,34 +72,33 @@ class SetMetrics:
         from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, isc_features_to_metric  # of an extra
         from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
 
-        counts = [self._counts[True], self._counts[False]]
-        totals = gather_rows(torch.tensor([counts]))
+        totals = gather_rows(torch.tensor([[sum(map(len, self._features[real])) for real in (True, False)]]))
         if totals.min() == 0:
             raise ValueError(
                 f"Real and generated pictures in each process: {totals.tolist()}, but each needs some of both: take "
                 "more pictures, or fewer processes."
             )
-        real, generated = totals.sum(dim=0).tolist()
+        references, features = (gather_rows(torch.cat(self._features[real])) for real in (True, False))
+        counts = f"has {len(references)} and {len(features)}"
         values, missing = {}, {}
-        if min(real, generated) > 1:
-            values["frechet_distance"] = self._frechet.compute().clamp(min=0.0).item()
+        if min(len(references), len(features)) > 1:
+            values["frechet_distance"] = frechet_distance(features, references)
         else:
-            missing["frechet_distance"] = f"needs 2 real and 2 generated pictures, has {real} and {generated}"
+            missing["frechet_distance"] = f"needs 2 real and 2 generated pictures, {counts}"
         if self._logits:
             logits = gather_rows(torch.cat(self._logits))
-            if generated >= INCEPTION_SPLITS:
+            if len(logits) >= INCEPTION_SPLITS:
                 score = isc_features_to_metric(logits, splits=INCEPTION_SPLITS)[KEY_METRIC_ISC_MEAN]
                 values["inception_score"] = score
             else:
-                missing["inception_score"] = f"needs {INCEPTION_SPLITS} pictures, has {generated}"
+                missing["inception_score"] = f"needs {INCEPTION_SPLITS} pictures, has {len(logits)}"
         if self.precision_recall:
-            sets = [gather_rows(torch.cat(self._features[kind])) for kind in (False, True)]  # generated, real
-            if min(real, generated) > NEIGHBORS:
+            if min(len(references), len(features)) > NEIGHBORS:
                 options = {"prc_neighborhood": NEIGHBORS, "save_cpu_ram": True, "verbose": False}
-                found = prc_features_to_metric(*sets, **options)
+                found = prc_features_to_metric(features.double(), references.double(), **options)
                 values |= {"precision": found[KEY_METRIC_PRECISION], "recall": found[KEY_METRIC_RECALL]}
             else:
-                reason = f"needs {NEIGHBORS + 1} real and generated pictures, has {real} and {generated}"
+                reason = f"needs {NEIGHBORS + 1} real and generated pictures, {counts}"
                 missing |= {"precision": reason, "recall": reason}
         return values, missing
 
@@ -129,19 +116,20 @@ class DistributionMetrics:
         precision_recall: Also "precision" and "recall" in the features of Inception.
     """
 
-    def __init__(self, networks: dict[str, FeatureNetwork], prefix: str, precision_recall: bool = False):
-        self.prefix, self._sets = prefix, []
-        for network, clips, name in SETS:
-            if network in networks:
-                metrics = SetMetrics(networks[network].module, precision_recall and network == "inception")
-                self._sets.append((metrics, clips, name))
+    def __init__(self, networks: Mapping[str, FeatureNetwork], prefix: str, precision_recall: bool = False):
+        self.prefix = prefix
+        self._sets = [
+            (SetMetrics(networks[network].module, precision_recall and network == "inception"), takes_clips, name)
+            for network, takes_clips, name in SETS
+            if network in networks
+        ]
 
     def update(self, images: torch.Tensor, real: bool) -> None:
-        """Adds uint8 pictures (B, 3, H, W) or clips (B, 3, T, H, W), on the networks' device."""
-        for metrics, clips, _ in self._sets:
-            if not clips:
+        """Adds uint8 pictures or clips (B, 3, T, H, W) on the networks' device."""
+        for metrics, takes_clips, _ in self._sets:
+            if not takes_clips:
                 metrics.update(fold_frames(images), real)
-            elif images.ndim == 5:
+            elif images.shape[2] > 1:
                 metrics.update(images, real)
 
     def reset_generated(self) -> None:
@@ -151,12 +139,14 @@ class DistributionMetrics:
 
     def compute(self) -> tuple[dict[str, float], dict[str, str]]:
         """Metric -> value, and metric -> reason why it has none; see `SetMetrics.compute`."""
-        values, missing = {}, {}
-        for metrics, clips, name in self._sets:
-            if clips and metrics.is_empty:
+        values: dict[str, float] = {}
+        missing: dict[str, str] = {}
+        for metrics, takes_clips, name in self._sets:
+            if takes_clips and metrics.is_empty:
                 missing[self.prefix + name] = "of clips only: these are pictures"
                 continue
             names = {"frechet_distance": self.prefix + name, "inception_score": f"{self.prefix}IS"}
-            for source, target in zip(metrics.compute(), (values, missing)):
-                target |= {names.get(key, key): value for key, value in source.items()}
+            found, reasons = metrics.compute()
+            values |= {names.get(key, key): value for key, value in found.items()}
+            missing |= {names.get(key, key): reason for key, reason in reasons.items()}
         return values, missing

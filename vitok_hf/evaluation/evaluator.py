@@ -3,19 +3,42 @@
 import hashlib
 import time
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
+from diffusers import ModelMixin
 
-from ..clips import fold_frames, sha256_each
+from ..clips import sha256_each
 from ..data.held_out import Codec, EvaluationData
+from .costs import mean_costs, peak_memory, reset_peak_memory
 from .distributions import DistributionMetrics
-from .memory import peak_memory, reset_peak_memory
-from .metrics import ms_ssim, psnr, ssim
+from .metrics import Metric, frame_values, ms_ssim, psnr, ssim
 from .networks import FeatureNetwork
 from .processes import gather_rows, share_of
+from .reconstruction import reconstruct
 from .results import Result, bootstrap_interval
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of a table.
+
+    Args:
+        name: Its name.
+        codec: Maps uint8 (B, 3, T, H, W) to its reconstruction, uint8 of the same shape.
+        costs: Gives what is known of its costs, in every process, after all pictures went through `codec`.
+    """
+
+    name: str
+    codec: Codec
+    costs: Callable[[], dict[str, float]] = dict
+
+
+def autoencoder_row(name: str, vae: ModelMixin, shapes: Mapping[tuple[int, ...], int]) -> Row:
+    """The row of an autoencoder; `shapes` are those of the evaluator."""
+    return Row(name, partial(reconstruct, vae), partial(mean_costs, vae, shapes))
 
 
 class ReconstructionEvaluator:
@@ -32,7 +55,7 @@ class ReconstructionEvaluator:
         device: Where networks compute.
 
     Attributes:
-        shapes: (C, [T,] H, W) -> how many pictures or clips have it.
+        shapes: (C, T, H, W) -> how many pictures or clips have it.
     """
 
     def __init__(
@@ -45,11 +68,14 @@ class ReconstructionEvaluator:
         device: torch.device | str = "cpu",
     ):
         self.data, self.data_name, self.batch_size, self.device = data, data_name, batch_size, device
-        self.networks = networks or {}
+        networks = networks or {}
+        self.metrics: dict[str, Metric] = {"psnr": psnr, "ssim": ssim, "ms_ssim": ms_ssim}
+        if "lpips" in networks:
+            self.metrics["lpips"] = networks["lpips"].module
         names = {"inception": ("rFID", "rIS"), "dino": ("rFDD",), "i3d": ("rFVD",), "lpips": ("lpips",)}
         self.unavailable = {name: reason for key, reason in (unavailable or {}).items() for name in names[key]}
-        self.sets = DistributionMetrics(self.networks, "r")
-        digests = {key: {"name": network.name, "sha256": network.sha256} for key, network in self.networks.items()}
+        self.sets = DistributionMetrics(networks, "r")
+        digests = {key: {"name": network.name, "sha256": network.sha256} for key, network in networks.items()}
         self.protocol = replace(data.protocol, networks=digests)
 
         self.share = share_of(len(data))
@@ -59,69 +85,47 @@ class ReconstructionEvaluator:
             checksums.append(sha256_each(images))
             shapes += [images.shape[1:]] * len(images)
         self.shapes = Counter(map(tuple, gather_rows(torch.tensor(shapes)).tolist()))
-        self.data_sha256 = hashlib.sha256(gather_rows(torch.cat(checksums)).numpy()).hexdigest()
+        self.data_sha256 = hashlib.sha256(gather_rows(torch.cat(checksums)).numpy().tobytes()).hexdigest()
 
-    def _batches(self):
+    def _batches(self) -> Iterator[torch.Tensor]:
         return self.data.batches(self.share, self.batch_size)
 
-    def _per_picture(self) -> dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]]:
-        functions = {"psnr": psnr, "ssim": ssim, "ms_ssim": ms_ssim}
-        if "lpips" in self.networks:
-            functions["lpips"] = self.networks["lpips"].module
-        return functions
-
     @torch.no_grad()
-    def evaluate(
-        self, name: str, codec: Codec, costs: dict[str, float] | None = None
-    ) -> tuple[Result, dict[str, torch.Tensor]]:
-        """Sends all pictures through `codec`.
-
-        Args:
-            name: Of the row.
-            codec: Maps uint8 (B, 3, [T,] H, W) to its reconstruction, uint8 of the same shape.
-            costs: Numbers to store with the result; measured and added are "seconds" a picture in `codec`, without the
-                first batch if there are more, and "memory_MB", by how much it raises the peak of memory.
+    def evaluate(self, row: Row) -> tuple[Result, dict[str, torch.Tensor]]:
+        """Sends all pictures through the codec of a row.
 
         Returns:
-            The result, and metric -> its value for each picture (N,), float64, in the order of `data`.
+            The result, whose costs are those of the row and, measured, "seconds" a picture in its codec, without the
+            first batch if there are more, and "memory_MB", by how much it raises the peak of memory; and metric -> its
+            value for each picture (N,), float64, in the order of `data`.
         """
         self.sets.reset_generated()
-        functions = self._per_picture()
         unavailable = dict(self.unavailable)
-        values: dict[str, list[torch.Tensor]] = {metric: [] for metric in functions}
+        parts = {metric: [torch.empty(0).double()] for metric in self.metrics}
         timings, risen = [], 0
         for images in self._batches():
-            reconstructions, seconds, rise = self._run(codec, images, unavailable)
+            reconstructions, seconds, rise = self._run(row.codec, images, unavailable)
             timings.append((seconds, len(images)))
             risen = max(risen, rise)
-            self.sets.update(reconstructions.to(self.device), real=False)
-            pair = fold_frames(reconstructions).to(self.device), fold_frames(images).to(self.device)
-            for metric, function in functions.items():
+            pair = reconstructions.to(self.device), images.to(self.device)
+            self.sets.update(pair[0], real=False)
+            for metric, function in self.metrics.items():
                 try:
-                    per_frame = function(*pair).double().cpu()
+                    parts[metric].append(frame_values(function, *pair).double().cpu().mean(dim=1))
                 except ValueError as error:  # the picture is too small for it
                     unavailable[metric] = str(error)
-                else:
-                    values[metric].append(per_frame.view(len(images), -1).mean(dim=1))
         # each process gathers alike: a metric may be missing for pictures of another one
-        values = {
-            metric: gather_rows(torch.cat([*parts, torch.empty(0).double()])) for metric, parts in values.items()
-        }
-        values = {metric: column for metric, column in values.items() if len(column) == len(self.data)}
-        for metric in functions.keys() - values.keys():
+        gathered = {metric: gather_rows(torch.cat(columns)) for metric, columns in parts.items()}
+        values = {metric: column for metric, column in gathered.items() if len(column) == len(self.data)}
+        for metric in gathered.keys() - values.keys():
             unavailable.setdefault(metric, "some of the pictures are too small for it")
-        metrics = {metric: column.mean().item() for metric, column in values.items()}
         distances, missing = self.sets.compute()
-        timed = gather_rows(torch.tensor(timings[1:] or timings, dtype=torch.float64)).sum(dim=0)
-        measured = {"seconds": (timed[0] / timed[1]).item()}
-        if "memory_MB" not in unavailable:
-            measured["memory_MB"] = gather_rows(torch.tensor([risen])).max().item() / 1e6
         result = Result(
-            name=name,
+            name=row.name,
             data=self.data_name,
             num_items=len(self.data),
             data_sha256=self.data_sha256,
-            metrics=metrics | distances,
+            metrics={metric: column.mean().item() for metric, column in values.items()} | distances,
             protocol=self.protocol,
             intervals={
                 metric: bootstrap_interval(column)
@@ -129,9 +133,17 @@ class ReconstructionEvaluator:
                 if len(column) > 1 and column.isfinite().all()
             },
             unavailable=unavailable | missing,
-            costs=(costs or {}) | measured,
+            costs=row.costs() | self._measured(timings, risen, unavailable),
         )
         return result, values
+
+    @staticmethod
+    def _measured(timings: list[tuple[float, int]], risen: int, unavailable: dict[str, str]) -> dict[str, float]:
+        seconds, count = gather_rows(torch.tensor(timings[1:] or timings, dtype=torch.float64)).sum(dim=0).tolist()
+        measured = {"seconds": seconds / count}
+        if "memory_MB" not in unavailable:
+            measured["memory_MB"] = gather_rows(torch.tensor([risen])).max().item() / 1e6
+        return measured
 
     def _run(self, codec: Codec, images: torch.Tensor, unavailable: dict[str, str]) -> tuple[torch.Tensor, float, int]:
         """Reconstructions, seconds, and bytes by which the peak of memory rose."""

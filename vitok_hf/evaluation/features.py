@@ -11,9 +11,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_model, save_model
 from torch import nn
 
-from ..clips import to_float
+from ..clips import fold_frames, to_float
 from ..disk import atomic_file
-from .distributions import SetMetrics
+from .distributions import frechet_distance
 
 
 class Classifier(nn.Module):
@@ -44,6 +44,22 @@ class Classifier(nn.Module):
         """(B, 3, H, W) uint8 -> logits (B, classes)"""
         return self.network.fc(self.features(images))
 
+    @torch.no_grad()
+    def distance(self, images: torch.Tensor, references: torch.Tensor, batch_size: int = 64) -> float:
+        """Frechet distance of the features of two sets of uint8 pictures or clips, (N, 3, T, H, W) each.
+
+        Raises:
+            ValueError: If a set has less than two pictures.
+        """
+        sets = fold_frames(images), fold_frames(references)
+        if min(map(len, sets)) < 2:
+            raise ValueError(
+                f"A Frechet distance needs sets of two or more, but they have {len(sets[0]), len(sets[1])}."
+            )
+        return frechet_distance(
+            *(torch.cat([self.features(x) for x in pictures.split(batch_size)]) for pictures in sets)
+        )
+
     def save(self, path: str | Path) -> None:
         with atomic_file(path) as temporary:
             save_model(self, temporary, metadata={"class_names": "\n".join(self.class_names)})
@@ -60,25 +76,3 @@ class Classifier(nn.Module):
         classifier = cls(metadata["class_names"].split("\n"))
         load_model(classifier, str(path))
         return classifier.eval()
-
-
-@torch.no_grad()
-def frechet_distance(
-    images: torch.Tensor, references: torch.Tensor, classifier: Classifier, batch_size: int = 64
-) -> float:
-    """Frechet distance of the classifier's features of two sets of uint8 pictures, (N, 3, H, W) each.
-
-    Like any Frechet distance of few pictures it is biased upwards: compare sets of equal sizes only.
-
-    Raises:
-        ValueError: If a set has less than two pictures.
-    """
-    if min(len(images), len(references)) < 2:
-        raise ValueError(
-            f"A Frechet distance needs sets of two or more, but they have {len(images), len(references)}."
-        )
-    metrics = SetMetrics(classifier.features)
-    for real, pictures in ((True, references), (False, images)):
-        for batch in pictures.split(batch_size):
-            metrics.update(batch, real)
-    return metrics.compute()[0]["frechet_distance"]

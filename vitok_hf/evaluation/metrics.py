@@ -1,8 +1,12 @@
 from collections.abc import Callable
 
+import pytorch_msssim
 import torch
-from torch.nn import functional as F
 
+from ..clips import fold_frames
+
+
+Metric = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # two batches of pictures (B, C, H, W) to (B,)
 
 SSIM_MIN_SIZE = 11  # pixels a side: the window
 MS_SSIM_MIN_SIZE = 161  # the same on the coarsest of five scales
@@ -13,6 +17,11 @@ def check_size(metric: str, least: int, images: torch.Tensor) -> None:
     if min(images.shape[-2:]) < least:
         height, width = images.shape[-2:]
         raise ValueError(f"{metric} needs {least} pixels a side, but the pictures are {height} x {width}.")
+
+
+def frame_values(metric: Metric, images: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
+    """A metric of each frame of pictures or clips (B, C, T, H, W): (B, T)."""
+    return metric(fold_frames(images), fold_frames(references)).view(len(images), -1)
 
 
 def _one_by_one(metric: Callable[..., torch.Tensor], images: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
@@ -39,8 +48,6 @@ def ssim(images: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
     Raises:
         ValueError: If a side has less than 11 pixels.
     """
-    import pytorch_msssim  # of an extra
-
     check_size("SSIM", SSIM_MIN_SIZE, images)
     return _one_by_one(pytorch_msssim.ssim, images, references)
 
@@ -49,24 +56,10 @@ def ms_ssim(images: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
     """Multi-scale structural similarity (Wang et al., 2003) of uint8 pictures (B, C, H, W): (B,), float64.
 
     Five scales with the exponents of the paper, windows inside the picture on each, a mean over the channels, as in
-    TensorFlow. From `pytorch_msssim`: torchmetrics pads the coarsest scale, where that is half of the windows.
+    TensorFlow.
 
     Raises:
         ValueError: If a side has less than 161 pixels.
     """
-    import pytorch_msssim  # of an extra
-
     check_size("MS-SSIM", MS_SSIM_MIN_SIZE, images)
     return _one_by_one(pytorch_msssim.ms_ssim, images, references)
-
-
-def high_frequency_energy(images: torch.Tensor) -> float:
-    """Mean square of uint8 pictures (B, C, H, W), in units of 255, minus their blur by (1, 2, 1) / 4 on both axes.
-
-    The ratio to that of the originals tells how sharp reconstructions are: 1 is as sharp, less is blurred.
-    """
-    pixels = images.float() / 255.0
-    kernel = torch.tensor([1.0, 2.0, 1.0]) / 4.0
-    kernel = torch.outer(kernel, kernel).expand(images.shape[1], 1, 3, 3)
-    blurred = F.conv2d(pixels, kernel, groups=images.shape[1])
-    return (pixels[..., 1:-1, 1:-1] - blurred).square().mean().item()

@@ -1,7 +1,7 @@
 """Networks whose features metrics compare; their weights come from a local path, or a library downloads them."""
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,16 +10,12 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..clips import to_float
+from ..disk import checksum
 from .metrics import check_size
 
 
 DINO = "facebook/dinov2-large"
-LPIPS_TRUNK = "alex"
 LPIPS_MIN_SIZES = {"alex": 31, "vgg": 16, "squeeze": 17}  # pixels a side that leave something on the coarsest scale
-
-
-class NetworkUnavailableError(Exception):
-    """Neither a package nor the network's weights could be had; the message says what to do."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +64,9 @@ def load_inception(path: str | Path | None = None) -> FeatureNetwork:
 class DINOFeatures(nn.Module):
     """uint8 pictures -> the class token of a DINOv2, (B, D), at 224 x 224 (bicubic, antialiased)."""
 
+    mean: torch.Tensor
+    std: torch.Tensor
+
     def __init__(self, network: nn.Module):
         super().__init__()
         self.network = network
@@ -111,12 +110,11 @@ def load_i3d(path: str | Path | None = None) -> FeatureNetwork:
         path: Its TorchScript file, "i3d_torchscript.pt"; no library downloads it.
     """
     if path is None:
-        raise NetworkUnavailableError(
+        raise FileNotFoundError(
             "no library downloads I3D: give the path of i3d_torchscript.pt (of the StyleGAN-V repository)"
         )
     network = torch.jit.load(str(path), map_location="cpu")
-    sha256 = hashlib.sha256(Path(path).read_bytes()).hexdigest()
-    return FeatureNetwork("I3D, Kinetics-400, StyleGAN-V", freeze(I3DFeatures(network)), sha256)
+    return FeatureNetwork("I3D, Kinetics-400, StyleGAN-V", freeze(I3DFeatures(network)), checksum(path))
 
 
 class LPIPSDistance(nn.Module):
@@ -131,7 +129,7 @@ class LPIPSDistance(nn.Module):
         return self.network(to_float(images), to_float(references)).flatten()
 
 
-def load_lpips(path: str | Path | None = None, trunk: str = LPIPS_TRUNK) -> FeatureNetwork:
+def load_lpips(path: str | Path | None = None, trunk: str = "alex") -> FeatureNetwork:
     """LPIPS 0.1 of the package `lpips` (Zhang et al., arXiv 1801.03924).
 
     Args:
@@ -155,12 +153,7 @@ def load_lpips(path: str | Path | None = None, trunk: str = LPIPS_TRUNK) -> Feat
     )
 
 
-LOADERS: dict[str, Callable[..., FeatureNetwork]] = {
-    "inception": load_inception,
-    "dino": load_dino,
-    "i3d": load_i3d,
-    "lpips": load_lpips,
-}
+LOADERS = {"inception": load_inception, "dino": load_dino, "i3d": load_i3d, "lpips": load_lpips}
 
 
 def load_networks(
@@ -187,7 +180,7 @@ def load_networks(
             networks[name] = LOADERS[name](path)
         except ImportError as error:
             unavailable[name] = f'{error}: pip install "vitok-hf[eval]"'
-        except (OSError, NetworkUnavailableError) as error:  # an HTTP error is an OSError
+        except OSError as error:  # an HTTP error is an OSError
             unavailable[name] = f"no weights: {str(error).splitlines()[0]}"
         else:
             networks[name].module.to(device)

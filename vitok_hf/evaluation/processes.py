@@ -2,7 +2,7 @@
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather, pad_across_processes
+from accelerate.utils import gather_object
 
 
 def share_of(count: int) -> range:
@@ -21,10 +21,4 @@ def share_of(count: int) -> range:
 
 def gather_rows(rows: torch.Tensor) -> torch.Tensor:
     """(N, ...) of every process, one after the other, on the CPU; N may differ. All processes must call it."""
-    state = PartialState()
-    if state.num_processes == 1:
-        return rows.cpu()
-    rows = rows.to(state.device)
-    counts = gather(torch.tensor([len(rows)], device=state.device)).tolist()
-    parts = gather(pad_across_processes(rows)).chunk(state.num_processes)
-    return torch.cat([part[:count] for part, count in zip(parts, counts)]).cpu()
+    return torch.cat(gather_object([rows.cpu()]))

@@ -1,6 +1,7 @@
 """Files sent through an autoencoder: reconstructions, comparisons side by side, a line with PSNR and SSIM of each."""
 
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from fractions import Fraction
 from itertools import islice
@@ -10,68 +11,68 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..clips import fold_frames
 from ..data.files import VIDEO_SUFFIXES, list_files, printable, suffix_of
 from ..data.media import load_image
 from ..data.video import iterate_timed_frames, probe_rate
 from ..models import AutoencoderViTok
-from .metrics import SSIM_MIN_SIZE, psnr, ssim
+from .metrics import SSIM_MIN_SIZE, frame_values, psnr, ssim
 from .reconstruction import reconstruct, save_comparison, side_by_side
 from .visuals import VideoWriter
 
 
-def timed_reconstruction(vae: AutoencoderViTok, images: torch.Tensor) -> tuple[torch.Tensor, float]:
-    began = time.perf_counter()
-    reconstructions = reconstruct(vae, images)  # on the CPU, hence complete
-    return reconstructions, time.perf_counter() - began
+class MeasuredFile:
+    """Sends the frames of a file through an autoencoder, clip by clip, and notes PSNR, SSIM and seconds."""
 
+    def __init__(self, vae: AutoencoderViTok):
+        self.vae, self.seconds, self.size = vae, 0.0, (0, 0)
+        self.psnrs: list[torch.Tensor] = []  # (T,) each
+        self.ssims: list[torch.Tensor] = []
 
-def report(name: str, size: torch.Size, scores: list[tuple[torch.Tensor, ...]], seconds: float, p: int) -> str:
-    height, width = size
-    padded = " (padded)" if height % p or width % p else ""
-    mean_psnr, mean_ssim = (torch.cat(values).mean() for values in zip(*scores))
-    similarity = f"{mean_ssim:.4f}" if min(height, width) >= SSIM_MIN_SIZE else f"needs {SSIM_MIN_SIZE} pixels a side"
-    return f"{printable(name)}: {width}x{height}{padded}  PSNR {mean_psnr:.2f} dB  SSIM {similarity}  {seconds:.2f} s"
+    def reconstruct(self, frames: Sequence[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Frames (H, W, 3) uint8 -> the clip, (1, 3, T, H, W), and its reconstruction."""
+        clip = torch.from_numpy(np.stack(frames)).permute(3, 0, 1, 2)[None]
+        began = time.perf_counter()
+        reconstruction = reconstruct(self.vae, clip)  # on the CPU, hence complete
+        self.seconds += time.perf_counter() - began
+        self.size = (clip.shape[3], clip.shape[4])
+        self.psnrs += frame_values(psnr, reconstruction, clip)
+        if min(self.size) >= SSIM_MIN_SIZE:
+            self.ssims += frame_values(ssim, reconstruction, clip)
+        return clip, reconstruction
 
-
-def measure(reconstructions: torch.Tensor, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """PSNR and SSIM of each picture, (B,); no numbers for the SSIM of pictures that are too small for it."""
-    psnrs = psnr(reconstructions, images)
-    fits = min(images.shape[2:]) >= SSIM_MIN_SIZE
-    return psnrs, ssim(reconstructions, images) if fits else torch.full_like(psnrs, torch.nan)
+    def report(self, name: str) -> str:
+        (height, width), p = self.size, self.vae.spatial_compression_ratio
+        padded = " (padded)" if height % p or width % p else ""
+        similarity = f"{torch.cat(self.ssims).mean():.4f}" if self.ssims else f"needs {SSIM_MIN_SIZE} pixels a side"
+        values = f"PSNR {torch.cat(self.psnrs).mean():.2f} dB  SSIM {similarity}"
+        return f"{printable(name)}: {width}x{height}{padded}  {values}  {self.seconds:.2f} s"
 
 
 def reconstruct_image(vae: AutoencoderViTok, path: Path, target: str) -> str:
-    image = torch.from_numpy(load_image(path).copy()).permute(2, 0, 1)[None]  # (1, 3, H, W)
-    reconstruction, seconds = timed_reconstruction(vae, image)
-    Image.fromarray(reconstruction[0].permute(1, 2, 0).numpy()).save(f"{target}_reconstruction.png")
+    file = MeasuredFile(vae)
+    image, reconstruction = file.reconstruct([load_image(path)])
+    Image.fromarray(side_by_side(reconstruction)[0].numpy()).save(f"{target}_reconstruction.png")
     save_comparison(f"{target}_comparison.png", image, reconstruction)
-    scores = [measure(reconstruction, image)]
-    return report(path.name, image.shape[2:], scores, seconds, vae.spatial_compression_ratio)
+    return file.report(path.name)
 
 
 def reconstruct_video(vae: AutoencoderViTok, path: Path, target: str) -> str:
     """Clip by clip, so that the memory does not grow with the length of the video."""
     clip_frames = 8 if vae.is_image_model else max(vae.config.sample_frames, vae.temporal_compression_ratio)
-    scores, seconds = [], 0.0
+    file = MeasuredFile(vae)
     rate = Fraction(probe_rate(path)).limit_denominator(1001)  # which also tells what is no video
     with ExitStack() as stack:
         names = (f"{target}_{name}.mp4" for name in ("reconstruction", "comparison"))
         writers = [stack.enter_context(VideoWriter(name, rate)) for name in names]
         frames = iterate_timed_frames(path)
-        while clip := list(islice(frames, clip_frames)):
-            times, pictures = zip(*clip)
-            video = torch.from_numpy(np.stack(pictures)).permute(3, 0, 1, 2)[None]  # (1, 3, T, H, W)
-            reconstruction, elapsed = timed_reconstruction(vae, video)
-            seconds += elapsed
-            pair = fold_frames(video), fold_frames(reconstruction)  # (T, 3, H, W)
-            scores.append(measure(pair[1], pair[0]))
-            writers[0].write(pair[1].permute(0, 2, 3, 1), times)
-            writers[1].write(side_by_side(*pair), times)
-        if not scores:
+        while part := list(islice(frames, clip_frames)):
+            times, pictures = zip(*part)
+            clip, reconstruction = file.reconstruct(pictures)
+            writers[0].write(side_by_side(reconstruction), times)
+            writers[1].write(side_by_side(clip, reconstruction), times)
+        if not file.psnrs:
             raise ValueError(f'"{path}" holds no video frames: remove or replace it.')
-    name = f"{path.name}, {sum(len(values) for values, _ in scores)} frames"
-    return report(name, video.shape[3:], scores, seconds, vae.spatial_compression_ratio)
+    return file.report(f"{path.name}, {sum(map(len, file.psnrs))} frames")
 
 
 def name_targets(inputs: list[Path], output_dir: Path) -> dict[str, Path]:
@@ -82,7 +83,8 @@ def name_targets(inputs: list[Path], output_dir: Path) -> dict[str, Path]:
     Raises:
         ValueError: If a result would have the name of another result, or of an input.
     """
-    targets, results = {}, output_dir.resolve()
+    targets: dict[str, Path] = {}
+    results = output_dir.resolve()
     for path in inputs:
         for file in list_files(path):
             if path.resolve() in results.parents and results in file.resolve().parents:
@@ -97,9 +99,9 @@ def name_targets(inputs: list[Path], output_dir: Path) -> dict[str, Path]:
     if not targets:
         raise ValueError(f'There is nothing in {", ".join(map(str, inputs))} but results in "{output_dir}".')
     files = {file.resolve() for file in targets.values()}
-    for target in targets:
-        for name in ("reconstruction.png", "comparison.png", "reconstruction.mp4", "comparison.mp4"):
-            if (result := Path(f"{target}_{name}").resolve()) in files:
+    for name in targets:
+        for ending in ("reconstruction.png", "comparison.png", "reconstruction.mp4", "comparison.mp4"):
+            if (result := Path(f"{name}_{ending}").resolve()) in files:
                 raise ValueError(f'"{result}" is an input and may not be replaced: name another --output_dir.')
     return targets
 

@@ -1,6 +1,5 @@
-"""What was measured: stored with its protocol, compared under one protocol only, and written as tables."""
+"""What was measured: stored with its protocol, and compared under one protocol only."""
 
-import csv
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -110,63 +109,3 @@ def bootstrap_interval(values: torch.Tensor, seed: int = 0, num_resamples: int =
         rng=np.random.default_rng(seed),
     ).confidence_interval
     return float(interval.low), float(interval.high)
-
-
-DIGITS = {
-    "psnr": 2,
-    "parameters_M": 1,
-    "GMACs": 1,
-    "E": 0,
-    "compression": 1,
-    "bytes": 0,
-    "above_budget": 0,
-    "memory_MB": 0,
-}
-
-
-def _columns(results: Sequence[Result], part: str) -> list[str]:
-    return list(dict.fromkeys(name for result in results for name in getattr(result, part)))
-
-
-def _number(name: str, value: float | None) -> str:
-    return "" if value is None else f"{value:.{DIGITS.get(name, 3)}f}"
-
-
-def markdown_table(results: Sequence[Result]) -> str:
-    """One row a result: metrics with their confidence intervals, and costs; below it, why cells are empty.
-
-    Raises:
-        ValueError: If the results cannot be compared, see `check_comparable`.
-    """
-    check_comparable(results)
-    metrics, costs = _columns(results, "metrics"), _columns(results, "costs")
-    lines = [f"| {' | '.join(['', *metrics, *costs])} |", "|---" * (1 + len(metrics) + len(costs)) + "|"]
-    for result in results:
-        cells = [result.name]
-        for name in metrics:
-            low, high = result.intervals.get(name, (None, None))
-            interval = "" if low is None else f" [{_number(name, low)}, {_number(name, high)}]"
-            cells.append(_number(name, result.metrics.get(name)) + interval)
-        cells += [_number(name, result.costs.get(name)) for name in costs]
-        lines.append(f"| {' | '.join(cells)} |")
-    reasons = dict.fromkeys(f"{name}: {text}" for result in results for name, text in result.unavailable.items())
-    return "\n".join([*lines, "", *(f"No {reason}." for reason in reasons)]).rstrip() + "\n"
-
-
-def write_csv(path: str | Path, results: Sequence[Result]) -> None:
-    """The same as CSV, the bounds of the intervals in columns of their own.
-
-    Raises:
-        ValueError: If the results cannot be compared, see `check_comparable`.
-    """
-    check_comparable(results)
-    metrics, costs = _columns(results, "metrics"), _columns(results, "costs")
-    with open(path, "w", newline="") as file:
-        writer = csv.writer(file)
-        bounds = [f"{name}_{bound}" for name in _columns(results, "intervals") for bound in ("low", "high")]
-        writer.writerow(["name", "data", "num_items", *metrics, *bounds, *costs])
-        for result in results:
-            row = [result.name, result.data, result.num_items, *(result.metrics.get(name) for name in metrics)]
-            for name in _columns(results, "intervals"):
-                row += result.intervals.get(name, (None, None))
-            writer.writerow(row + [result.costs.get(name) for name in costs])

@@ -1,74 +1,75 @@
-"""A table of codecs on one data set: autoencoders, and the baselines that have as many numbers or bytes."""
+"""A table of codecs on one data set, as Markdown and CSV, with pictures to look at."""
 
+import csv
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-import torch
 from accelerate import PartialState
 
-from ..data.held_out import Codec, EvaluationData, Protocol
-from ..data.sources import FolderFiles
-from .autoencoders import load_autoencoder, spatial_ratio
-from .codecs import ImageCodec, autoencoder_codec
-from .evaluator import ReconstructionEvaluator
-from .pca import PatchPCA
-from .results import Result, check_comparable, markdown_table, save_results, write_csv
+from .evaluator import ReconstructionEvaluator, Row
+from .results import Result, check_comparable, save_results
 from .visuals import save_examples
 
 
-@dataclass
-class TableSettings:
-    """The rows of a table; names are those of the arguments of `vitok evaluate`, which says what they are."""
-
-    models: list[str]
-    subfolder: str | None
-    variant: str | None
-    dtype: str
-    latent_bits: int | None
-    baselines: list[str]
-    pca_data_dir: str | None
-    pca_limit: int
-    batch_size: int
-    num_examples: int
+DIGITS = {
+    "psnr": 2,
+    "parameters_M": 1,
+    "GMACs": 1,
+    "E": 0,
+    "compression": 1,
+    "bytes": 0,
+    "above_budget": 0,
+    "memory_MB": 0,
+}
 
 
-def fit_pca(settings: TableSettings, patch_size: int, num_components: int, protocol: Protocol) -> PatchPCA:
-    data = EvaluationData(FolderFiles(settings.pca_data_dir), protocol, settings.pca_limit)
-    return PatchPCA(patch_size, num_components, data.batches(range(len(data)), settings.batch_size))
+def _columns(results: Sequence[Result], part: str) -> list[str]:
+    return list(dict.fromkeys(name for result in results for name in getattr(result, part)))
 
 
-def rows(
-    settings: TableSettings, data: EvaluationData, shapes: Mapping[tuple[int, ...], int], device: torch.device | str
-) -> Iterator[tuple[str, Codec, dict[str, float]]]:
-    """Name, codec and known costs: of the models, then of the baselines that have as many numbers or bytes."""
-    codes, resolution = {}, data.protocol.resolution  # latents -> patch size
-    for name in settings.models:
-        title = name if settings.dtype == "float32" else f"{name}, {settings.dtype}"
-        options = {"subfolder": settings.subfolder, "dtype": getattr(torch, settings.dtype)}
-        vae = load_autoencoder(name, **options | ({"variant": settings.variant} if settings.variant else {}))
-        for bits in (None, settings.latent_bits) if settings.latent_bits else (None,):
-            codec, costs = autoencoder_codec(vae.to(device), shapes, bits)
-            yield title if bits is None else f"{title}, {bits}-bit latents", codec, costs
-        patch_size = codes.setdefault(int(costs["E"]), spatial_ratio(vae))
-        if "pca" in settings.baselines and resolution % patch_size:
-            raise ValueError(f"PCA needs a --resolution that is a multiple of {patch_size}, not {resolution}.")
-    for num_latents, patch_size in codes.items():
-        if "pca" in settings.baselines:
-            components = num_latents * patch_size**2 // resolution**2
-            if components < 1:
-                raise ValueError(
-                    f"{num_latents} numbers are less than one for each {patch_size} x {patch_size} pixels."
-                )
-            pca = fit_pca(settings, patch_size, components, data.protocol)
-            costs = {"E": num_latents, "compression": 3 * patch_size**2 / components, "bytes": 2 * num_latents}
-            yield f"PCA, {components} of {patch_size} x {patch_size} pixels", pca.reconstruct, costs
-        for file_format in ("jpeg", "webp"):
-            for bits in (16, 8):
-                if file_format in settings.baselines:
-                    codec = ImageCodec(file_format.upper(), num_latents * bits // 8)
-                    yield f"{file_format.upper()}, {num_latents} x {bits} bits", codec, {}
+def _number(name: str, value: float | None) -> str:
+    return "" if value is None else f"{value:.{DIGITS.get(name, 3)}f}"
+
+
+def markdown_table(results: Sequence[Result]) -> str:
+    """One row a result: metrics with their confidence intervals, and costs; below it, why cells are empty.
+
+    Raises:
+        ValueError: If the results cannot be compared, see `check_comparable`.
+    """
+    check_comparable(results)
+    metrics, costs = _columns(results, "metrics"), _columns(results, "costs")
+    lines = [f"| {' | '.join(['', *metrics, *costs])} |", "|---" * (1 + len(metrics) + len(costs)) + "|"]
+    for result in results:
+        cells = [result.name]
+        for name in metrics:
+            low, high = result.intervals.get(name, (None, None))
+            interval = "" if low is None else f" [{_number(name, low)}, {_number(name, high)}]"
+            cells.append(_number(name, result.metrics.get(name)) + interval)
+        cells += [_number(name, result.costs.get(name)) for name in costs]
+        lines.append(f"| {' | '.join(cells)} |")
+    reasons = dict.fromkeys(f"{name}: {text}" for result in results for name, text in result.unavailable.items())
+    return "\n".join([*lines, "", *(f"No {reason}." for reason in reasons)]).rstrip() + "\n"
+
+
+def write_csv(path: str | Path, results: Sequence[Result]) -> None:
+    """The same as CSV, the bounds of the intervals in columns of their own.
+
+    Raises:
+        ValueError: If the results cannot be compared, see `check_comparable`.
+    """
+    check_comparable(results)
+    metrics, costs = _columns(results, "metrics"), _columns(results, "costs")
+    with open(path, "w", newline="") as file:
+        writer = csv.writer(file)
+        bounds = [f"{name}_{bound}" for name in _columns(results, "intervals") for bound in ("low", "high")]
+        writer.writerow(["name", "data", "num_items", *metrics, *bounds, *costs])
+        for result in results:
+            row = [result.name, result.data, result.num_items, *(result.metrics.get(name) for name in metrics)]
+            for name in _columns(results, "intervals"):
+                row += result.intervals.get(name, (None, None))
+            writer.writerow(row + [result.costs.get(name) for name in costs])
 
 
 def file_name(title: str) -> str:
@@ -76,28 +77,31 @@ def file_name(title: str) -> str:
 
 
 def write_table(
-    settings: TableSettings, evaluator: ReconstructionEvaluator, output_dir: Path, earlier: list[Result]
+    rows: Iterable[Row],
+    evaluator: ReconstructionEvaluator,
+    output_dir: Path,
+    num_examples: int,
+    earlier: Sequence[Result] = (),
 ) -> str:
-    """Measures every codec; writes results, pictures and the table, with the rows `earlier` too, and returns it.
+    """Measures every row; writes results, pictures and the table, with the rows `earlier` too, and returns it.
 
     Raises:
         ValueError: If results `earlier` are of other pictures or another protocol.
     """
     is_main, folder = PartialState().is_main_process, output_dir / file_name(evaluator.data_name)
     results: list[Result] = []
-    for name, codec, costs in rows(settings, evaluator.data, evaluator.shapes, evaluator.device):
-        result, values = evaluator.evaluate(name, codec, costs)
-        if isinstance(codec, ImageCodec):
-            result.costs |= codec.costs()
+    for row in rows:
+        result, values = evaluator.evaluate(row)
         results.append(result)
         if is_main:
             folder.mkdir(parents=True, exist_ok=True)
             save_results(folder / "results.json", results)
-            examples = folder / file_name(name).strip("_")
-            save_examples(examples, evaluator.data, codec, values["psnr"], settings.num_examples)
+            examples = folder / file_name(row.name).strip("_")
+            save_examples(examples, evaluator.data, row.codec, values["psnr"], num_examples)
         check_comparable([result, *earlier])
-    table = markdown_table(results + earlier)
+    results += earlier
+    table = markdown_table(results)
     if is_main:
         (folder / "table.md").write_text(table)
-        write_csv(folder / "table.csv", results + earlier)
+        write_csv(folder / "table.csv", results)
     return table

@@ -7,13 +7,13 @@ from pathlib import Path
 import av
 import numpy as np
 import torch
-from einops import rearrange
 from PIL import Image
+from torch.nn import functional as F
 
-from ..clips import fold_frames
 from ..data.held_out import Codec, EvaluationData
 from ..data.media import evenly_spaced
 from ..disk import replace_durably, temporary_name
+from .reconstruction import side_by_side
 
 
 ERROR_GAIN = 4
@@ -21,24 +21,9 @@ CLOCK = Fraction(1, 90000)  # seconds; a multiple of the usual rates, 30000/1001
 
 
 def error_map(images: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
-    """Mean absolute difference over the channels, times 4 and clipped: (B, 3, H, W) uint8, black is right."""
+    """Mean absolute difference over the channels, times 4 and clipped: (B, 3, T, H, W) uint8, black is right."""
     error = (images.float() - references.float()).abs().mean(dim=1, keepdim=True) * ERROR_GAIN
     return error.clamp(0.0, 255.0).round().to(torch.uint8).expand_as(images)
-
-
-def with_error_maps(images: torch.Tensor, reconstructions: torch.Tensor) -> torch.Tensor:
-    """(B, 3, [T,] H, W) uint8, twice -> (B * T, H, 3 W, 3): original, reconstruction, error map."""
-    pair = fold_frames(images), fold_frames(reconstructions)
-    return rearrange([*pair, error_map(pair[1], pair[0])], "three b c h w -> b h (three w) c")
-
-
-def save_error_maps(path: str | Path, images: list[torch.Tensor], reconstructions: list[torch.Tensor]) -> None:
-    """Pictures (1, 3, H, W) of any sizes, one a row: original, reconstruction, error map."""
-    rows = [with_error_maps(*pair)[0].numpy() for pair in zip(images, reconstructions)]
-    width = max(row.shape[1] for row in rows)
-    rows = [np.pad(row, ((0, 0), (0, width - row.shape[1]), (0, 0)), constant_values=255) for row in rows]
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.concatenate(rows)).save(path)
 
 
 def save_examples(folder: str | Path, data: EvaluationData, codec: Codec, psnr: torch.Tensor, count: int = 8) -> None:
@@ -56,17 +41,20 @@ def save_examples(folder: str | Path, data: EvaluationData, codec: Codec, psnr: 
     folder.mkdir(parents=True, exist_ok=True)
     groups = {"examples": evenly_spaced(len(data), count), "worst": psnr.argsort()[:10].tolist()}
     for group, indices in groups.items():
-        if not indices:
-            continue
-        images = [data[index][None] for index in indices]
-        reconstructions = [codec(image) for image in images]
-        if images[0].ndim == 4:
-            save_error_maps(folder / f"{group}.png", images, reconstructions)
-            continue
-        for rank, (index, *pair) in enumerate(zip(indices, images, reconstructions)):
-            rate = Fraction(data.frame_rate(index)).limit_denominator(1001)
-            with VideoWriter(folder / f"{group}_{rank:02}.mp4", rate) as writer:
-                writer.write(with_error_maps(*pair))
+        rows = []  # (T, H, 3 W, 3) each
+        for index in indices:
+            image = data[index][None]
+            reconstruction = codec(image)
+            rows.append(side_by_side(image, reconstruction, error_map(reconstruction, image)))
+        if data.protocol.num_frames > 1:
+            for rank, (index, frames) in enumerate(zip(indices, rows)):
+                rate = Fraction(data.frame_rate(index)).limit_denominator(1001)
+                with VideoWriter(folder / f"{group}_{rank:02}.mp4", rate) as writer:
+                    writer.write(frames)
+        elif rows:
+            width = max(row.shape[2] for row in rows)
+            rows = [F.pad(row[0], (0, 0, 0, width - row.shape[2]), value=255) for row in rows]  # white, on the right
+            Image.fromarray(torch.cat(rows).numpy()).save(folder / f"{group}.png")
 
 
 class VideoWriter:
@@ -84,7 +72,7 @@ class VideoWriter:
         self.stream.pix_fmt = "yuv420p"
         self.stream.codec_context.time_base = CLOCK
 
-    def write(self, frames: torch.Tensor, seconds: Sequence[float] | None = None) -> None:
+    def write(self, frames: torch.Tensor, seconds: Sequence[float | Fraction] | None = None) -> None:
         odd = [(0, 0), *((0, side % 2) for side in frames.shape[1:3]), (0, 0)]
         pictures = np.pad(frames.numpy(), odd, mode="edge")
         if not self.stream.codec_context.is_open:

@@ -10,7 +10,7 @@ from typing import Any
 from huggingface_hub import is_offline_mode
 
 from ..presets import V1_PATTERN, V2_PATTERN
-from .strict import check_folder, read_object, reading, to_dtype
+from .strict import check_folder, public_config, read_object, reading, to_dtype
 
 
 KEYWORDS = (
@@ -56,7 +56,7 @@ def resolve_bundled(name_or_path: Any) -> Any:
             f'"{folder}" has "_bundled": "{name}" in its config.json, but there is only {list_bundled()}.'
         )
     bundled = read_object(BUNDLED / name / "config.json")
-    keys = [key for key in config | bundled if not key.startswith("_") and config.get(key) != bundled.get(key)]
+    keys = [key for key in public_config(config | bundled) if config.get(key) != bundled.get(key)]
     if keys:
         raise ValueError(
             f'"{folder}" has no weights and takes those of the bundled "{name}" ("_bundled" in its config.json), but '

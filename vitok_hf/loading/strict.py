@@ -11,7 +11,7 @@ import os
 import pickle
 import types
 import typing
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -90,6 +90,11 @@ def read_object(path: str | os.PathLike) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f'"{path}" must hold a JSON object, but holds {show(content)}: correct it.')
     return content
+
+
+def public_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a constructor, without what diffusers notes besides, as the folder that a model came from."""
+    return {name: value for name, value in config.items() if not name.startswith("_")}
 
 
 def has_type(value: Any, annotation: Any) -> bool:

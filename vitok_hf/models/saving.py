@@ -15,7 +15,7 @@ from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from diffusers.utils.torch_utils import is_compiled_module
 from torch import nn
 
-from ..loading.strict import check_config_file, check_shards, check_values, read_header
+from ..loading.strict import check_config_file, check_shards, check_values, public_config, read_header
 
 
 def plain_name(name: str) -> str:
@@ -136,8 +136,7 @@ class SavingMixin(PeftAdapterMixin):
 
 def weights_checksum(module: nn.Module, config: dict | None = None) -> str:
     """SHA-256 of a config, without what diffusers notes besides, and of weights in half precision."""
-    config = {name: value for name, value in (config or {}).items() if not name.startswith("_")}
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+    digest = hashlib.sha256(json.dumps(public_config(config or {}), sort_keys=True).encode())
     for name, weight in sorted((plain_name(name), weight) for name, weight in module.state_dict().items()):
         digest.update(name.encode())
         digest.update(weight.detach().half().cpu().contiguous().numpy().tobytes())

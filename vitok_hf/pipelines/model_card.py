@@ -1,6 +1,10 @@
+"""The README.md of a model, with metadata that the Hub reads."""
+
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard as HubCard
+from huggingface_hub import ModelCardData
 
 
 USAGE = """import vitok_hf  # pip install vitok-hf
@@ -18,12 +22,51 @@ def usage(repo_id: str, labels: list[str] | None, is_video: bool) -> str:
     return USAGE.format(repo_id=repo_id, labels=labels, show=SHOW_VIDEO if is_video else SHOW_IMAGE)
 
 
+@dataclass
+class ModelCard:
+    """What the card of a trained model says.
+
+    Args:
+        name: Of the model, its title.
+        kind: Tag of the model.
+        description: What it is, in a sentence without its end.
+        usage: Python that loads the model.
+        base_model: What the training started from, if it was no random model; if a Hub id, also in the metadata.
+        metrics: Held-out metrics by name.
+        settings: Those of the run that differ from the defaults.
+    """
+
+    name: str
+    kind: str
+    description: str
+    usage: str
+    base_model: str | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+    settings: dict[str, object] = field(default_factory=dict)
+
+    def write(self, folder: Path) -> None:
+        """Writes `folder`/README.md."""
+        data = ModelCardData(library_name="vitok_hf", tags=["vitok", self.kind, "diffusers"])
+        if self.base_model is not None and self.base_model.count("/") == 1 and not Path(self.base_model).exists():
+            data.base_model = self.base_model
+        rows = "\n".join(f"| {metric} | {value:.4g} |" for metric, value in self.metrics.items())
+        results = f"## Held-out quality\n\n| metric | value |\n|---|---|\n{rows}\n\n" if rows else ""
+        settings = "\n".join(f"- `{setting}`: {value}" for setting, value in self.settings.items())
+        text = (
+            f"# {self.name}\n\n{self.description}, trained with vitok_hf.\n\n"
+            f"```python\n{self.usage}\n```\n\n{results}## Training\n\nSettings that differ from the defaults:\n\n"
+            f"{settings}\n\nThe licence of the weights and credits for the data are to be added by whoever publishes "
+            "them.\n"
+        )
+        HubCard(f"---\n{data.to_yaml()}\n---\n\n{text}").save(folder / "README.md")
+
+
 def add_usage(path: Path, repo_id: str, labels: list[str] | None, is_video: bool) -> None:
     """Adds to the model card at `path` how to load and call the pipeline, unless it says so already.
 
     Nothing else changes, but diffusers' form with nothing filled in, which is replaced.
     """
-    card = ModelCard.load(path)
+    card = HubCard.load(path)
     if "DiffusionPipeline.from_pretrained" in card.text:
         return
     card.data.library_name = "vitok_hf"

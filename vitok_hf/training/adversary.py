@@ -1,18 +1,20 @@
 """The GAN loss of stage 2, both sides of it."""
 
+from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from accelerate import Accelerator
-from torch import nn
 
+from ..clips import Runs
 from .arguments import AutoencoderArguments
 from .discriminator import Discriminator, LeCam, discriminator_loss, generator_loss, r1_penalty
-from .trainer import TrainedModel
+from .trained_model import M, TrainedModel
 
 
 @contextmanager
-def frozen(model: nn.Module):
+def frozen(model: M) -> Iterator[M]:
     """Inside this context, forward passes of `model` give its parameters no gradients."""
     model.requires_grad_(False)
     try:
@@ -22,38 +24,30 @@ def frozen(model: nn.Module):
 
 
 class Adversary:
-    """A discriminator in training, and the loss that it gives the decoder.
-
-    Pictures are lists of (B, C, H, W) in [-1, 1], one entry for each size in the batch; videos come as frames.
-    """
+    """A discriminator in training, and the loss that it gives the decoder; pixels are in [-1, 1]."""
 
     def __init__(self, args: AutoencoderArguments, accelerator: Accelerator, resolution: int, in_channels: int):
         self.args, self.accelerator = args, accelerator
         discriminator = Discriminator(
             resolution, args.discriminator_channels, args.discriminator_minibatch_stddev, in_channels
         )
-        self.trained = TrainedModel(
-            discriminator,
-            accelerator,
-            args,
-            args.discriminator_learning_rate,
-            args.discriminator_warmup_steps,
-            replicated=True,
-        )
+        rate, warmup = args.discriminator_learning_rate, args.discriminator_warmup_steps
+        settings = replace(args, learning_rate=rate, lr_warmup_steps=warmup)
+        self.trained = TrainedModel(discriminator, accelerator, settings, replicated=True)
         self.lecam = LeCam().to(accelerator.device) if args.lecam_weight > 0.0 else None
 
     def discriminator_step(
-        self, fakes: list[torch.Tensor], reals: list[torch.Tensor], step: int, share: torch.Tensor | float = 1.0
+        self, fakes: Runs, reals: Runs, step: int, share: torch.Tensor | float = 1.0
     ) -> dict[str, torch.Tensor]:
         """Backward and, at the end of an accumulation, the optimiser's step. Returns logs.
 
-        The losses, means over pictures, are multiplied by `share`: that of the batch in the pictures of the step,
+        The losses, means over frames, are multiplied by `share`: that of the batch in the frames of the step,
         over that of an average batch.
         """
         args = self.args
         penalized = args.r1_weight > 0.0 and step % args.r1_every == 0
-        fakes = [pictures.detach() for pictures in fakes]
-        reals = [pictures.detach().requires_grad_(penalized) for pictures in reals]
+        fakes = [run.detach() for run in fakes]
+        reals = [run.detach().requires_grad_(penalized) for run in reals]
         with self.trained.accumulate():
             with self.accelerator.autocast():
                 fake, real = self.trained.model(fakes, reals)
@@ -91,12 +85,12 @@ class Adversary:
 
     def generator_loss(
         self,
-        fakes: list[torch.Tensor],
+        fakes: Runs,
         reconstruction_loss: torch.Tensor,
         step: int,
         share: torch.Tensor | float = 1.0,
         squares: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor | float, dict[str, torch.Tensor]]:
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The decoder's GAN loss with its weight, times `share` as in `discriminator_step`, and logs.
 
         With `adaptive_gan_weight`, the weight is multiplied by the ratio of the norms of the two losses' gradients
@@ -104,11 +98,10 @@ class Adversary:
         so in the same way whether or not these are sharded. Where the step has more batches, `squares` is the sum of
         what `gradient_squares` gives for all of them.
         """
-        weight = self.weight(step)
-        if weight == 0.0:
-            return 0.0, {"gan_weight": reconstruction_loss.new_zeros(())}
+        weight = torch.tensor(self.weight(step), device=reconstruction_loss.device)
+        if self.weight(step) == 0.0:
+            return weight, {"gan_weight": weight}
         loss = share * self._gan_loss(fakes)
-        weight = torch.tensor(weight, device=loss.device)
         if self.args.adaptive_gan_weight is not None:
             squares = self._squares(fakes, reconstruction_loss, loss) if squares is None else squares
             of_reconstruction, of_gan = self.accelerator.reduce(squares, "sum").sqrt()
@@ -116,16 +109,16 @@ class Adversary:
         return weight * loss, {"gan": loss.detach(), "gan_weight": weight}
 
     def gradient_squares(
-        self, fakes: list[torch.Tensor], reconstruction_loss: torch.Tensor, share: torch.Tensor | float
+        self, fakes: Runs, reconstruction_loss: torch.Tensor, share: torch.Tensor | float
     ) -> torch.Tensor:
         """(2,): squared norms of the gradients of the reconstruction and the GAN loss of one batch, in float32."""
         return self._squares(fakes, reconstruction_loss, share * self._gan_loss(fakes))
 
-    def _squares(self, fakes: list[torch.Tensor], *losses: torch.Tensor) -> torch.Tensor:
+    def _squares(self, fakes: Runs, *losses: torch.Tensor) -> torch.Tensor:
         gradients = (torch.autograd.grad(loss, fakes, retain_graph=True) for loss in losses)
-        return torch.stack([sum(x.float().square().sum() for x in of_loss) for of_loss in gradients])
+        return torch.stack([torch.stack([x.float().square().sum() for x in runs]).sum() for runs in gradients])
 
-    def _gan_loss(self, fakes: list[torch.Tensor]) -> torch.Tensor:
+    def _gan_loss(self, fakes: Runs) -> torch.Tensor:
         # The bare module: there is nothing for DDP to reduce.
         with frozen(self.trained.unwrapped) as discriminator, self.accelerator.autocast():
             (logits,) = discriminator(fakes)

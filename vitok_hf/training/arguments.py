@@ -1,4 +1,4 @@
-"""Settings of the training runs, the arguments of `vitok train` and `vitok train-dit`, named as in diffusers."""
+"""Settings of the training runs, the arguments of their commands, named as in diffusers."""
 
 import math
 import operator
@@ -9,14 +9,14 @@ from types import NoneType
 from typing import Any, get_args, get_origin, get_type_hints
 
 
-def argument(default: Any, help: str, **limits: float):
+def argument(default: Any, help: str, **limits: float) -> Any:
     """A setting; `limits` of a number are names of `LIMITS`. Infinity is allowed where it is the `maximum`."""
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata={"help": help})
     return field(default=default, metadata={"help": help, "limits": limits})
 
 
-KINDS = {
+KINDS: dict[Any, tuple[str, type | tuple[type, ...]]] = {
     bool: ("True or False", bool),
     int: ("a whole number", Integral),
     float: ("a finite number", Real),
@@ -63,55 +63,23 @@ def check_choice(arguments: Any, name: str, *choices: str) -> None:
 
 
 @dataclass
-class DataArguments:
-    """Where training and held-out data come from; see `vitok_hf.data.batches`."""
+class TrainerArguments:
+    """What every training run has: data, optimiser, schedule, precision, checkpoints and logs."""
 
-    train_data_dir: list[str] = argument(
-        [],
-        "Folders or files, each with an optional weight: DIR (1) or DIR:0.5 (where there is no folder of that whole "
-        "name); without any, all files alike.",
-    )
-    dataset_name: str | None = argument(None, "Data set of the Hub, or what else `datasets.load_dataset` takes.")
-    dataset_config_name: str | None = argument(None, "Configuration of the data set.")
-    dataset_split: str = argument("train", "Split of the data set.")
-    data_column: str | None = argument(None, 'Column with the data; default: "image", or "video" for video models.')
-    streaming: bool = argument(False, "Read the data set while it is downloaded.")
-    train_shards: list[str] = argument([], "WebDataset shards, files or URLs, as shards/{000..127}.tar.")
-    shuffle_buffer: int = argument(1000, "Samples of a stream that are shuffled together.", minimum=1)
+    train_data_dir: list[str] = argument([], "Folders of pictures (video models: videos); their folders are classes.")
     resolution: int | None = argument(
-        None, "Side in pixels of the training crops; default: the model's sample_size.", minimum=1
-    )
-    crop_sizes: list[str] = argument(
-        [], "Crops of several sizes, SIDE or HEIGHTxWIDTH with an optional share, as 128 64x256:0.5."
-    )
-    max_tokens: int | None = argument(
-        None, "Native aspect ratios: pictures of at most resolution^2 pixels, so many tokens a batch.", minimum=1
-    )
-    train_batch_size: int = argument(
-        16, "Crops of `resolution` in a batch of one process; other sizes: as many pixels.", minimum=1
-    )
-    fps: float | None = argument(
-        None, "Frames a second of the training clips of a video model; default: all frames.", above=0
+        None, "Side of the pictures in pixels; default: the model's sample_size.", minimum=1
     )
     random_flip: bool = argument(True, "Flip half of the pictures left to right.")
-    cache_gib: float = argument(1.0, "Memory for decoded pictures in each worker, GiB.", minimum=0)
+    train_batch_size: int = argument(32, "Pictures in a batch of one process.", minimum=1)
     dataloader_num_workers: int = argument(1, "Processes that read data, for each training process.", minimum=0)
     validation_data_dir: list[str] = argument([], "Folders of held-out pictures (video models: videos).")
-    validation_resolution: int | None = argument(
-        None, "Side in pixels of the held-out pictures; default: sample_size.", minimum=1
-    )
-    num_validation_images: int = argument(32, "Held-out pictures a folder.", minimum=1)
-
-
-@dataclass
-class LoopArguments:
-    """Optimiser, schedule, precision, checkpoints and logs: what every training run has."""
-
+    num_validation_images: int = argument(64, "Held-out pictures a folder.", minimum=1)
     output_dir: str = argument("output", "Folder of checkpoints, samples, logs and the final model.")
     seed: int = argument(0, "Seed of weights, data and noise.", minimum=0, maximum=2**31)
     max_train_steps: int = argument(100_000, "Optimiser steps.", minimum=1)
     max_minutes: float | None = argument(
-        None, "Save a checkpoint and stop after this time, at the next log, to be resumed.", minimum=0
+        None, "After this time, save a checkpoint and stop, at the next log.", minimum=0
     )
     gradient_accumulation_steps: int = argument(1, "Batches an optimiser step.", minimum=1)
     learning_rate: float = argument(1e-4, "Peak learning rate.", minimum=0)
@@ -119,28 +87,19 @@ class LoopArguments:
     lr_warmup_steps: int = argument(1000, "Steps of linear warm-up, if the schedule has any.", minimum=0)
     adam_beta1: float = argument(0.9, "AdamW beta 1.", minimum=0, below=1)
     adam_beta2: float = argument(0.95, "AdamW beta 2.", minimum=0, below=1)
-    adam_epsilon: float = argument(1e-8, "AdamW epsilon.", minimum=0)
     adam_weight_decay: float = argument(1e-4, "AdamW weight decay.", minimum=0)
     max_grad_norm: float = argument(1.0, "Gradients are clipped to this norm.", above=0, maximum=math.inf)
     use_ema: bool = argument(False, "Keep an exponential moving average of the weights, evaluated and saved too.")
-    ema_decay: float = argument(
-        0.9999, "Decay of the average after its warm-up, (1 + step) / (10 + step).", minimum=0, below=1
-    )
+    ema_decay: float = argument(0.9999, "Its decay, after a warm-up, (1 + step) / (10 + step).", minimum=0, below=1)
     mixed_precision: str = argument(
         "auto", "no, bf16, fp16, or auto: accelerate's configuration, else bf16 where the hardware has it."
     )
-    allow_tf32: bool = argument(False, "TensorFloat-32 for float32 matrix products.")
-    compile: bool = argument(False, "Compile the transformer blocks.")
-    gradient_checkpointing: bool = argument(False, "Recompute activations in the backward pass, for less memory.")
     logging_steps: int = argument(50, "Steps between lines of metrics.jsonl.", minimum=1)
     validation_steps: int = argument(1000, "Steps between evaluations.", minimum=1)
     report_to: str = argument("tensorboard", "Tracker of accelerate: tensorboard, wandb, ..., all, or none.")
-    logging_dir: str = argument("logs", "Folder of the trackers in output_dir.")
     tracker_project_name: str = argument("vitok", "Project name for the trackers.")
     checkpointing_steps: int = argument(1000, "Steps between checkpoints.", minimum=1)
-    checkpoints_total_limit: int | None = argument(
-        None, "Checkpoints to keep; the oldest ones are deleted.", minimum=1
-    )
+    checkpoints_total_limit: int | None = argument(None, "Checkpoints to keep, the newest.", minimum=1)
     resume_from_checkpoint: str | None = argument(None, 'Folder of a checkpoint, or "latest".')
     push_to_hub: bool = argument(False, "Upload the final model.")
     hub_model_id: str | None = argument(None, "Repository to push to; default: the name of output_dir.")
@@ -155,8 +114,7 @@ class LoopArguments:
         check_fields(self)
         check_choice(self, "mixed_precision", *MIXED_PRECISIONS)
         schedules = [kind.value for kind in SchedulerType if kind != SchedulerType.PIECEWISE_CONSTANT]
-        if self.lr_scheduler not in schedules:
-            raise ValueError(f'`lr_scheduler` must be one of {", ".join(schedules)}, but is "{self.lr_scheduler}".')
+        check_choice(self, "lr_scheduler", *schedules)
         trackers = [tracker.value for tracker in get_available_trackers()]
         if self.report_to not in ("none", "all", *trackers):
             raise ValueError(
@@ -166,7 +124,51 @@ class LoopArguments:
 
 
 @dataclass
-class AutoencoderArguments(DataArguments, LoopArguments):
+class TransformerArguments(TrainerArguments):
+    """What the runs of transformers have besides."""
+
+    fps: float | None = argument(None, "Frames a second of the clips of a video model; default: all frames.", above=0)
+    compile: bool = argument(False, "Compile the transformer blocks.")
+    gradient_checkpointing: bool = argument(False, "Recompute activations in the backward pass, for less memory.")
+
+
+@dataclass
+class LossSettings:
+    """The weights of `ReconstructionLoss`."""
+
+    mse_weight: float = argument(1.0, "Weight of the squared error.", minimum=0)
+    l1_weight: float = argument(0.0, "Weight of the absolute error.", minimum=0)
+    charbonnier_weight: float = argument(0.0, "Weight of sqrt(error^2 + 1e-6) (ViTok-v2: 1).", minimum=0)
+    ssim_weight: float = argument(0.0, "Weight of 1 - SSIM (ViTok-v2: 0.1).", minimum=0)
+    lpips_weight: float = argument(1.0, "Weight of LPIPS (needs the VGG weights; without them it is 0).", minimum=0)
+    dino_weight: float = argument(0.0, "Weight of the distance of DINO features (ViTok-v2: 500).", minimum=0)
+    dino_model_name_or_path: str = argument("facebook/dinov3-vitb16-pretrain-lvd1689m", "Network of these features.")
+    kl_weight: float = argument(1e-3, "Weight of the KL divergence, a mean over latent elements.", minimum=0)
+    patch_border_weight: float = argument(1.0, "Of squared errors at a patch's border; inside: 1.", minimum=0)
+
+
+@dataclass
+class AdversarySettings:
+    """The GAN loss of `Adversary`, and its discriminator."""
+
+    gan_loss: str = argument("hinge", "hinge or non_saturating.")
+    gan_weight: float = argument(0.05, "Weight of the decoder's GAN loss.", minimum=0)
+    gan_start_step: int = argument(0, "First step with a GAN loss; the discriminator's is 0.", minimum=0)
+    gan_ramp_steps: int = argument(0, "Steps in which the GAN loss grows linearly to its weight.", minimum=0)
+    adaptive_gan_weight: float | None = argument(
+        None, "Scale the GAN loss by the ratio of gradients, reconstruction over GAN, of at most this.", minimum=0
+    )
+    discriminator_channels: int = argument(64, "Of the first block; doubled down to 4 x 4.", minimum=1)
+    discriminator_minibatch_stddev: bool = argument(True, "It sees the variation in groups of 4 frames.")
+    discriminator_learning_rate: float = argument(2e-5, "Peak learning rate of the discriminator.", minimum=0)
+    discriminator_warmup_steps: int = argument(25_000, "Steps of linear warm-up of the discriminator.", minimum=0)
+    r1_weight: float = argument(0.0, "Weight of the gradient penalty on real pictures.", minimum=0)
+    r1_every: int = argument(16, "Steps between gradient penalties, which then count as often.", minimum=1)
+    lecam_weight: float = argument(0.0, "Weight of the LeCam regularisation.", minimum=0)
+
+
+@dataclass
+class AutoencoderArguments(AdversarySettings, LossSettings, TransformerArguments):
     """Settings of `AutoencoderTrainer`, the arguments of `vitok train`."""
 
     stage: int = argument(
@@ -181,39 +183,28 @@ class AutoencoderArguments(DataArguments, LoopArguments):
     freeze_encoder: bool | None = argument(None, "Train the decoder only; default: in stage 2.")
     lora_rank: int | None = argument(None, "Train LoRA adapters of this rank, not the weights.", minimum=1)
     lora_alpha: float | None = argument(None, "Scale of the adapters times their rank; default: lora_rank.", above=0)
-    mse_weight: float = argument(1.0, "Weight of the squared error.", minimum=0)
-    l1_weight: float = argument(0.0, "Weight of the absolute error.", minimum=0)
-    charbonnier_weight: float = argument(
-        0.0, "Weight of the Charbonnier loss, sqrt(error^2 + 1e-6) (ViTok-v2: 1).", minimum=0
+    train_data_dir: list[str] = argument(
+        [],
+        "Folders or files, each with an optional weight: DIR (1) or DIR:0.5 (where there is no folder of that whole "
+        "name); without any, all files alike.",
     )
-    ssim_weight: float = argument(0.0, "Weight of 1 - SSIM (ViTok-v2: 0.1).", minimum=0)
-    lpips_weight: float = argument(1.0, "Weight of LPIPS (needs the VGG weights; without them it is 0).", minimum=0)
-    dino_weight: float = argument(0.0, "Weight of the distance of DINO features (ViTok-v2: 500).", minimum=0)
-    dino_model_name_or_path: str = argument("facebook/dinov3-vitb16-pretrain-lvd1689m", "Network of these features.")
-    kl_weight: float = argument(1e-3, "Weight of the KL divergence, a mean over latent elements.", minimum=0)
-    patch_border_weight: float = argument(
-        1.0, "Weight of squared errors at the border of a patch; inside it is 1.", minimum=0
+    dataset_name: str | None = argument(None, "Data set of the Hub, or what else `datasets.load_dataset` takes.")
+    dataset_config_name: str | None = argument(None, "Configuration of the data set.")
+    dataset_split: str = argument("train", "Split of the data set.")
+    data_column: str | None = argument(None, 'Column with the data; default: "image", or "video" for video models.')
+    streaming: bool = argument(False, "Read the data set while it is downloaded.")
+    train_shards: list[str] = argument([], "WebDataset shards, files or URLs, as shards/{000..127}.tar.")
+    shuffle_buffer: int = argument(1000, "Samples of a stream that are shuffled together.", minimum=1)
+    crop_sizes: list[str] = argument([], "Several sizes, SIDE or HEIGHTxWIDTH, perhaps with a share: 128 64x256:0.5.")
+    max_tokens: int | None = argument(
+        None, "Native aspect ratios: pictures of at most resolution^2 pixels, so many tokens a batch.", minimum=1
     )
-    gan_loss: str = argument("hinge", "hinge or non_saturating.")
-    gan_weight: float = argument(0.05, "Weight of the decoder's GAN loss.", minimum=0)
-    gan_start_step: int = argument(
-        0, "Step from which on the decoder has a GAN loss; the discriminator starts at 0.", minimum=0
+    train_batch_size: int = argument(
+        16, "Crops of `resolution` in a batch of one process; other sizes: as many pixels.", minimum=1
     )
-    gan_ramp_steps: int = argument(0, "Steps in which the GAN loss grows linearly to its weight.", minimum=0)
-    adaptive_gan_weight: float | None = argument(
-        None, "Scale the GAN loss by the ratio of gradients, reconstruction over GAN, of at most this.", minimum=0
-    )
-    discriminator_channels: int = argument(
-        64, "Channels of the first discriminator block; doubled down to 4 x 4.", minimum=1
-    )
-    discriminator_minibatch_stddev: bool = argument(
-        True, "Let the discriminator see the variation in groups of 4 frames."
-    )
-    discriminator_learning_rate: float = argument(2e-5, "Peak learning rate of the discriminator.", minimum=0)
-    discriminator_warmup_steps: int = argument(25_000, "Steps of linear warm-up of the discriminator.", minimum=0)
-    r1_weight: float = argument(0.0, "Weight of the gradient penalty on real pictures.", minimum=0)
-    r1_every: int = argument(16, "Steps between gradient penalties, which then count as often.", minimum=1)
-    lecam_weight: float = argument(0.0, "Weight of the LeCam regularisation.", minimum=0)
+    cache_gib: float = argument(1.0, "Memory for decoded pictures in each worker, GiB.", minimum=0)
+    validation_resolution: int | None = argument(None, "Side of held-out pictures; default: sample_size.", minimum=1)
+    num_validation_images: int = argument(32, "Held-out pictures a folder.", minimum=1)
 
     def __post_init__(self):
         super().__post_init__()
@@ -240,7 +231,7 @@ class AutoencoderArguments(DataArguments, LoopArguments):
 
 
 @dataclass
-class DiTArguments(LoopArguments):
+class DiTArguments(TransformerArguments):
     """Settings of `DiTTrainer`, the arguments of `vitok train-dit`."""
 
     lr_scheduler: str = argument("constant", "Schedule of `diffusers.optimization.get_scheduler`.")
@@ -253,33 +244,16 @@ class DiTArguments(LoopArguments):
     vae_variant: str | None = argument(None, "Its variant: author's ViTok-v2 weights under another name.")
     variant: str | None = argument(None, "Size of the transformer: S, B, L or XL.")
     model_config: str | None = argument(None, "Architecture by a JSON file; sizes and classes are those of the data.")
-    train_data_dir: list[str] = argument([], "Folders of pictures (video models: videos); their folders are classes.")
     latents_dir: str | None = argument(None, "Instead of `train_data_dir`, what `vitok cache-latents` wrote.")
     class_file: str | None = argument(None, "Classes in the order of their ids, one a line; default: sorted.")
-    resolution: int | None = argument(
-        None, "Side of the central squares; default: the autoencoder's sample_size.", minimum=1
-    )
-    fps: float | None = argument(None, "Frames a second of the clips of a video model; default: all frames.", above=0)
-    random_flip: bool = argument(True, "Flip half of the pictures left to right.")
     no_flip_classes: list[str] = argument([], "Classes that are never flipped.")
     class_balanced: bool = argument(False, "Draw every class as often, however many pictures it has.")
-    train_batch_size: int = argument(32, "Pictures in a batch of one process.", minimum=1)
-    dataloader_num_workers: int = argument(1, "Processes that read data, for each training process.", minimum=0)
-    num_statistics_images: int = argument(
-        2048, "Pictures for latent statistics, if the autoencoder has none.", minimum=1
-    )
+    num_statistics_images: int = argument(2048, "Pictures for statistics that the model lacks.", minimum=1)
     prediction_type: str = argument("epsilon", "epsilon, v_prediction or flow_prediction (flow matching).")
-    snr_gamma: float | None = argument(
-        None, "Min-SNR weighting with this gamma (the authors': 5), not for flows.", above=0
-    )
+    snr_gamma: float | None = argument(None, "Min-SNR weighting (the authors': 5), not for flows.", above=0)
     weighting_scheme: str = argument("logit_normal", "Timesteps of flow matching: logit_normal, or none: uniform.")
-    logit_mean: float = argument(0.0, "Mean of the logit-normal distribution.")
-    logit_std: float = argument(1.0, "Standard deviation of the logit-normal distribution.", above=0)
-    class_dropout: float = argument(
-        0.1, "Probability with which a class is replaced by none, for guidance.", minimum=0, maximum=1
-    )
+    class_dropout: float = argument(0.1, "Share of classes replaced by none, for guidance.", minimum=0, maximum=1)
     validation_data_dir: list[str] = argument([], "Folders of held-out pictures (or videos), with the same classes.")
-    num_validation_images: int = argument(64, "Held-out pictures a folder.", minimum=1)
     num_timestep_buckets: int = argument(10, "Parts of the schedule whose held-out loss is logged apart.", minimum=1)
     num_sample_classes: int = argument(8, "Classes to sample from while training, evenly spaced.", minimum=1)
     num_samples_per_class: int = argument(4, "Samples of each.", minimum=1)
@@ -301,3 +275,21 @@ class DiTArguments(LoopArguments):
                 f"`snr_gamma` {self.snr_gamma}, but flow matching has none: leave it out, and choose a "
                 "`weighting_scheme`."
             )
+
+
+@dataclass
+class ClassifierArguments(TrainerArguments):
+    """Settings of `ClassifierTrainer`."""
+
+    max_train_steps: int = argument(600, "Optimiser steps.", minimum=1)
+    learning_rate: float = argument(2e-3, "Peak learning rate.", minimum=0)
+    lr_warmup_steps: int = argument(0, "Steps of linear warm-up, if the schedule has any.", minimum=0)
+    adam_beta2: float = argument(0.999, "AdamW beta 2.", minimum=0, below=1)
+    adam_weight_decay: float = argument(0.05, "AdamW weight decay.", minimum=0)
+    max_grad_norm: float = argument(math.inf, "Gradients are clipped to this norm.", above=0, maximum=math.inf)
+    tracker_project_name: str = argument("vitok-classifier", "Project name for the trackers.")
+    resolution: int = argument(64, "Side of the pictures in pixels.", minimum=1)
+    random_flip: bool = argument(False, "Flip half of the pictures left to right.")
+    train_batch_size: int = argument(64, "Pictures in a batch of one process.", minimum=1)
+    num_validation_images: int = argument(2048, "Held-out pictures a folder.", minimum=1)
+    max_files_per_class: int | None = argument(None, "So many of larger classes, chosen at random.", minimum=1)

@@ -46,8 +46,8 @@ def atomic_folder(path: Path, accelerator: Accelerator | PartialState):
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first."""
-    paths = [path for path in output_dir.glob("checkpoint-*") if checkpoint_step(path) is not None]
-    return sorted(paths, key=checkpoint_step)
+    numbered = [(checkpoint_step(path), path) for path in output_dir.glob("checkpoint-*")]
+    return [path for _, path in sorted((step, path) for step, path in numbered if step is not None)]
 
 
 def checkpoint_step(path: Path) -> int | None:

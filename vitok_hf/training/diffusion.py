@@ -10,19 +10,8 @@ from diffusers.training_utils import compute_density_for_timestep_sampling, comp
 from torch import nn
 
 
-PREDICTION_TYPES = ("epsilon", "v_prediction", "flow_prediction")
-
-
 def make_scheduler(prediction_type: str) -> SchedulerMixin:
-    """The scheduler to train with and to sample from: DDIM with linear betas (DiT), or flow matching.
-
-    Raises:
-        ValueError: If `prediction_type` is not of `PREDICTION_TYPES`.
-    """
-    if prediction_type not in PREDICTION_TYPES:
-        raise ValueError(
-            f'`prediction_type` must be one of {", ".join(PREDICTION_TYPES)}, but is "{prediction_type}".'
-        )
+    """The scheduler to train with and to sample from: DDIM with linear betas (DiT), or flow matching."""
     if prediction_type == "flow_prediction":
         return FlowMatchEulerDiscreteScheduler()
     return DDIMScheduler(prediction_type=prediction_type, clip_sample=False)  # its betas are those of DiT
@@ -36,21 +25,19 @@ def sample_timesteps(
     scheduler: SchedulerMixin,
     batch_size: int,
     weighting_scheme: str = "none",
-    logit_mean: float = 0.0,
-    logit_std: float = 1.0,
     generator: torch.Generator | None = None,
     device: torch.device | str = "cpu",
 ) -> torch.Tensor:
     """(B,): whole numbers below 1000 with equal probability; of flow matching any between 0 and 1000.
 
     These are as likely as `weighting_scheme` says: "logit_normal" (arXiv 2403.03206, section 3.1) draws more in the
-    middle, at `logit_mean` and `logit_std` of log(t / (1000 - t)), "none" all alike.
+    middle, log(t / (1000 - t)) being standard normal, "none" all alike.
     """
     steps = scheduler.config.num_train_timesteps
     if not is_flow(scheduler):
         return torch.randint(steps, (batch_size,), generator=generator, device=device)
     return steps * compute_density_for_timestep_sampling(
-        weighting_scheme, batch_size, logit_mean, logit_std, device=device, generator=generator
+        weighting_scheme, batch_size, 0.0, 1.0, device=device, generator=generator
     )
 
 

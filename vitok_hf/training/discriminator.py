@@ -6,6 +6,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from ..clips import Runs, fold_frames
+
 
 def discriminator_loss(real: torch.Tensor, fake: torch.Tensor, kind: str) -> torch.Tensor:
     """Hinge (Lim and Ye, 2017) or logistic (Goodfellow et al., 2014) loss of logits, any shapes; a mean."""
@@ -18,14 +20,17 @@ def generator_loss(fake: torch.Tensor, kind: str) -> torch.Tensor:
     return -fake.mean() if kind == "hinge" else F.softplus(-fake).mean()
 
 
-def r1_penalty(real_logits: torch.Tensor, real: list[torch.Tensor]) -> torch.Tensor:
-    """Mean over the pictures of the squared gradient norm at real pictures (Mescheder et al., 2018)."""
+def r1_penalty(real_logits: torch.Tensor, real: Runs) -> torch.Tensor:
+    """Mean over the frames of the squared gradient norm at real frames (Mescheder et al., 2018)."""
     gradients = torch.autograd.grad(real_logits.float().sum(), real, create_graph=True)
-    return torch.cat([gradient.float().square().flatten(1).sum(dim=1) for gradient in gradients]).mean()
+    return torch.cat([fold_frames(x).float().square().flatten(1).sum(dim=1) for x in gradients]).mean()
 
 
 class LeCam(nn.Module):
     """LeCam regularisation (Tseng et al., 2021): logits stay near the running means of those of the other kind."""
+
+    mean_real: torch.Tensor
+    mean_fake: torch.Tensor
 
     def __init__(self, decay: float = 0.99):
         super().__init__()
@@ -119,16 +124,16 @@ class Discriminator(nn.Module):
             x = block(x)
         return x if x.shape[-2:] == (4, 4) else F.adaptive_avg_pool2d(x, 4)
 
-    def forward(self, *groups: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Logits, (N,) for each group of N pictures in all.
+    def forward(self, *groups: Runs) -> list[torch.Tensor]:
+        """Logits, (N,) for each group of N frames in all.
 
         Args:
-            groups: As `fakes, reals`: lists of (B, C, H, W) in [-1, 1], of any sizes. The standard deviation is taken
-                within a group. One call for all of them, because DDP wants one forward pass for a backward pass.
+            groups: As `fakes, reals`: runs in [-1, 1], of any sizes. The standard deviation is taken within a group.
+                One call for all of them, because DDP wants one forward pass for a backward pass.
         """
         logits = []
         for group in groups:
-            x = torch.cat([self.features(pictures) for pictures in group])  # (N, C, 4, 4)
+            x = torch.cat([self.features(fold_frames(run)) for run in group])  # (N, C, 4, 4)
             x = self._append_stddev(x) if self.minibatch_stddev else x
             x = F.leaky_relu(self.conv_out(x), 0.2)
             x = F.leaky_relu(self.hidden(x.flatten(1)), 0.2)

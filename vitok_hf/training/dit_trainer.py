@@ -2,6 +2,7 @@
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,24 +11,22 @@ from einops import rearrange
 from ..clips import to_float
 from ..data.batches import Batch, DrawnBatches
 from ..data.classes import ClassSampler, LabelledFiles, read_classes
-from ..data.files import short_names
 from ..data.held_out import EvaluationData, Protocol
 from ..data.items import Clip
 from ..data.latent_cache import LatentCache, fingerprint
-from ..data.loader import BatchLoader, iterate_pixels
+from ..data.loader import iterate_pixels
 from ..data.media import evenly_spaced
 from ..data.views import LatentView, SquareView
 from ..latents import NO_STATISTICS, compute_latent_statistics, normalize_latents, summarize_latents
-from ..loading.strict import check_config_file, read_json, read_object
+from ..loading.strict import check_config_file, public_config, read_json, read_object
 from ..models import AutoencoderViTok, ViTokDiTModel
 from ..pipelines import ViTokDiTPipeline
-from ..pipelines.model_card import usage
+from ..pipelines.model_card import ModelCard, usage
 from .arguments import DiTArguments
-from .checkpointing import atomic_folder
 from .diffusion import bucket_timesteps, diffusion_losses, drop_labels, make_scheduler, sample_timesteps
-from .ema import WeightAverage
-from .publishing import changed_settings, last_folder, push, write_model_card
-from .trainer import TrainedModel, Trainer, compile_blocks
+from .publishing import last_folder
+from .trained_model import prepare_blocks
+from .trainer import Trainer
 
 
 logger = logging.getLogger(__name__)
@@ -42,10 +41,6 @@ def load_autoencoder(args: DiTArguments) -> AutoencoderViTok:
     return vae.eval().requires_grad_(False)
 
 
-def has_statistics(vae: AutoencoderViTok) -> bool:
-    return any(vae.config[name] not in (None, neutral) for name, neutral in NO_STATISTICS.items())
-
-
 def make_transformer(args: DiTArguments, vae: AutoencoderViTok, resolution: int, num_classes: int) -> ViTokDiTModel:
     """With random weights. Raises `ValueError` if the model's config contradicts the data."""
     fixed = {
@@ -56,19 +51,19 @@ def make_transformer(args: DiTArguments, vae: AutoencoderViTok, resolution: int,
     }
     if args.variant is not None:
         return ViTokDiTModel.from_variant(args.variant, **fixed)
+    assert args.model_config is not None  # one of both is given
     config = read_object(args.model_config)
     check_config_file(ViTokDiTModel, config, args.model_config, complete=False)
-    config = {name: value for name, value in config.items() if not name.startswith("_")}
     for name, value in (fixed | {"out_channels": fixed["in_channels"]}).items():
         if config.get(name) not in (None, value):
             raise ValueError(
                 f"`model_config` has {name} {config[name]}, but the autoencoder and the data have {value}: leave it "
                 "out."
             )
-    return ViTokDiTModel(**config | fixed)
+    return ViTokDiTModel(**public_config(config) | fixed)
 
 
-class DiTTrainer(Trainer):
+class DiTTrainer(Trainer[DiTArguments, ViTokDiTModel]):
     """A `ViTokDiTModel` on the latents of a frozen ViTok, as in the paper (section 4.4), or with flow matching.
 
     The latents are encoded on the fly or come from a cache. Checkpoints hold `pipeline/` and, with EMA,
@@ -85,73 +80,57 @@ class DiTTrainer(Trainer):
         self.cache = None
         if args.latents_dir is not None:
             self.cache = LatentCache(args.latents_dir, verify=self.accelerator.is_local_main_process)
-        self.resolution = self._choose_resolution()
-        self.fps = self._choose_fps()
+        self.resolution = self._choose("resolution") or self.vae.config.sample_size
+        self.fps = self._choose("fps")
+        self._check_fit()
         dataset, self.classes = self._make_dataset()
         self._normalise(dataset)
         model = make_transformer(args, self.vae, self.resolution, len(self.classes))
-        if args.gradient_checkpointing:
-            model.enable_gradient_checkpointing()
-        if args.compile:
-            compile_blocks(model)
-        trained = TrainedModel(model, self.accelerator, args, args.learning_rate, args.lr_warmup_steps)
-        self.models = {"transformer": trained}
-        if args.use_ema:
-            self.average = WeightAverage(trained.model, args.ema_decay)
-        trained.model.train()
-        processes = self.accelerator.process_index, self.accelerator.num_processes
-        self.loader = BatchLoader(dataset, args.dataloader_num_workers, *processes)
-        folders = zip(short_names(args.validation_data_dir), args.validation_data_dir)
-        self.held_out = {name: self._load_held_out(path) for name, path in folders}
-        self.metrics = {}
-        self.start()
+        prepare_blocks(model, args)
+        self.add_model("transformer", model)
+        self.start(dataset)
 
     @property
     def transformer(self) -> ViTokDiTModel:
-        return self.models["transformer"].unwrapped
+        return self.trained.unwrapped
 
-    def _choose_resolution(self) -> int:
-        resolution, p = self.args.resolution, self.vae.spatial_compression_ratio
-        if self.cache is not None:
-            cached = self.cache.index["resolution"]
-            if resolution not in (None, cached):
-                raise ValueError(f"`resolution` is {resolution}, but the cached latents have {cached}: leave it out.")
-            if self.cache.index["vae_sha256"] != fingerprint(self.vae):
-                raise ValueError(
-                    f'The latents in "{self.args.latents_dir}" are of "{self.cache.index["vae"]}", which is not the '
-                    f'autoencoder "{self.args.vae_name_or_path}": name that one, or write them anew.'
-                )
-            resolution = cached
-        resolution = resolution or self.vae.config.sample_size
-        if resolution % p:
-            raise ValueError(f"`resolution` {resolution} must be a multiple of the autoencoder's patch_size {p}.")
-        return resolution
-
-    def _choose_fps(self) -> float | None:
-        fps = self.args.fps
-        if self.cache is None or self.vae.config.sample_frames == 1:
-            return fps
-        cached = self.cache.index["fps"]
-        if fps not in (None, cached):
+    def _choose(self, name: str) -> Any:
+        """The setting, or what it was when the latents were cached."""
+        value = getattr(self.args, name)
+        if self.cache is None or (
+            name == "fps" and self.vae.config.sample_frames == 1
+        ):  # of pictures, it means nothing
+            return value
+        cached = self.cache.index[name]
+        if value not in (None, cached):
             raise ValueError(
-                f"`fps` is {fps}, but the cached latents have {cached or 'all frames'}: leave it out, or write them "
-                "anew."
+                f"`{name}` is {value}, but the cached latents have {cached or 'all frames'}: leave it out."
             )
         return cached
+
+    def _check_fit(self) -> None:
+        p = self.vae.spatial_compression_ratio
+        if self.cache is not None and self.cache.index["vae_sha256"] != fingerprint(self.vae):
+            raise ValueError(
+                f'The latents in "{self.args.latents_dir}" are of "{self.cache.index["vae"]}", which is not the '
+                f'autoencoder "{self.args.vae_name_or_path}": name that one, or write them anew.'
+            )
+        if self.resolution % p:
+            raise ValueError(f"`resolution` {self.resolution} must be a multiple of the autoencoder's patch_size {p}.")
 
     def _make_dataset(self) -> tuple[DrawnBatches, list[str]]:
         args, num_frames = self.args, self.vae.config.sample_frames
         classes = None if args.class_file is None else read_classes(args.class_file)
+        data: LabelledFiles | LatentCache
+        view: SquareView | LatentView
         if self.cache is None:
             data = LabelledFiles(args.train_data_dir, classes, num_frames)
+            view = SquareView(self.resolution, args.train_batch_size, Clip(num_frames, self.fps))
         else:
-            data = self.cache
+            data, view = self.cache, LatentView(args.train_batch_size)
             if classes not in (None, data.classes):
                 raise ValueError(f'The classes of "{args.latents_dir}" are {data.classes}: leave out `class_file`.')
         sampler = ClassSampler(data.labels, data.classes, args.random_flip, args.no_flip_classes, args.class_balanced)
-        view = LatentView(args.train_batch_size)
-        if self.cache is None:
-            view = SquareView(self.resolution, args.train_batch_size, Clip(num_frames, self.fps))
         return DrawnBatches(data, sampler, view, args.seed), data.classes
 
     def _normalise(self, dataset: DrawnBatches) -> None:
@@ -160,7 +139,7 @@ class DiTTrainer(Trainer):
         if self.checkpoint:
             config = read_json(self.checkpoint / "pipeline" / "vae" / "config.json")
             self.vae.register_to_config(**{name: config[name] for name in NO_STATISTICS})
-        elif not has_statistics(self.vae):
+        elif all(self.vae.config[name] in (None, neutral) for name, neutral in NO_STATISTICS.items()):
             if self.cache is None:
                 batches = iterate_pixels(dataset, -(-args.num_statistics_images // args.train_batch_size))
                 statistics = compute_latent_statistics(self.vae, batches)
@@ -176,11 +155,8 @@ class DiTTrainer(Trainer):
         return settings | {"autoencoder_sha256": fingerprint(self.vae)}, files
 
     @torch.no_grad()
-    def _load_held_out(self, path: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """Normalised latents, modes of the posteriors, and classes of pictures evenly spaced in their sorted list.
-
-        Held-out data are fixed: a file that cannot be read raises a ValueError that names it.
-        """
+    def load_held_out(self, path: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Normalised latents, modes of the posteriors, and classes of pictures evenly spaced in their sorted list."""
         args, num_frames, latents = self.args, self.vae.config.sample_frames, []
         files = LabelledFiles([path], self.classes, num_frames)
         protocol = Protocol(self.resolution, num_frames, self.fps)
@@ -191,32 +167,33 @@ class DiTTrainer(Trainer):
 
     @torch.no_grad()
     def latents_of(self, *batches: Batch) -> torch.Tensor:
-        """Normalised samples of the posteriors of all batches, (B, c, [t,] h, w) float32."""
-        mean, std = (torch.cat(parts) for parts in zip(*map(self._moments, batches)))
+        """Normalised samples of the posteriors of all batches, (B, c, t, h, w) float32."""
+        mean, std = torch.cat([self._moments(batch) for batch in batches]).unbind(dim=1)
         return normalize_latents(mean + std * torch.randn(mean.shape, device=mean.device), self.vae)
 
-    def _moments(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        pixels = batch.pixels.to(self.accelerator.device, non_blocking=True)
-        if self.cache is not None:
-            return pixels.unbind(dim=1)
+    def _moments(self, batch: Batch) -> torch.Tensor:
+        """(B, 2, c, t, h, w)"""
+        if batch.moments is not None:
+            return batch.moments.to(self.accelerator.device, non_blocking=True)
+        (run,) = batch.pixels
         with self.accelerator.autocast():
-            posterior = self.vae.encode(to_float(pixels)).latent_dist
-        return posterior.mean, posterior.std
+            posterior = self.vae.encode(to_float(run.to(self.accelerator.device, non_blocking=True))).latent_dist
+        return torch.stack([posterior.mean, posterior.std], dim=1)
 
     def count_pixels(self, batch: Batch) -> int:
-        return len(batch.pixels) * self.resolution**2 * self.vae.config.sample_frames
+        return batch.num_items * self.resolution**2 * self.vae.config.sample_frames
 
     def training_step(self, batches: list[Batch]) -> list[dict[str, torch.Tensor]]:
         """One optimiser step. What is random is drawn for all batches at once, so as not to depend on their sizes."""
-        args, device, logs, trained = self.args, self.accelerator.device, [], self.models["transformer"]
-        latents, labels = self.latents_of(*batches), torch.cat([batch.labels for batch in batches]).to(device)
-        labels = drop_labels(labels, len(self.classes), args.class_dropout)
-        timesteps = sample_timesteps(
-            self.scheduler, len(labels), args.weighting_scheme, args.logit_mean, args.logit_std, device=device
-        )
+        args, device, logs, trained = self.args, self.accelerator.device, [], self.trained
+        latents = self.latents_of(*batches)
+        classes = torch.cat([batch.labels for batch in batches if batch.labels is not None]).to(device)
+        labels = drop_labels(classes, len(self.classes), args.class_dropout)
+        timesteps = sample_timesteps(self.scheduler, len(labels), args.weighting_scheme, device=device)
         noise = torch.randn(latents.shape, device=device)  # not `randn_like`, which depends on the strides
-        counts = [len(batch.labels) for batch in batches]
-        for part in zip(*(tensor.split(counts) for tensor in (latents, labels, noise, timesteps))):
+        counts = [batch.num_items for batch in batches]
+        parts = zip(latents.split(counts), labels.split(counts), noise.split(counts), timesteps.split(counts))
+        for part in parts:
             with trained.accumulate():
                 losses = diffusion_losses(trained.model, self.scheduler, *part, args.snr_gamma)
                 loss = losses.sum() * (len(batches) / len(labels))
@@ -224,44 +201,30 @@ class DiTTrainer(Trainer):
                 logs.append({"loss": loss.detach()} | trained.update(self.step))
         return logs
 
-    @torch.no_grad()
-    def evaluate(self) -> tuple[dict[str, float], dict[str, np.ndarray]]:
-        """Held-out losses of the weights and of their average, and samples of the average, if there is one."""
-        metrics, pictures = {}, {}
-        self.models["transformer"].model.eval()
-        averages = self.averages()
-        for label, weights in averages.items():
-            with weights:
-                for name in self.held_out:
-                    metrics |= self._held_out_losses(name, label)
-                if label == list(averages)[-1]:
-                    pictures[f"samples{label}"] = self._sample()
-        self.models["transformer"].model.train()
-        self.metrics = metrics
-        return metrics, pictures
-
-    def _held_out_losses(self, name: str, label: str) -> dict[str, float]:
-        """Unweighted, for each part of the schedule and their mean, with the same noise every time."""
-        generator, device = torch.Generator().manual_seed(self.args.seed), self.accelerator.device
-        latents, class_labels = self.held_out[name]
-        means = {}
-        for bucket, timesteps in bucket_timesteps(
-            self.scheduler, self.args.num_timestep_buckets, len(latents), generator
-        ).items():
+    def measure(self, held_out: tuple[torch.Tensor, torch.Tensor]) -> tuple[dict[str, float], None]:
+        """Unweighted losses, for each part of the schedule and their mean, with the same noise every time."""
+        args, device, (latents, class_labels) = self.args, self.accelerator.device, held_out
+        generator, means = torch.Generator().manual_seed(args.seed), {}
+        buckets = bucket_timesteps(self.scheduler, args.num_timestep_buckets, len(latents), generator)
+        for bucket, timesteps in buckets.items():
             noise = torch.randn(latents.shape, generator=generator)
             tensors = (latents, class_labels, noise, timesteps)
-            parts = zip(*(tensor.to(device).split(self.args.train_batch_size) for tensor in tensors))
+            parts = zip(*(tensor.to(device).split(args.train_batch_size) for tensor in tensors))
             losses = [diffusion_losses(self.transformer, self.scheduler, *part) for part in parts]
-            means[f"{name}{label}_loss_{bucket}"] = torch.cat(losses).mean().item()
-        return {f"{name}{label}_loss": sum(means.values()) / len(means)} | means
+            means[f"loss_{bucket}"] = torch.cat(losses).mean().item()
+        return {"loss": sum(means.values()) / len(means)} | means, None
 
-    def _sample(self) -> np.ndarray:
-        """(H, W, 3) uint8: a row for each class, or, of a video model, for each sample with its frames."""
-        args, scheduler = self.args, make_scheduler(self.args.prediction_type)
-        pipe = ViTokDiTPipeline(self.transformer, self.vae, scheduler, dict(enumerate(self.classes)))
+    def _make_pipeline(self, transformer: ViTokDiTModel) -> ViTokDiTPipeline:
+        return ViTokDiTPipeline(
+            transformer, self.vae, make_scheduler(self.args.prediction_type), dict(enumerate(self.classes))
+        )
+
+    def samples(self) -> dict[str, np.ndarray]:
+        """A row for each class, or, of a video model, for each sample with its frames."""
+        args, pipe = self.args, self._make_pipeline(self.transformer)
         pipe.set_progress_bar_config(disable=True)
         count = min(args.num_sample_classes, len(self.classes))
-        classes = evenly_spaced(len(self.classes), count)
+        classes: list[str | int] = [*evenly_spaced(len(self.classes), count)]
         seeds = range(args.seed, args.seed + count * args.num_samples_per_class)
         (samples,) = pipe(
             classes,
@@ -277,39 +240,15 @@ class DiTTrainer(Trainer):
             grid = rearrange(samples[:, shown], "b t h w c -> (b h) (t w) c")
         else:
             grid = rearrange(samples, "(k n) h w c -> (k h) (n w) c", k=count)
-        return (grid * 255).round().astype(np.uint8)
+        return {"samples": (grid * 255).round().astype(np.uint8)}
 
-    def _save_pipeline(self, folder: Path, average: bool) -> None:
-        """All processes must call it; the main process writes."""
-        state_dict = self.gather_weights("transformer", average)
-        if self.accelerator.is_main_process:
-            with torch.device("meta"):
-                twin = ViTokDiTModel.from_config(self.transformer.config)
-            twin.load_state_dict(state_dict, assign=True)
-            scheduler = make_scheduler(self.args.prediction_type)
-            ViTokDiTPipeline(twin, self.vae, scheduler, dict(enumerate(self.classes))).save_pretrained(folder)
+    def write_model(self, folder: Path, state_dict: dict[str, torch.Tensor]) -> None:
+        with torch.device("meta"):
+            twin = ViTokDiTModel(**public_config(self.transformer.config))
+        twin.load_state_dict(state_dict, assign=True)
+        self._make_pipeline(twin).save_pretrained(folder)
 
-    def save_models(self, folder: Path) -> None:
-        self._save_pipeline(folder / "pipeline", average=False)
-        if self.average is not None:
-            self._save_pipeline(folder / "pipeline_ema", average=True)
-
-    def finish(self) -> None:
-        """Writes the final pipeline and its card, and uploads them if asked to."""
-        args = self.args
-        name = args.hub_model_id or self.output_dir.resolve().name
-        with atomic_folder(self.output_dir / self.result, self.accelerator) as folder:
-            self._save_pipeline(folder, average=self.average is not None)
-            if self.accelerator.is_main_process:
-                write_model_card(
-                    folder,
-                    name,
-                    "diffusion",
-                    "A class-conditional diffusion transformer on the latents of a ViTok",
-                    args.vae_name_or_path,
-                    usage(name, self.classes[:1], self.vae.config.sample_frames > 1),
-                    {metric: value for metric, value in self.metrics.items() if "_ema_" in metric or not args.use_ema},
-                    changed_settings(args),
-                )
-        if args.push_to_hub and self.accelerator.is_main_process:
-            logger.warning("Uploaded to %s.", push(self.output_dir / self.result, name, args.hub_token))
+    def model_card(self, name: str) -> ModelCard:
+        description = "A class-conditional diffusion transformer on the latents of a ViTok (arXiv 2501.09755)"
+        code = usage(name, self.classes[:1], self.vae.config.sample_frames > 1)
+        return ModelCard(name, "diffusion", description, code, self.args.vae_name_or_path)

@@ -1,10 +1,13 @@
 import logging
+from collections.abc import Callable
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from ..clips import Runs, fold_frames
 from ..evaluation import networks
+from .arguments import LossSettings
 
 
 logger = logging.getLogger(__name__)
@@ -13,7 +16,7 @@ logger = logging.getLogger(__name__)
 def load_lpips() -> nn.Module | None:
     """The frozen LPIPS network of the package `lpips` (VGG), or `None`, with a message, if it cannot be had."""
     try:
-        return networks.load_lpips(trunk="vgg").module.network
+        return networks.load_lpips(trunk="vgg").module.get_submodule("network")
     except (ImportError, OSError) as error:  # not installed, or the weights of VGG are neither cached nor downloadable
         logger.warning(
             "The LPIPS loss is OFF (its weight is set to 0): %s. Install `lpips`, and download the VGG-16 weights of "
@@ -44,6 +47,9 @@ def one_minus_ssim(sample: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     return 1.0 - structural_similarity_index_measure((sample + 1) / 2, (target + 1) / 2, data_range=1.0)
 
 
+TERMS = ("mse", "l1", "charbonnier", "ssim", "lpips", "dino", "kl")
+
+
 class ReconstructionLoss(nn.Module):
     """The losses of a reconstruction: section 3 of the paper, and those of ViTok-v2.
 
@@ -52,29 +58,28 @@ class ReconstructionLoss(nn.Module):
     counts alike, and every latent element; in a step of several batches too, if the loss is told their average
     numbers. `patch_border_weight` is what a squared error in the outermost rows and columns of a patch counts
     relative to one inside: above 1, it evens out the patch grid. Terms with weight 0 are not computed.
+
+    Args:
+        settings: The weights.
+        patch_size: Of the model.
+        with_kl: Whether the encoder is trained: else the KL divergence is none of the terms.
     """
 
-    def __init__(
-        self,
-        patch_size: int,
-        mse: float = 0.0,
-        l1: float = 0.0,
-        charbonnier: float = 0.0,
-        ssim: float = 0.0,
-        lpips: float = 0.0,
-        dino: float = 0.0,
-        kl: float = 0.0,
-        patch_border_weight: float = 1.0,
-        dino_model_name_or_path: str | None = None,
-    ):
+    patch_weights: torch.Tensor
+
+    def __init__(self, settings: LossSettings, patch_size: int, with_kl: bool = True):
         super().__init__()
-        self.lpips = load_lpips() if lpips > 0.0 else None
-        self.dino = load_dino(dino_model_name_or_path) if dino > 0.0 else None
-        self.weights = {"mse": mse, "l1": l1, "charbonnier": charbonnier, "ssim": ssim, "dino": dino, "kl": kl}
-        self.weights["lpips"] = lpips if self.lpips is not None else 0.0
+        self.weights = {name: getattr(settings, f"{name}_weight") for name in TERMS}
+        self.weights["kl"] *= with_kl
+        self.networks = nn.ModuleDict()
+        if self.weights["lpips"] > 0.0 and (network := load_lpips()) is not None:
+            self.networks["lpips"] = network
+        if self.weights["dino"] > 0.0:
+            self.networks["dino"] = load_dino(settings.dino_model_name_or_path)
+        self.weights["lpips"] *= "lpips" in self.networks
         if not any(self.weights.values()):
             raise ValueError(f"All weights are 0: {self.weights}. Give at least one of them a positive value.")
-        patch = torch.full((patch_size, patch_size), patch_border_weight)
+        patch = torch.full((patch_size, patch_size), settings.patch_border_weight)
         patch[1:-1, 1:-1] = 1.0
         self.register_buffer("patch_weights", patch / patch.mean(), persistent=False)
 
@@ -86,20 +91,20 @@ class ReconstructionLoss(nn.Module):
 
     def _terms(self, sample: torch.Tensor, target: torch.Tensor) -> dict[str, torch.Tensor]:
         """Of frames, (B, C, H, W)."""
-        functions = {
+        functions: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
             "mse": self._mse,
             "l1": F.l1_loss,
             "charbonnier": lambda x, y: ((x - y).square() + 1e-6).sqrt().mean(),
             "ssim": one_minus_ssim,
-            "lpips": lambda x, y: self.lpips(x, y).mean(),
-            "dino": lambda x, y: self.dino(x, y).mean(),
+            "lpips": lambda x, y: self.networks["lpips"](x, y).mean(),
+            "dino": lambda x, y: self.networks["dino"](x, y).mean(),
         }
         return {name: function(sample, target) for name, function in functions.items() if self.weights[name] > 0.0}
 
     def forward(
         self,
-        samples: list[torch.Tensor],
-        targets: list[torch.Tensor],
+        samples: Runs,
+        targets: Runs,
         kl: torch.Tensor | None = None,
         num_latents: torch.Tensor | int = 1,
         num_values: torch.Tensor | int | None = None,
@@ -107,7 +112,7 @@ class ReconstructionLoss(nn.Module):
         """Returns (loss, logs of the terms without their weights).
 
         Args:
-            samples, targets: Pictures or frames in [-1, 1], (B, C, H, W) for each size in the batch.
+            samples, targets: In [-1, 1].
             kl: (N,), summed over the latents of an item.
             num_latents: Number of the latent elements of all items, or of an average batch of the step.
             num_values: Number of values, pixels times channels, of an average batch; default: of this one.
@@ -115,9 +120,11 @@ class ReconstructionLoss(nn.Module):
         num_values = sum(target.numel() for target in targets) if num_values is None else num_values
         logs: dict[str, torch.Tensor] = {}
         for sample, target in zip(samples, targets):
-            for name, value in self._terms(sample.float(), target.float()).items():
+            for name, value in self._terms(fold_frames(sample).float(), fold_frames(target).float()).items():
                 logs[name] = logs.get(name, 0.0) + value * (target.numel() / num_values)
         if kl is not None and self.weights["kl"] > 0.0:
             logs["kl"] = kl.float().sum() / num_latents
-        loss = sum(self.weights[name] * value for name, value in logs.items())
+        loss = sum(
+            (self.weights[name] * value for name, value in logs.items()), torch.zeros_like(next(iter(logs.values())))
+        )
         return loss, {name: value.detach() for name, value in logs.items()}

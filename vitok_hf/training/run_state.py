@@ -73,7 +73,7 @@ def _numbers_only():
 
 def write_tree(path: Path, tree: Any) -> None:
     """Dictionaries and lists of tensors and JSON-able values, as safetensors with the form as JSON beside."""
-    tensors = {}
+    tensors: dict[str, torch.Tensor] = {}
 
     def pack(value: Any) -> Any:
         if isinstance(value, torch.Tensor):
@@ -106,8 +106,8 @@ def read_tree(path: Path) -> Any:
 def random_state(device: torch.device) -> dict[str, Any]:
     """Of the generators of Python, numpy, PyTorch and the device."""
     kind, keys, *rest = np.random.get_state()  # noqa: NPY002 (that of libraries)
-    state = {"python": random.getstate(), "numpy": [kind, torch.from_numpy(keys), *rest]}
-    state["torch"] = torch.get_rng_state()
+    numpy_state = [kind, torch.from_numpy(keys), *rest]
+    state = {"python": random.getstate(), "numpy": numpy_state, "torch": torch.get_rng_state()}
     backend = torch.get_device_module(device)
     return state | ({device.type: backend.get_rng_state(device)} if hasattr(backend, "get_rng_state_all") else {})
 

@@ -1,149 +1,70 @@
-"""The training loop: optimisers, checkpoints, logs. What is trained is up to a subclass of `Trainer`."""
+"""The training loop, and all that training runs share. What is trained, and how, is up to a subclass of `Trainer`."""
 
 import logging
 import math
 import time
 import weakref
-from contextlib import contextmanager, nullcontext
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, Generic, TypeVar
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, ProjectConfiguration, set_seed
-from diffusers import ModelMixin
-from diffusers.optimization import get_scheduler
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
 
-from ..data.batches import Batch
+from ..data.batches import Batch, DrawnBatches, StreamBatches
 from ..data.claims import note_inputs
-from ..data.files import iterate_files
+from ..data.files import iterate_files, short_names
 from ..data.loader import BatchLoader
 from ..data.sources import parse_source
 from ..disk import lock_folder, remove_folder, remove_leftovers, write_json
 from ..loading.strict import read_json
 from ..models.saving import plain_name
+from ..pipelines.model_card import ModelCard
 from ..precision import choose_mixed_precision
-from .arguments import LoopArguments
+from .arguments import TrainerArguments
 from .checkpointing import atomic_folder, checkpoint_step, find_checkpoint, list_checkpoints, write_manifest
-from .ema import WeightAverage, gather
+from .publishing import changed_settings, push
 from .run_state import load_state, naming_misfits, read_tree, save_state, set_random_state
 from .tracking import Log, Window
+from .trained_model import M, TrainedModel, WeightAverage, gather
 
 
 logger = logging.getLogger(__name__)
 
-
-def compile_blocks(model: ModelMixin) -> None:
-    """Compiles the transformer blocks, which share their code: it is compiled anew for each kind of call.
-
-    Towers, training and evaluation, batches of one, and LoRA are more kinds together than PyTorch allows by itself.
-    """
-    torch.compiler.config.recompile_limit = max(64, torch.compiler.config.recompile_limit)
-    model.compile_repeated_blocks(fullgraph=True, dynamic=True)
+A = TypeVar("A", bound=TrainerArguments)
 
 
-class TrainedModel:
-    """A model with its optimiser and learning-rate schedule, prepared by accelerate.
-
-    The learning rate is a function of the step alone: right for any number of processes, and after resumption. With
-    `replicated`, every process keeps the whole model even if FSDP shards the others: FSDP supports neither parameters
-    that are frozen for a while nor second derivatives.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        accelerator: Accelerator,
-        args: LoopArguments,
-        learning_rate: float,
-        warmup_steps: int,
-        replicated: bool = False,
-    ):
-        optimizer = torch.optim.AdamW(
-            [parameter for parameter in model.parameters() if parameter.requires_grad],
-            lr=learning_rate,
-            fused=True,
-        )
-        schedule = get_scheduler(args.lr_scheduler, optimizer, None, warmup_steps, args.max_train_steps)
-        self.schedule = schedule.lr_lambdas[0]
-        self.peak_learning_rate, self.max_grad_norm = learning_rate, args.max_grad_norm
-        self.accelerator = accelerator
-        self.replicated = replicated and accelerator.is_fsdp2
-        if self.replicated:
-            self.model, self.optimizer = DistributedDataParallel(model.to(accelerator.device)), optimizer
-        else:
-            if accelerator.is_fsdp2:  # for other engines, accelerate does it
-                model.forward = accelerator.autocast()(model.forward)
-            self.model, self.optimizer = accelerator.prepare(model, optimizer)
-        self.configure(args)
-
-    def configure(self, args: LoopArguments) -> None:
-        """Sets those settings of the optimiser that do not depend on the step."""
-        for group in self.optimizer.param_groups:
-            group["betas"] = (args.adam_beta1, args.adam_beta2)
-            group |= {"eps": args.adam_epsilon, "weight_decay": args.adam_weight_decay}
-
-    @property
-    def unwrapped(self) -> nn.Module:
-        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-
-    def learning_rate(self, step: int) -> float:
-        return self.peak_learning_rate * self.schedule(step)
-
-    @contextmanager
-    def accumulate(self):
-        """Gradients are exchanged between processes at the last batch of a step only."""
-        with self.accelerator.accumulate(*([] if self.replicated else [self.model])):
-            keep = self.replicated and not self.accelerator.sync_gradients
-            with self.model.no_sync() if keep else nullcontext():
-                yield
-
-    def update(self, step: int) -> dict[str, torch.Tensor]:
-        """The optimiser's step, if gradients are complete. Returns their norm before clipping, to log."""
-        if not self.accelerator.sync_gradients:
-            return {}
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate(step)
-        clip = nn.utils.clip_grad_norm_ if self.replicated else self.accelerator.clip_grad_norm_
-        norm = clip(self.model.parameters(), self.max_grad_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return {"grad_norm": gather(norm)}
-
-
-class Trainer:
+class Trainer(ABC, Generic[A, M]):
     """Trains on one or many processes, from the current step to `max_train_steps`.
 
     Every process draws its own batches. Checkpoints, `checkpoint-<step>/`, hold models for `from_pretrained` and the
     state of the run; they are written under a temporary name and renamed when complete, on a file system that all
-    nodes share. One run at a time has `output_dir`. A subclass has
-
-    - `models`, the trained models by name, and `average`, their `WeightAverage` or `None`,
-    - `training_step(batches)`, which takes the batches of one optimiser step and returns tensors to log for each,
-    - `evaluate()`, which returns metrics, and pictures, (H, W, 3) uint8, by name,
-    - `save_models(folder)`, which writes what `from_pretrained` loads; all processes call these,
-    - `finish()`, for after the last step, which writes the folder `result` in `output_dir`.
+    nodes share. One run at a time has `output_dir`. The constructor of a subclass calls `add_model` and then `start`.
     """
 
-    models: dict[str, TrainedModel]
-    average: WeightAverage | None = None
     result: str
     loader: BatchLoader
+    trained: TrainedModel[M]  # the first of `models`, which the result is of
+    average: WeightAverage | None = None
 
-    def __init__(self, args: LoopArguments):
+    def __init__(self, args: A):
         self.args, self.output_dir, self.step, self.num_skipped = args, Path(args.output_dir).absolute(), 0, 0
+        self.models: dict[str, TrainedModel[Any]] = {}
+        self.held_out: dict[str, Any] = {}
+        self.metrics: dict[str, float] = {}
         self.accelerator = Accelerator(
             mixed_precision=choose_mixed_precision(args.mixed_precision),
             gradient_accumulation_steps=args.gradient_accumulation_steps,
             log_with=None if args.report_to == "none" else args.report_to,
-            project_config=ProjectConfiguration(args.output_dir, str(self.output_dir / args.logging_dir)),
+            project_config=ProjectConfiguration(args.output_dir, str(self.output_dir / "logs")),
         )
         self._check_engine()
-        if args.allow_tf32:
-            torch.set_float32_matmul_precision("high")
         self.lock = lock_folder(self.output_dir, take_over=True)
         if self.lock is not None:
             weakref.finalize(self, self.lock.release)
@@ -152,6 +73,38 @@ class Trainer:
                 remove_leftovers(folder)
         self.checkpoint = find_checkpoint(self.output_dir, args.resume_from_checkpoint)
         set_seed(args.seed)
+
+    @abstractmethod
+    def training_step(self, batches: list[Batch]) -> list[dict[str, torch.Tensor]]:
+        """One optimiser step of every model. Returns what to log of each batch; all processes call it."""
+
+    @abstractmethod
+    def load_held_out(self, path: str) -> Any:
+        """The held-out data in a folder, which are fixed: a file that cannot be read raises `ValueError`."""
+
+    @abstractmethod
+    def measure(self, held_out: Any) -> tuple[dict[str, float], np.ndarray | None]:
+        """Metrics of held-out data by name, and a picture to look at, (H, W, 3) uint8; all processes call it."""
+
+    @abstractmethod
+    def write_model(self, folder: Path, state_dict: dict[str, torch.Tensor]) -> None:
+        """Writes what `from_pretrained` loads, with these weights; only the main process calls it."""
+
+    @abstractmethod
+    def model_card(self, name: str) -> ModelCard:
+        """What the card of the result says besides metrics and settings."""
+
+    def samples(self) -> dict[str, np.ndarray]:
+        """Pictures to look at that need no data, by name; all processes call it."""
+        return {}
+
+    def count_pixels(self, batch: Batch) -> int:
+        """Of all frames of the batch."""
+        return sum(run[:, 0].numel() for run in batch.pixels)
+
+    def set_training(self, training: bool) -> None:
+        """Puts the model in training mode, or in that of evaluation."""
+        self.trained.model.train(training)
 
     def _check_engine(self) -> None:
         if self.accelerator.distributed_type == DistributedType.FSDP and not self.accelerator.is_fsdp2:
@@ -167,13 +120,24 @@ class Trainer:
             plugin = self.accelerator.state.fsdp_plugin
             plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, cast_forward_inputs=False)
 
-    def start(self) -> None:
-        """To be called when the models and the loader are there: seeds the processes and loads a checkpoint."""
-        set_seed(self.args.seed, device_specific=True)  # the noise differs between processes
+    def add_model(self, name: str, model: M) -> None:
+        """Prepares the model that the result is of, and its average if there is to be one."""
+        self.trained = self.models[name] = TrainedModel(model, self.accelerator, self.args)
+        if self.args.use_ema:
+            self.average = WeightAverage(self.trained.model, self.args.ema_decay)
+
+    def start(self, dataset: DrawnBatches | StreamBatches) -> None:
+        """Reads held-out data and begins with those of training, seeds the processes and loads a checkpoint."""
+        args, processes = self.args, (self.accelerator.process_index, self.accelerator.num_processes)
+        self.loader = BatchLoader(dataset, args.dataloader_num_workers, *processes)
+        names = short_names(args.validation_data_dir)
+        self.held_out = {name: self.load_held_out(path) for name, path in zip(names, args.validation_data_dir)}
+        self.set_training(True)
+        set_seed(args.seed, device_specific=True)  # the noise differs between processes
         if self.checkpoint is not None:
             with naming_misfits(self.checkpoint):
                 self._resume(self.checkpoint)
-        elif self.args.resume_from_checkpoint:  # a job that is queued again has the same command
+        elif args.resume_from_checkpoint:  # a job that is queued again has the same command
             logger.warning('"%s" has no checkpoint to resume from: the run starts anew.', self.output_dir)
         elif found := list_checkpoints(self.output_dir):
             raise ValueError(
@@ -181,36 +145,32 @@ class Trainer:
                 'resume_from_checkpoint="latest", or name another output_dir.'
             )
         if self.accelerator.is_main_process:
-            self._note_inputs()
+            changes = note_inputs(self.output_dir, *self.inputs(), self.checkpoint and self.checkpoint.parent)
+            if changes:
+                logger.warning(
+                    'Going on from "%s", but its run was last started with %s.', self.checkpoint, "; ".join(changes)
+                )
 
     def inputs(self) -> tuple[dict[str, object], list[str | Path]]:
         """Settings and local files that the weights depend on."""
         hidden = ("output_dir", "hub_token", "resume_from_checkpoint", "max_minutes")
-        settings = {name: value for name, value in vars(self.args).items() if name not in hidden}
+        settings: dict[str, object] = {name: x for name, x in vars(self.args).items() if name not in hidden}
         settings["mixed_precision"] = self.accelerator.mixed_precision  # perhaps of accelerate's configuration
         settings["num_processes"] = self.accelerator.num_processes
         folders = [parse_source(source)[0] for source in self.args.train_data_dir]
-        files = [file for folder in folders for file in iterate_files(folder)]
+        files: list[str | Path] = [file for folder in folders for file in iterate_files(folder)]
         shards = getattr(getattr(self.loader.dataset, "source", None), "urls", ())
         return settings, files + [shard for shard in shards if Path(shard).is_file()]
 
-    def _note_inputs(self) -> None:
-        changes = note_inputs(self.output_dir, *self.inputs(), self.checkpoint and self.checkpoint.parent)
-        if changes:
-            logger.warning(
-                'Going on from "%s", but its run was last started with %s.', self.checkpoint, "; ".join(changes)
-            )
-
     def train(self) -> None:
         """Trains to `max_train_steps`, or for `max_minutes`; ends with a checkpoint and, after all steps, `finish`."""
-        if self.lock is None:
-            return self._train()
-        if not self.lock.is_held():  # a later trainer has it, or had it and is gone
+        if self.lock is not None and not self.lock.is_held():  # a later trainer has it, or had it and is gone
             self.lock = lock_folder(self.output_dir)
         try:
             self._train()
         finally:
-            self.lock.release()
+            if self.lock is not None:
+                self.lock.release()
 
     def _train(self) -> None:
         args = self.args
@@ -233,8 +193,8 @@ class Trainer:
             self.step += 1
             if self.average is not None:
                 self.average.update()
-            for batch, values in zip(micro_batches, logs):
-                window.add(values, len(batch.pixels), self.count_pixels(batch))
+            for batch, log_of_batch in zip(micro_batches, logs):
+                window.add(log_of_batch, batch.num_items, self.count_pixels(batch))
             bar.update()
             if self.step == first:  # in which workers started and kernels were compiled
                 window.start_clock()
@@ -242,8 +202,7 @@ class Trainer:
             if self.step % args.logging_steps == 0 or finished:
                 stop = finished or self._out_of_time(began)
                 values = self._check_finite(window.means(self.accelerator))
-                shown = {name: f"{values[name]:.4g}" for name in ("loss", "items_per_second") if name in values}
-                bar.set_postfix(shown)
+                bar.set_postfix({x: f"{values[x]:.4g}" for x in ("loss", "items_per_second") if x in values})
                 log.write(self.step, values | self._learning_rates() | {"skipped": self._total_skipped()})
                 window = Window()
             if self.step % args.checkpointing_steps == 0 or stop:
@@ -264,7 +223,7 @@ class Trainer:
         log.write(self.step, metrics, replace)
         log.show(self.step, pictures)
 
-    def _next_batch(self, batches) -> Batch:
+    def _next_batch(self, batches: Iterator[Batch]) -> Batch:
         batch = next(batches)
         for reason in batch.skipped:
             self.num_skipped += 1
@@ -296,26 +255,63 @@ class Trainer:
         out_of_time = time.monotonic() - began > 60 * self.args.max_minutes
         return bool(self.accelerator.reduce(torch.tensor(out_of_time, device=self.accelerator.device).int()) > 0)
 
-    def count_pixels(self, batch: Batch) -> int:
-        """Of all its pictures or clips."""
-        return sum(item[0].numel() for item in batch.pixels)
+    @torch.no_grad()
+    def evaluate(self) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+        """Metrics and pictures, (H, W, 3) uint8, by name: of held-out data, of the weights and of their average.
 
-    def averages(self) -> dict[str, object]:
+        What needs no data, is of the average alone, if there is one. All processes must call it.
+        """
+        metrics: dict[str, float] = {}
+        pictures: dict[str, np.ndarray] = {}
+        self.set_training(False)
+        for label, weights in self.averages().items():
+            with weights:
+                for name, held_out in self.held_out.items():
+                    values, picture = self.measure(held_out)
+                    metrics |= {f"{name}{label}_{metric}": value for metric, value in values.items()}
+                    pictures |= {} if picture is None else {f"{name}{label}": picture}
+                if (label == "") == (self.average is None):
+                    pictures |= {f"{name}{label}": picture for name, picture in self.samples().items()}
+        self.set_training(True)
+        self.metrics = metrics
+        return metrics, pictures
+
+    def averages(self) -> dict[str, AbstractContextManager[None]]:
         """Suffix of names and a context in which the model has these weights: its own and their average."""
-        own = {"": nullcontext()}
+        own: dict[str, AbstractContextManager[None]] = {"": nullcontext()}
         return own if self.average is None else own | {"_ema": self.average.applied()}
 
-    def gather_weights(self, name: str, average: bool) -> dict[str, torch.Tensor]:
-        """The state dict of a whole model, or of its average, on the main process; all processes must call it."""
-        trained = self.models[name]
-        state_dict = self.accelerator.get_state_dict(trained.model)
+    def gather_weights(self, average: bool) -> dict[str, torch.Tensor]:
+        """The state dict of the whole model, or of its average, on the main process; all processes must call it."""
+        state_dict = self.accelerator.get_state_dict(self.trained.model)
         state_dict = {plain_name(name): value for name, value in state_dict.items()}
-        if average:
-            parameters = trained.unwrapped.named_parameters()
+        if average and self.average is not None:
+            parameters = self.trained.unwrapped.named_parameters()
             names = [plain_name(name) for name, parameter in parameters if parameter.requires_grad]
             shadows = [gather(shadow) for shadow in self.average.shadow_params]
-            state_dict = state_dict | dict(zip(names, shadows, strict=True))
+            state_dict |= dict(zip(names, shadows, strict=True))
         return state_dict
+
+    def save_models(self, folder: Path) -> None:
+        """Writes `folder`/<result> and, with an average, `folder`/<result>_ema; all processes must call it."""
+        for label in self.averages():
+            state_dict = self.gather_weights(average=label != "")
+            if self.accelerator.is_main_process:
+                self.write_model(folder / f"{self.result}{label}", state_dict)
+
+    def finish(self) -> None:
+        """Writes the final model, averaged if there is an average, and its card, and uploads them if asked to."""
+        args, folder = self.args, self.output_dir / self.result
+        name = args.hub_model_id or self.output_dir.resolve().name
+        state_dict = self.gather_weights(average=True)
+        with atomic_folder(folder, self.accelerator) as temporary:
+            if self.accelerator.is_main_process:
+                self.write_model(temporary, state_dict)
+                metrics = {metric: x for metric, x in self.metrics.items() if "_ema_" in metric or not args.use_ema}
+                card = replace(self.model_card(name), metrics=metrics, settings=changed_settings(args))
+                card.write(temporary)
+        if args.push_to_hub and self.accelerator.is_main_process:
+            logger.warning("Uploaded to %s.", push(folder, name, args.hub_token))
 
     def save(self) -> None:
         """Writes `checkpoint-<step>/` and deletes the oldest ones over `checkpoints_total_limit`."""
@@ -339,9 +335,9 @@ class Trainer:
         """Those that decide what a checkpoint holds, and cannot change when it is resumed."""
         return {"use_ema": self.args.use_ema}
 
-    def objects(self) -> dict[str, object]:
+    def objects(self) -> dict[str, Any]:
         """What the state of the run holds beside models that accelerate prepared: by name, with a `state_dict`."""
-        objects = {} if self.average is None else {"average": self.average}
+        objects: dict[str, Any] = {} if self.average is None else {"average": self.average}
         for name, trained in self.models.items():
             if trained.replicated:
                 objects |= {f"{name}_model": trained.unwrapped, f"{name}_optimizer": trained.optimizer}
@@ -356,9 +352,8 @@ class Trainer:
                 )
 
     def _resume(self, path: Path) -> None:
-        args = self.args
-        self.step = checkpoint_step(path)
-        if later := [other.name for other in list_checkpoints(self.output_dir) if checkpoint_step(other) > self.step]:
+        args, self.step = self.args, checkpoint_step(path) or 0
+        if later := [x.name for x in list_checkpoints(self.output_dir) if (checkpoint_step(x) or 0) > self.step]:
             raise ValueError(
                 f'"{self.output_dir}" has {", ".join(later)}, later than {path.name}: delete them to go on from '
                 'there, name another output_dir, or resume from "latest".'
@@ -374,7 +369,7 @@ class Trainer:
             set_seed(args.seed + self.step, device_specific=True)  # there are more processes than before
         self.accelerator.step = 0  # batches of the current step, whose number may have changed
         for trained in self.models.values():
-            trained.configure(args)  # settings may differ from those of the checkpoint
+            trained.configure()  # settings may differ from those of the checkpoint
         if self.average is not None:
             self.average.decay = args.ema_decay
         self.loader.load_state_dict(state["loader"])

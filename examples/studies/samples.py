@@ -1,0 +1,132 @@
+"""Generated samples beside real pictures, by class: sets that are read in shares, files, and the nearest pictures."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from diffusers import DiffusionPipeline
+from PIL import Image
+from torch import nn
+from torch.nn import functional as F
+
+from vitok_hf.clips import fold_frames
+from vitok_hf.data.classes import LabelledFiles
+from vitok_hf.data.held_out import EvaluationData, Protocol
+from vitok_hf.data.media import resize
+from vitok_hf.disk import atomic_file, inside, locked
+from vitok_hf.evaluation.generation import generate_samples
+from vitok_hf.evaluation.processes import gather_rows, share_of
+
+
+@dataclass
+class Labelled:
+    """Pictures, and their class ids (N,)."""
+
+    data: EvaluationData
+    labels: np.ndarray
+    change: Callable[[torch.Tensor], torch.Tensor] = nn.Identity()  # what is done to each batch
+
+    @classmethod
+    def open(cls, folders: list[str | Path], classes: list[str], limit: int | None, side: int) -> "Labelled":
+        files = LabelledFiles(folders, classes, max_files_per_class=limit)
+        return cls(EvaluationData(files, Protocol(side)), files.labels)
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def batches(self, batch_size: int) -> Iterator[torch.Tensor]:
+        """(B, 3, 1, H, W) uint8 on the process's device: this process's share."""
+        for images in self.data.batches(share_of(len(self)), batch_size):
+            yield self.change(images.to(PartialState().device))
+
+    def choose(self, counts: np.ndarray, seed: int) -> "Labelled":
+        """`counts[label]` random pictures of each class."""
+        rng = np.random.default_rng(seed)
+        members = [np.flatnonzero(self.labels == label) for label in range(len(counts))]
+        chosen = np.concatenate([rng.choice(group, count, replace=False) for group, count in zip(members, counts)])
+        items = [self.data.items[index] for index in chosen]
+        return Labelled(EvaluationData(items, self.data.protocol), self.labels[chosen])
+
+
+def save_samples(
+    pipe: DiffusionPipeline, class_ids: list[int], folder: Path, batch_size: int = 32, seed: int = 0, **options: Any
+) -> None:
+    """Writes the samples of `generate_samples` to files, `folder`/class/number.png, as far as they are not there yet.
+
+    Every process of a run makes its share; all must call it. Raises `ValueError` if another run writes to the folder,
+    or a class has a name that leads out of it.
+    """
+    folders = {label: inside(folder, pipe.config.id2label[label]) for label in set(class_ids)}
+    files = [folders[label] / f"{index:06}.png" for index, label in enumerate(class_ids)]
+    with locked(folder):
+        share = share_of(len(files))
+        for start in range(share.start, share.stop, batch_size):
+            batch = range(start, min(start + batch_size, share.stop))
+            if all(files[index].exists() for index in batch):
+                continue
+            images = generate_samples(pipe, [class_ids[index] for index in batch], batch_size, seed + start, **options)
+            for index, image in zip(batch, images):
+                files[index].parent.mkdir(parents=True, exist_ok=True)
+                with atomic_file(files[index]) as temporary:
+                    Image.fromarray(image.permute(1, 2, 0).numpy()).save(temporary, "PNG")
+        PartialState().wait_for_everyone()
+
+
+def resize_all(images: torch.Tensor, side: int) -> torch.Tensor:
+    """(N, 3, 1, H, W) uint8 -> (N, 3, side, side), bicubic and antialiased, as pictures are read from files."""
+    box = (0, 0, images.shape[4], images.shape[3])
+    resized = [resize(image.permute(1, 2, 0).cpu().numpy(), (side, side), box) for image in fold_frames(images)]
+    return torch.from_numpy(np.stack(resized)).permute(0, 3, 1, 2).contiguous()
+
+
+def thumbnails(images: torch.Tensor, side: int = 32) -> torch.Tensor:
+    """(N, 3, 1, H, W) uint8 -> (N, 3, side, side) float32, means over squares."""
+    return F.adaptive_avg_pool2d(fold_frames(images).float(), side)
+
+
+class NearestNeighbours:
+    """The closest reference, or mirror image of one, of each picture. References are seen once and not kept.
+
+    Every process of a run sees a share of the references, and all see the same pictures.
+
+    Args:
+        images: (N, 3, H, W) float32, what `thumbnails` gives: details count little.
+    """
+
+    def __init__(self, images: torch.Tensor):
+        self.images = images.flatten(1).double()
+        self.distances = torch.full((len(images),), float("inf"), device=images.device).double()
+        self.indices = torch.full((len(images),), -1, device=images.device)
+
+    def update(self, references: torch.Tensor, indices: Sequence[int]) -> None:
+        """Adds references (B, 3, H, W) float32, and the numbers they go by."""
+        for pictures in (references, references.flip(-1)):
+            # in float32, the products that it sums up would leave nothing of small distances
+            distances, nearest = torch.cdist(self.images, pictures.flatten(1).to(self.images)).min(dim=1)
+            numbers = torch.tensor(indices, device=nearest.device)[nearest]
+            self.indices = torch.where(distances < self.distances, numbers, self.indices)
+            self.distances = torch.minimum(distances, self.distances)
+
+    def compute(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Root mean square differences in grey levels (0 to 255), (N,) float64, and numbers of references, (N,)."""
+        distances, process = gather_rows(self.distances[None]).min(dim=0)
+        indices = gather_rows(self.indices[None]).gather(0, process[None])[0]
+        return distances / self.images.shape[1] ** 0.5, indices
+
+
+def save_neighbours(
+    file: Path, pictures: Labelled, known: Labelled, distances: np.ndarray, indices: list[int], rows: int = 20
+) -> None:
+    """A row for each of the first classes: the 6 pictures closest to a training picture, each beside that one."""
+    classes, count, side = np.unique(pictures.labels)[:rows], 6, pictures.data.protocol.resolution
+    grid = np.zeros((len(classes), side, count, 2, side, 3), np.uint8)
+    for row, label in zip(grid, classes):
+        members = np.flatnonzero(pictures.labels == label)
+        for column, index in enumerate(members[np.argsort(distances[members])[:count]]):
+            row[:, column, 0] = pictures.data[index][:, 0].permute(1, 2, 0).numpy()
+            row[:, column, 1] = known.data[indices[index]][:, 0].permute(1, 2, 0).numpy()
+    Image.fromarray(grid.reshape(len(classes) * side, -1, 3)).save(file)
