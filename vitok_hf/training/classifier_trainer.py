@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
+from ..clips import fold_frames
 from ..data.batches import Batch, DrawnBatches
 from ..data.classes import ClassSampler, LabelledFiles
 from ..data.held_out import EvaluationData, Protocol
@@ -52,7 +53,7 @@ class ClassifierTrainer(Trainer[ClassifierArguments, Classifier]):
 
     def _to_device(self, run: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Pictures (B, 3, H, W), and their labels."""
-        return run.squeeze(2).to(self.accelerator.device), labels.to(self.accelerator.device)
+        return fold_frames(run).to(self.accelerator.device), labels.to(self.accelerator.device)
 
     def load_held_out(self, path: str) -> tuple[torch.Tensor, torch.Tensor]:
         """Central squares, (N, 3, 1, H, W), and their classes."""

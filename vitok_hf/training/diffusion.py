@@ -57,7 +57,7 @@ def add_noise(
     Flow matching: sigma = t / 1000, (1 - sigma) * latents + sigma * noise, and noise - latents.
     """
     if is_flow(scheduler):
-        sigmas = timesteps.view(-1, *[1] * (latents.ndim - 1)) / scheduler.config.num_train_timesteps
+        sigmas = timesteps.view(-1, 1, 1, 1, 1) / scheduler.config.num_train_timesteps
         return torch.lerp(latents, noise, sigmas), noise - latents
     noisy = scheduler.add_noise(latents, noise, timesteps)
     if scheduler.config.prediction_type == "v_prediction":
@@ -89,7 +89,7 @@ def diffusion_losses(
     Args:
         model: Called as a `ViTokDiTModel`.
         scheduler: What `make_scheduler` returns.
-        latents: Normalised, (B, c, h, w) or (B, c, t, h, w).
+        latents: Normalised, (B, c, t, h, w).
         class_labels: (B,), of which some have been dropped in training.
         noise: Standard normal, of the shape of `latents`.
         timesteps: (B,), of `sample_timesteps`.
