@@ -93,8 +93,7 @@ class TestDrawnByIndex:
 
 
 class TestStreams:
-    @pytest.mark.parametrize("num_workers", [0, 2])
-    @pytest.mark.parametrize("stop", [3, 4])
+    @pytest.mark.parametrize("num_workers, stop", [(0, 3), (2, 3), (2, 4)])
     def test_resumes(self, num_workers, stop):
         def make_loader(rank):
             stream = StreamBatches(Numbers(make_shards([7, 9, 12, 8, 5])), SEVERAL, shuffle_buffer=5)

@@ -30,8 +30,8 @@ def held_out(tmp_path):
     }
 
 
-def test_half_a_minute_of_stage_1(arguments, held_out):
-    args = arguments(CONFIG, **held_out, max_minutes=0.5, max_train_steps=400, learning_rate=2e-3)
+def test_stage_1(arguments, held_out):
+    args = arguments(CONFIG, **held_out, max_train_steps=400, learning_rate=2e-3)
     trainer = AutoencoderTrainer(args)
     before, _ = trainer.evaluate()
     trainer.train()

@@ -112,7 +112,8 @@ class BatchLoader:
             yield batch
 
     def _make_dataloader(self) -> DataLoader:
-        gc.collect()  # a worker that inherits PyAV's garbage waits for ever for threads that it has not
+        if self.num_workers:
+            gc.collect()  # a worker that inherits PyAV's garbage waits for ever for threads that it has not
         sampler = None
         if isinstance(self.dataset, StreamBatches):
             self.dataset.start(self.process_index, self.num_processes, self.batches, list(self.positions))
