@@ -4,10 +4,11 @@ import math
 
 import pytest
 import torch
+from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 
 from tests.conftest import TINY, assert_close, make_input
 from tests.dit import TRANSFORMER, make_transformer
-from vitok_hf import AutoencoderViTok, denormalize_latents, normalize_latents
+from vitok_hf import AutoencoderViTok, ViTokDiTPipeline, denormalize_latents, normalize_latents
 
 
 COUNTS = {"channel_counts": [1, 2, 4], "token_counts": [1, 3, 6]}
@@ -20,6 +21,10 @@ MODELS = {
     "v2": COUNTS | {"variational": False, "latent_norm": True, "parallel_blocks": True, "qk_norm": True},
     "video": COUNTS | {"temporal_patch_size": 2, "sample_frames": 4, "token_counts": [1, 6, 12]},
 }
+
+
+DIT = {"sample_size": 4, "num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 8, "in_channels": 4}
+DIT |= {"out_channels": 8, "norm_type": "ada_norm_zero", "num_embeds_ada_norm": 1000}
 
 
 def make(name, **overrides):
@@ -311,3 +316,39 @@ class TestDiffusionTransformer:
         assert_close(denormalize_latents(whole[:, :2], vae), z[:, :2])
         with pytest.raises(ValueError, match=r"Latents must be \(B, 4, h, w\)"):
             normalize_latents(z[:, :3], vae)
+
+
+class TestPipeline:
+    def make(self, name, **transformer):
+        vae = make(name, latents_mean=[1.0, 2.0, 3.0, 4.0], latents_std=[1.0, 2.0, 4.0, 8.0])
+        transformer = make_transformer(**TRANSFORMER | transformer)
+        pipe = ViTokDiTPipeline(transformer, vae, DDIMScheduler(clip_sample=False))
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    def call(self, pipe, **options):
+        generator = torch.Generator().manual_seed(0)
+        return pipe([1, 2], num_inference_steps=2, generator=generator, output_type="pt", **options).images
+
+    @pytest.mark.parametrize("name", ["latent", "mask_latent"])
+    def test_sequences(self, name):
+        pipe = self.make(name)
+        assert self.call(pipe).shape == (2, 3, 32, 32) and self.call(pipe, height=16, width=24).shape == (2, 3, 16, 24)
+        length = pipe.vae.config.num_latent_tokens
+        assert pipe.get_latent_shape(3) == (3, 4, length)
+        noise = torch.randn(2, 4, length)
+        assert self.call(pipe, latents=noise).shape == (2, 3, 32, 32)
+        with pytest.raises(ValueError, match=r"`latents` must have shape \(2, 4,"):
+            self.call(pipe, latents=noise[..., 1:])
+
+    def test_prefixes_of_channels(self):
+        pipe = self.make("channels", in_channels=2)
+        assert self.call(pipe).shape == (2, 3, 32, 32)
+        with pytest.raises(ValueError, match="latent_channels=4, but the transformer in_channels=3"):
+            self.make("channels", in_channels=3)
+
+    def test_pipelines_that_want_a_grid(self):
+        pipe = DiTPipeline(DiTTransformer2DModel(**DIT), make("latent"), DDIMScheduler())
+        pipe.set_progress_bar_config(disable=True)
+        with pytest.raises(ValueError, match="the codes of this model are sequences"):
+            pipe([0], num_inference_steps=1)

@@ -43,11 +43,13 @@ INDEX = "index.json"
 def fingerprint(vae: AutoencoderViTok) -> str:
     """Checksum of the config and the encoder's weights in half precision: another one gives other latents.
 
-    Statistics do not count: they do not change what `encode` gives.
+    Statistics, and what the codes may be cut to, do not count: they do not change what `encode` gives.
     """
     if vae.encoder is None:
         raise ValueError("The autoencoder has no encoder: load it whole.")
-    config = {name: value for name, value in vae.config.items() if name not in NO_STATISTICS}
+    neutral = {*NO_STATISTICS, "channel_counts", "token_counts"}
+    neutral |= {"num_latent_tokens"} if vae.config.num_latent_tokens is None else set()
+    config = {name: value for name, value in vae.config.items() if name not in neutral}
     return weights_checksum(vae.encoder, config)
 
 

@@ -183,6 +183,11 @@ class CodesMixin:
             check_tensor(name, item)
         batches, give_back = to_batches(z)
         all_sizes = [tuple(size) for size in sizes or [(side, side)] * len(batches)]
+        if self.config.num_latent_tokens is not None and any(batch.ndim > 3 for batch in batches):
+            raise ValueError(
+                f"`z` has shape {tuple(batches[0].shape)}, but the codes of this model are sequences, (B, "
+                f"{self.config.latent_channels}, {self.config.num_latent_tokens}): `ViTokDiTPipeline` makes these."
+            )
         whole = [self._add_channels(batch) for batch in batches]
         whole = [
             self._add_tokens(name, batch, size) if batch.ndim == 3 else batch

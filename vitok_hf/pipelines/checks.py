@@ -49,6 +49,8 @@ def check_components(transformer: Any, vae: Any, scheduler: Any) -> None:
 
 def check_models(config: FrozenDict, vae: AutoencoderViTok | None, id2label: dict[int, str]) -> None:
     channels = config.in_channels if vae is None else vae.config.latent_channels
+    if vae is not None and config.in_channels in (vae.config.get("channel_counts") or ()):  # of a prefix
+        channels = config.in_channels
     out_channels = config.in_channels if config.out_channels is None else config.out_channels
     if config.in_channels != channels or out_channels not in (channels, 2 * channels):
         raise ValueError(

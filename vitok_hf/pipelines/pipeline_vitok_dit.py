@@ -148,7 +148,7 @@ class ViTokDiTPipeline(CallsMixin, DiffusionPipeline):
     def get_latent_shape(
         self, batch_size: int, height: int | None = None, width: int | None = None, num_frames: int | None = None
     ) -> tuple[int, ...]:
-        """Shape of the noise for outputs of this size, in pixels and frames: (B, c, h, w), or (B, c, t, h, w).
+        """Shape of the noise for outputs of this size, in pixels and frames: (B, c, h, w), (B, c, t, h, w) or (B, c, l).
 
         Sizes default to those of the transformer's config.
 
@@ -172,7 +172,8 @@ class ViTokDiTPipeline(CallsMixin, DiffusionPipeline):
             grid.append(size // unit)
         num_tokens = batch_size * math.prod(grid) // config.patch_size**2
         check_size(num_tokens, **given, num_images_per_label=batch_size)
-        return (batch_size, config.in_channels, *grid)
+        length = self.vae.config.get("num_latent_tokens")
+        return (batch_size, config.in_channels, *(grid if length is None else (length,)))
 
     def _latent_units(self) -> dict[str, int]:
         """What a latent measures in each dimension after the channels, in frames or pixels."""
@@ -197,7 +198,9 @@ class ViTokDiTPipeline(CallsMixin, DiffusionPipeline):
         check_tensor("latents", latents)
         check_finite("latents", latents)
         # The size is theirs unless there is another, which then does not fit.
-        sizes = {name: unit * side for (name, unit), side in zip(self._latent_units().items(), latents.shape[2:])}
+        on_grid = self.vae.config.get("num_latent_tokens") is None
+        sides = zip(self._latent_units().items(), latents.shape[2:]) if on_grid else ()
+        sizes = {name: unit * side for (name, unit), side in sides}
         given = {"num_frames": num_frames, "height": height, "width": width}
         sizes |= {name: size for name, size in given.items() if size is not None}
         expected = self.get_latent_shape(batch_size, **sizes)
@@ -235,9 +238,17 @@ class ViTokDiTPipeline(CallsMixin, DiffusionPipeline):
             return torch.cat([prediction, variance], dim=1)
         return prediction
 
-    def _decode(self, latents: torch.Tensor, output_type: str) -> Any:
-        latents = denormalize_latents(latents, self.vae).to(self.vae.dtype)
-        sample = self.vae.decode(latents, return_dict=False)[0]
+    def _decode(self, latents: torch.Tensor, output_type: str, sizes: dict[str, int | None]) -> Any:
+        """`sizes` are those of the call, which 1-D codes do not tell."""
+        latents, options = denormalize_latents(latents, self.vae).to(self.vae.dtype), {}
+        if self.vae.config.get("num_latent_tokens") is not None:
+            defaults = {
+                name: unit * self.transformer.config.sample_size for name, unit in self._latent_units().items()
+            }
+            if self.is_video:
+                defaults["num_frames"] = self.vae.temporal_compression_ratio * self.transformer.config.sample_frames
+            options["sizes"] = [tuple(sizes[name] or default for name, default in defaults.items())] * len(latents)
+        sample = self.vae.decode(latents, return_dict=False, **options)[0]
         postprocess = self.processor.postprocess_video if self.is_video else self.processor.postprocess
         return postprocess(sample, output_type)
 
@@ -330,6 +341,7 @@ class ViTokDiTPipeline(CallsMixin, DiffusionPipeline):
 
         with self._begin_call(guidance_scale=guidance_scale, guidance_rescale=guidance_rescale) as call:
             scheduler, device = call.scheduler, self._execution_device
+            sizes = {"num_frames": num_frames, "height": height, "width": width}
             check_scheduler(scheduler, eta, self.transformer.out_channels == 2 * self.transformer.config.in_channels)
             num_inference_steps = check_int("num_inference_steps", num_inference_steps, high=max_steps(scheduler))
             count = len(ids) * num_images_per_label
@@ -342,7 +354,7 @@ class ViTokDiTPipeline(CallsMixin, DiffusionPipeline):
                 call.set_guided_steps(guidance_interval)
             latents = latents * getattr(scheduler, "init_noise_sigma", 1.0)  # which depends on the timesteps
             latents = self._denoise(call, latents, class_ids, callback_on_step_end, names)
-            output = latents if output_type == "latent" else self._decode(latents, output_type)
+            output = latents if output_type == "latent" else self._decode(latents, output_type, sizes)
         self.maybe_free_model_hooks()
         if not return_dict:
             return (output,)
