@@ -148,7 +148,7 @@ class ViTokDiTPipeline(CallsMixin, DiffusionPipeline):
     def get_latent_shape(
         self, batch_size: int, height: int | None = None, width: int | None = None, num_frames: int | None = None
     ) -> tuple[int, ...]:
-        """Shape of the noise for outputs of this size, in pixels and frames: (B, c, h, w), (B, c, t, h, w) or (B, c, l).
+        """Shape of the noise for outputs of this size, in pixels and frames: (B, c, [t,] h, w) or (B, c, l).
 
         Sizes default to those of the transformer's config.
 
