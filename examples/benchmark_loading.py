@@ -47,14 +47,12 @@ def measure_loading(folder: Path, variant: str, dtype: str, component: str | Non
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
 
 
-def write_random_weights(folder: Path, variant: str) -> None:
+def write_random_weights(folder: Path, variant: str, dtype: torch.dtype = torch.bfloat16) -> None:
     folder.mkdir(parents=True)
     with init_empty_weights():
         headers = expected_headers(AutoencoderViTok.from_variant(variant))
     for tower, header in headers.items():
-        tensors = {
-            key: torch.empty(shape, dtype=torch.bfloat16).uniform_(-0.02, 0.02) for key, shape in header.items()
-        }
+        tensors = {key: torch.empty(shape, dtype=dtype).uniform_(-0.02, 0.02) for key, shape in header.items()}
         save_file(tensors, folder / f"{tower}.safetensors")
         del tensors
 

@@ -143,7 +143,7 @@ def cache_cases(folder: Path, rng: random.Random) -> list[Case]:
         try:
             cache = LatentCache(copy)
             same = cache.classes == whole.classes and cache.labels.tolist() == whole.labels.tolist()
-            same = same and all(torch.equal(cache.moments(i), whole.moments(i)) for i in range(len(whole)))
+            same = same and all(torch.equal(cache[i], whole[i]) for i in range(len(whole)))
         except Exception as error:
             return judge(error, file)
         return "harmless" if same else "silent"
