@@ -37,6 +37,9 @@ def make_evaluation_parser(program: str, description: str | None) -> argparse.Ar
         "--variant", help="of the weights (fp16), or the architecture of the author's ViTok-v2 weights"
     )
     add_dtype(parser)
+    rates = "codes that are cut, a row for each number, and a curve in rates.png"
+    parser.add_argument("--num_channels", nargs="+", type=int, default=[], help=rates)
+    parser.add_argument("--num_tokens", nargs="+", type=int, default=[], help="likewise")
     parser.add_argument("--data_dir", nargs="*", default=[], help="folders or files, a table each")
     parser.add_argument("--dataset_name", help="data set of the Hub")
     parser.add_argument("--dataset_config_name")
@@ -87,8 +90,12 @@ def load_models(args: argparse.Namespace) -> "Iterator[tuple[str, ModelMixin]]":
 def model_rows(args: argparse.Namespace, evaluator: "ReconstructionEvaluator") -> "Iterator[Row]":
     from ..evaluation.evaluator import autoencoder_row
 
+    rates = [{"num_channels": count} for count in args.num_channels]
+    rates += [{"num_tokens": count} for count in args.num_tokens]
     for name, vae in load_models(args):
-        yield autoencoder_row(name, vae.to(evaluator.device), evaluator.shapes)
+        for lengths in rates or [{}]:
+            title = "".join(f", {count} {kind.removeprefix('num_')}" for kind, count in lengths.items())
+            yield autoencoder_row(name + title, vae.to(evaluator.device), evaluator.shapes, lengths)
 
 
 def run(
@@ -127,6 +134,9 @@ def run(
     for name, source in sources.items():
         data = EvaluationData(source, protocol, args.limit)
         evaluator = ReconstructionEvaluator(data, name, networks, unavailable, args.batch_size, accelerator.device)
-        table = write_table(make_rows(args, evaluator), evaluator, args.output_dir, args.num_examples, earlier)
+        is_curve = bool(args.num_channels or args.num_tokens)
+        table = write_table(
+            make_rows(args, evaluator), evaluator, args.output_dir, args.num_examples, earlier, is_curve
+        )
         if accelerator.is_main_process:
             print(f"{name}, {len(data)} {'clips' if args.num_frames > 1 else 'pictures'}\n\n{table}", flush=True)

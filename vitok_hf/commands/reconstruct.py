@@ -23,6 +23,9 @@ def parse(argv: list[str], program: str) -> argparse.Namespace:
     parser.add_argument("--model", default="vitok-tiny-f8x8", help="folder, Hub id or bundled name")
     parser.add_argument("--subfolder", help="folder of the model inside --model")
     add_dtype(parser)
+    parser.add_argument("--num_channels", type=int, help="cut the codes to so many channels")
+    parser.add_argument("--num_tokens", type=int, help="cut the codes to so many tokens")
+    parser.add_argument("--min_psnr", type=float, help="take of each picture the shortest code that reaches it, in dB")
     parser.add_argument("--output_dir", type=Path, default=Path("reconstructions"))
     return parser.parse_args(argv)
 
@@ -45,7 +48,9 @@ def run(args: argparse.Namespace) -> None:
     parameters = sum(parameter.numel() for parameter in vae.parameters()) / 1e6
     ratio = values / config.latent_channels
     print(f"{args.model}: {parameters:.1f} M parameters; {values} values become {config.latent_channels}, {ratio:g}:1")
-    failures = read_each(files, lambda target: print(reconstruct_file(vae, files[target], target)))
+    lengths = {name: getattr(args, name) for name in ("num_channels", "num_tokens", "min_psnr")}
+    lengths = {name: value for name, value in lengths.items() if value is not None}
+    failures = read_each(files, lambda target: print(reconstruct_file(vae, files[target], target, lengths)))
     print(f"Reconstructions and comparisons (original left) are in {args.output_dir}/")
     if failures:
         sys.exit("\n".join([f"{len(failures)} of {len(files)} files failed:", *failures]))

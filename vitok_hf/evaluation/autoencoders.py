@@ -99,14 +99,20 @@ def run_autoencoder(
     vae: ModelMixin,
     pixels: torch.Tensor,
     change_latents: Change | None = None,
-    lengths: dict[str, int] | None = None,
+    lengths: dict[str, Any] | None = None,
 ) -> torch.Tensor:
     """Decoded modes of the posteriors of pixels in [-1, 1], a shape of `fit_shape`; the same shape and range.
 
-    With `change_latents`, what it makes of the modes is decoded; `lengths` are those that a ViTok cuts its codes to.
+    With `change_latents`, what it makes of the modes is decoded. `lengths` are arguments of the `encode` of a ViTok
+    that say how short its codes are: `num_tokens`, `num_channels`, `min_psnr`.
     """
+    if isinstance(vae, AutoencoderViTok) and lengths:
+        codes = vae.encode(pixels, **lengths).latent_dist.mode()
+        codes = codes if change_latents is None else change_latents(codes)
+        sample = vae.decode(codes, sizes=[tuple(pixels.shape[2:])] * len(pixels)).sample
+        return sample if isinstance(sample, torch.Tensor) else torch.stack(sample)
     if isinstance(vae, AutoencoderViTok) and change_latents is None:
-        return vae(pixels, **lengths or {}).sample  # the forward of a prepared model, as in training
+        return vae(pixels).sample  # the forward of a prepared model, as in training
     is_rae = isinstance(vae, AutoencoderRAE)  # takes and gives [0, 1]
     latents = encode_mode(vae, (pixels + 1.0) / 2.0 if is_rae else pixels)
     sample = vae.decode(latents if change_latents is None else change_latents(latents)).sample

@@ -41,19 +41,23 @@ def count_macs(model: ModelMixin, shape: Sequence[int], part: str | None = None)
     return counter.get_total_flops() // 2
 
 
-def mean_costs(vae: ModelMixin, shapes: Mapping[tuple[int, ...], int]) -> dict[str, float]:
+def mean_costs(
+    vae: ModelMixin, shapes: Mapping[tuple[int, ...], int], lengths: Mapping[str, int] | None = None
+) -> dict[str, float]:
     """What pictures and clips of these shapes cost: (C, T, H, W) -> how many there are. Nothing is computed.
 
     "parameters_M" in millions; and means over all pictures or clips: "GMACs", 1e9 multiply-accumulates of encoding and
     decoding, "E", the numbers in the code, "compression", values of a picture for each of them, and their "bytes" at
-    16 bits.
+    16 bits. `lengths` are the `num_tokens` and `num_channels` that a ViTok cuts its codes to.
     """
     total, macs, num_latents, values = sum(shapes.values()), 0, 0, 0
     twin = without_storage(vae)
     for shape, number in shapes.items():
         fitted = fit_shape(vae, (1, *shape))
         with torch.no_grad(), torch.device("meta"):
-            num_latents += number * encode_mode(twin, torch.empty(fitted)).numel()
+            pixels = torch.empty(fitted)
+            code = twin.encode(pixels, **lengths).latent_dist.mode() if lengths else encode_mode(twin, pixels)
+        num_latents += number * code.numel()
         macs += number * count_macs(vae, fitted)
         values += number * prod(shape)
     return {

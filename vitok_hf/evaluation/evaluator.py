@@ -36,9 +36,11 @@ class Row:
     costs: Callable[[], dict[str, float]] = dict
 
 
-def autoencoder_row(name: str, vae: ModelMixin, shapes: Mapping[tuple[int, ...], int]) -> Row:
-    """The row of an autoencoder; `shapes` are those of the evaluator."""
-    return Row(name, partial(reconstruct, vae), partial(mean_costs, vae, shapes))
+def autoencoder_row(
+    name: str, vae: ModelMixin, shapes: Mapping[tuple[int, ...], int], lengths: dict[str, int] | None = None
+) -> Row:
+    """The row of an autoencoder, whose codes are cut to `lengths`; `shapes` are those of the evaluator."""
+    return Row(name, partial(reconstruct, vae, lengths=lengths), partial(mean_costs, vae, shapes, lengths))
 
 
 class ReconstructionEvaluator:

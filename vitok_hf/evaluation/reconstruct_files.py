@@ -6,6 +6,7 @@ from contextlib import ExitStack
 from fractions import Fraction
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,16 +24,20 @@ from .visuals import VideoWriter
 class MeasuredFile:
     """Sends the frames of a file through an autoencoder, clip by clip, and notes PSNR, SSIM and seconds."""
 
-    def __init__(self, vae: AutoencoderViTok):
-        self.vae, self.seconds, self.size = vae, 0.0, (0, 0)
+    def __init__(self, vae: AutoencoderViTok, lengths: dict[str, Any] | None = None):
+        self.vae, self.lengths, self.seconds, self.size, self.num_latents = vae, lengths, 0.0, (0, 0), 0
         self.psnrs: list[torch.Tensor] = []  # (T,) each
         self.ssims: list[torch.Tensor] = []
+
+    def _note(self, codes: Any) -> Any:
+        self.num_latents += sum(code.numel() for code in codes)
+        return codes
 
     def reconstruct(self, frames: Sequence[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
         """Frames (H, W, 3) uint8 -> the clip, (1, 3, T, H, W), and its reconstruction."""
         clip = torch.from_numpy(np.stack(frames)).permute(3, 0, 1, 2)[None]
         began = time.perf_counter()
-        reconstruction = reconstruct(self.vae, clip)  # on the CPU, hence complete
+        reconstruction = reconstruct(self.vae, clip, self._note, self.lengths)  # on the CPU, hence complete
         self.seconds += time.perf_counter() - began
         self.size = (clip.shape[3], clip.shape[4])
         self.psnrs += frame_values(psnr, reconstruction, clip)
@@ -45,21 +50,22 @@ class MeasuredFile:
         padded = " (padded)" if height % p or width % p else ""
         similarity = f"{torch.cat(self.ssims).mean():.4f}" if self.ssims else f"needs {SSIM_MIN_SIZE} pixels a side"
         values = f"PSNR {torch.cat(self.psnrs).mean():.2f} dB  SSIM {similarity}"
-        return f"{printable(name)}: {width}x{height}{padded}  {values}  {self.seconds:.2f} s"
+        return (
+            f"{printable(name)}: {width}x{height}{padded}  {values}  {self.num_latents} numbers  {self.seconds:.2f} s"
+        )
 
 
-def reconstruct_image(vae: AutoencoderViTok, path: Path, target: str) -> str:
-    file = MeasuredFile(vae)
+def reconstruct_image(file: MeasuredFile, path: Path, target: str) -> str:
     image, reconstruction = file.reconstruct([load_image(path)])
     Image.fromarray(side_by_side(reconstruction)[0].numpy()).save(f"{target}_reconstruction.png")
     save_comparison(f"{target}_comparison.png", image, reconstruction)
     return file.report(path.name)
 
 
-def reconstruct_video(vae: AutoencoderViTok, path: Path, target: str) -> str:
+def reconstruct_video(file: MeasuredFile, path: Path, target: str) -> str:
     """Clip by clip, so that the memory does not grow with the length of the video."""
+    vae = file.vae
     clip_frames = 8 if vae.is_image_model else max(vae.config.sample_frames, vae.temporal_compression_ratio)
-    file = MeasuredFile(vae)
     rate = Fraction(probe_rate(path)).limit_denominator(1001)  # which also tells what is no video
     with ExitStack() as stack:
         names = (f"{target}_{name}.mp4" for name in ("reconstruction", "comparison"))
@@ -106,12 +112,12 @@ def name_targets(inputs: list[Path], output_dir: Path) -> dict[str, Path]:
     return targets
 
 
-def reconstruct_file(vae: AutoencoderViTok, path: Path, target: str) -> str:
-    """Writes the files whose names begin with `target`; returns a line of numbers.
+def reconstruct_file(vae: AutoencoderViTok, path: Path, target: str, lengths: dict[str, Any] | None = None) -> str:
+    """Writes the files whose names begin with `target`; returns a line of numbers. `lengths`: see `reconstruct`.
 
     Raises:
         ValueError, OSError: If the file cannot be read.
     """
     Path(target).parent.mkdir(parents=True, exist_ok=True)
     is_video = suffix_of(path.name) in VIDEO_SUFFIXES
-    return (reconstruct_video if is_video else reconstruct_image)(vae, path, target)
+    return (reconstruct_video if is_video else reconstruct_image)(MeasuredFile(vae, lengths), path, target)

@@ -1,4 +1,5 @@
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ def reconstruct(
     vae: ModelMixin,
     images: torch.Tensor,
     change_latents: Change | None = None,
-    lengths: dict[str, int] | None = None,
+    lengths: dict[str, Any] | None = None,
 ) -> torch.Tensor:
     """Reconstructions of uint8 pictures or clips from the mode of the posterior.
 
@@ -27,7 +28,7 @@ def reconstruct(
         images: (B, 3, T, H, W) of any size. Sizes that do not fit the model are padded by repeating the last row,
             column or frame, and cropped back.
         change_latents: What is done to the latents before they are decoded, for example quantizing them.
-        lengths: To what the codes of a ViTok are cut, `num_tokens` and `num_channels`.
+        lengths: How short the codes of a ViTok are, arguments of its `encode`.
 
     Returns:
         uint8 of the shape of `images`, on its device.
@@ -56,7 +57,7 @@ def reconstruct(
 
 @torch.no_grad()
 def evaluate_reconstruction(
-    vae: ModelMixin, images: torch.Tensor, batch_size: int = 4, lengths: dict[str, int] | None = None
+    vae: ModelMixin, images: torch.Tensor, batch_size: int = 4, lengths: dict[str, Any] | None = None
 ) -> tuple[dict[str, float], torch.Tensor]:
     """Mean PSNR (dB) and SSIM over the frames of (N, 3, T, H, W) uint8, and its reconstruction.
 

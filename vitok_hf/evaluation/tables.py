@@ -9,7 +9,7 @@ from accelerate import PartialState
 
 from .evaluator import ReconstructionEvaluator, Row
 from .results import Result, check_comparable, save_results
-from .visuals import save_examples
+from .visuals import plot_rates, save_examples
 
 
 DIGITS = {
@@ -82,8 +82,11 @@ def write_table(
     output_dir: Path,
     num_examples: int,
     earlier: Sequence[Result] = (),
+    is_curve: bool = False,
 ) -> str:
     """Measures every row; writes results, pictures and the table, with the rows `earlier` too, and returns it.
+
+    With `is_curve`, the rows of each model are rates, of which rates.png is a plot.
 
     Raises:
         ValueError: If results `earlier` are of other pictures or another protocol.
@@ -104,4 +107,6 @@ def write_table(
     if is_main:
         (folder / "table.md").write_text(table)
         write_csv(folder / "table.csv", results)
+        if is_curve:
+            plot_rates(folder / "rates.png", results)
     return table

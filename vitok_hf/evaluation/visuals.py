@@ -14,6 +14,7 @@ from ..data.held_out import Codec, EvaluationData
 from ..data.media import evenly_spaced
 from ..disk import replace_durably, temporary_name
 from .reconstruction import side_by_side
+from .results import Result
 
 
 ERROR_GAIN = 4
@@ -101,3 +102,19 @@ class VideoWriter:
             replace_durably(self.temporary, self.path)
         else:
             self.temporary.unlink(missing_ok=True)  # it is made with the first frame
+
+
+def plot_rates(path: Path, results: Sequence[Result]) -> None:
+    """PSNR over the numbers in the code; a line for each model, whose name is that of the row up to its last comma."""
+    from matplotlib.figure import Figure  # of an extra
+
+    axes = (figure := Figure((6, 4), layout="constrained")).subplots()
+    models = dict.fromkeys(result.name.rpartition(",")[0] for result in results)
+    for model in models:
+        rows = [result for result in results if result.name.rpartition(",")[0] == model and "E" in result.costs]
+        points = sorted((result.costs["E"], result.metrics["psnr"]) for result in rows)
+        axes.plot(*zip(*points), marker="o", label=model)
+    axes.set(xscale="log", xlabel="numbers in the code", ylabel="PSNR (dB)")
+    axes.legend()
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
