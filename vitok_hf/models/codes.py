@@ -217,7 +217,8 @@ class CodesMixin:
         if count < length:
             z = fill(F.pad(z, (0, length - count)), self.decoder.mask_token, [count] * z.shape[0], None)
         grid = (1, 1, length) if config.num_latent_tokens else self._grid(size)
-        return z.unflatten(2, grid if not self.is_image_model or grid[0] > 1 else grid[1:])
+        has_time = len(size) == 3 or not self.is_image_model
+        return z.unflatten(2, grid if has_time else grid[1:])
 
     def _shortest(self, x: Clips, posterior: Posterior, name: str, min_psnr: float, other: Counts) -> list[int]:
         """The least number of `name` for each item with which its decoded mode reaches `min_psnr`, else the largest.
