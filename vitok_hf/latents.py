@@ -9,7 +9,7 @@ from diffusers import ModelMixin
 from diffusers.utils import BaseOutput
 
 from .checks import check_bool, check_finite, check_tensor, refuse, show
-from .clips import to_float
+from .clips import add_row, to_float
 
 
 # In a config, what leaves latents as they are; so does `None`.
@@ -220,7 +220,8 @@ def compute_latent_statistics(
                     yield posterior.mode(), posterior.std
             elif not isinstance(batch, torch.Tensor) or batch.numel():
                 output = vae.encode(prepare(batch))
-                yield _mode(output), getattr(getattr(output, "latent_dist", None), "std", None)
+                std = getattr(getattr(output, "latent_dist", None), "std", None)
+                yield add_row(_mode(output)), None if std is None else add_row(std)
 
     _check_autoencoder(vae)
     iterates = hasattr(batches, "__iter__") or hasattr(batches, "__getitem__")

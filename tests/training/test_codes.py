@@ -8,10 +8,12 @@ import torch
 
 from tests.conftest import TINY
 from tests.training.conftest import next_batches, read_log, run, split_batch
-from vitok_hf import AutoencoderViTok
+from tests.training.dit import make_dit_arguments, write_cache
+from vitok_hf import AutoencoderViTok, ViTokDiTPipeline
 from vitok_hf.commands.settings import parse_settings
 from vitok_hf.training.arguments import AutoencoderArguments
 from vitok_hf.training.autoencoder_trainer import AutoencoderTrainer
+from vitok_hf.training.dit_trainer import DiTTrainer
 
 
 @pytest.mark.parametrize("stage", [1, 2])
@@ -97,3 +99,31 @@ class TestArguments:
         assert trainer.vae.config.channel_counts == [2, 4]
         with pytest.raises(ValueError, match="`num_latent_tokens` 8 cannot be changed"):
             stage2(num_latent_tokens=8)
+
+
+class TestDiffusion:
+    @pytest.mark.parametrize("is_cached", [False, True])
+    @pytest.mark.parametrize(
+        "config, settings, shape",
+        [
+            ({"channel_counts": [2, 4]}, {"num_channels": 2}, (2, 1, 2, 2)),
+            ({"num_latent_tokens": 3}, {}, (4, 3)),
+            ({"num_latent_tokens": 3, "channel_counts": [2, 4]}, {"num_channels": 2}, (2, 3)),
+        ],
+    )
+    def test_prefixes_and_sequences(self, tmp_path, config, settings, shape, is_cached):
+        args = make_dit_arguments(tmp_path, TINY | config, **settings)
+        if is_cached:
+            args = make_dit_arguments(tmp_path, **settings, train_data_dir=[], latents_dir=write_cache(args))
+        trainer = DiTTrainer(args)
+        (batch,) = next_batches(trainer)
+        latents = trainer.latents_of(batch)
+        assert latents.shape == (8, *shape) and trainer.transformer.config.in_channels == shape[0]
+        assert latents.mean().abs() < 0.5 and 0.5 < latents.std() < 1.5
+        trainer.train()
+        pipe = ViTokDiTPipeline.from_pretrained(trainer.output_dir / "pipeline")
+        assert pipe([0], num_inference_steps=2, output_type="pt").images.shape == (1, 3, 16, 16)
+
+    def test_channels_that_are_no_code(self, tmp_path):
+        with pytest.raises(ValueError, match=r"`num_channels` 3 is none of .* `channel_counts`, \[2, 4\]"):
+            DiTTrainer(make_dit_arguments(tmp_path, TINY | {"channel_counts": [2, 4]}, num_channels=3))

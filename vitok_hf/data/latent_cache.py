@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from ..clips import to_float
+from ..clips import add_row, to_float
 from ..disk import atomic_file, checksum, inside, is_sealed, locked, remove_leftovers, seal, write_json
 from ..latents import NO_STATISTICS
 from ..loading.strict import read_json
@@ -260,15 +260,18 @@ class LatentCache:
         return self.handles[number]
 
     def __getitem__(self, index: int) -> torch.Tensor:
-        """(2, 2, c, t, h, w) float32: of the picture and its mirror image, mean and standard deviation."""
+        """(2, 2, c, t, h, w) float32: of the picture and its mirror image, mean and standard deviation.
+
+        Of 1-D codes, (2, 2, c, l).
+        """
         number = int(np.searchsorted(self.ends, index, side="right"))
         shard, row = self._open(number), index - int(self.ends[number] - self.shards[number]["num_items"])
         moments = torch.cat([shard.get_slice(name)[row : row + 1] for name in ("mean", "std")]).float()
         moments = moments.transpose(0, 1)  # (2, 2, c, [t,] h, w)
-        return moments if moments.ndim == 6 else moments.unsqueeze(3)
+        return moments.unsqueeze(3) if moments.ndim == 5 else moments
 
     def iterate_moments(self, num_items: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Mean and standard deviation of evenly spaced items, (1, c, t, h, w) each, for measurements."""
         for index in evenly_spaced(len(self), num_items):
             mean, std = self[index][0].split(1)
-            yield mean, std
+            yield add_row(mean), add_row(std)

@@ -250,6 +250,9 @@ class DiTArguments(TransformerArguments):
     tracker_project_name: str = argument("vitok-dit", "Project name for the trackers.")
     vae_name_or_path: str | None = argument(None, "The autoencoder: folder, Hub id or bundled name.")
     vae_variant: str | None = argument(None, "Its variant: author's ViTok-v2 weights under another name.")
+    num_channels: int | None = argument(
+        None, "Train on so many of the first channels, one of the autoencoder's channel_counts.", minimum=1
+    )
     variant: str | None = argument(None, "Size of the transformer: S, B, L or XL.")
     model_config: str | None = argument(None, "Architecture by a JSON file; sizes and classes are those of the data.")
     latents_dir: str | None = argument(None, "Instead of `train_data_dir`, what `vitok cache-latents` wrote.")

@@ -46,7 +46,7 @@ def make_transformer(args: DiTArguments, vae: AutoencoderViTok, resolution: int,
     fixed = {
         "sample_size": resolution // vae.spatial_compression_ratio,
         "sample_frames": vae.config.sample_frames // vae.temporal_compression_ratio,
-        "in_channels": vae.config.latent_channels,
+        "in_channels": args.num_channels or vae.config.latent_channels,
         "num_classes": num_classes,
     }
     if args.variant is not None:
@@ -115,6 +115,9 @@ class DiTTrainer(Trainer[DiTArguments, ViTokDiTModel]):
                 f'The latents in "{self.args.latents_dir}" are of "{self.cache.index["vae"]}", which is not the '
                 f'autoencoder "{self.args.vae_name_or_path}": name that one, or write them anew.'
             )
+        count, counts = self.args.num_channels, self.vae.config.channel_counts
+        if count is not None and count not in (counts or ()):
+            raise ValueError(f"`num_channels` {count} is none of the autoencoder's `channel_counts`, {counts}.")
         if self.resolution % p:
             raise ValueError(f"`resolution` {self.resolution} must be a multiple of the autoencoder's patch_size {p}.")
 
@@ -163,16 +166,18 @@ class DiTTrainer(Trainer[DiTArguments, ViTokDiTModel]):
         data = EvaluationData(files, protocol, args.num_validation_images, random_clips=True)
         for pixels in data.batches(range(len(data)), 1):
             latents.append(self.vae.encode(to_float(pixels.to(self.vae.device))).latent_dist.mode())
-        return normalize_latents(torch.cat(latents), self.vae), torch.from_numpy(files.labels[data.indices])
+        modes = torch.cat(latents)[:, : self.args.num_channels]
+        return normalize_latents(modes, self.vae), torch.from_numpy(files.labels[data.indices])
 
     @torch.no_grad()
     def latents_of(self, *batches: Batch) -> torch.Tensor:
-        """Normalised samples of the posteriors of all batches, (B, c, t, h, w) float32."""
-        mean, std = torch.cat([self._moments(batch) for batch in batches]).unbind(dim=1)
+        """Normalised samples of the posteriors of all batches, (B, c, t, h, w) or, of 1-D codes, (B, c, l) float32."""
+        moments = torch.cat([self._moments(batch) for batch in batches])
+        mean, std = moments[:, :, : self.args.num_channels].unbind(dim=1)
         return normalize_latents(mean + std * torch.randn(mean.shape, device=mean.device), self.vae)
 
     def _moments(self, batch: Batch) -> torch.Tensor:
-        """(B, 2, c, t, h, w)"""
+        """(B, 2, c, t, h, w) or (B, 2, c, l)"""
         if batch.moments is not None:
             return batch.moments.to(self.accelerator.device, non_blocking=True)
         (run,) = batch.pixels
