@@ -23,6 +23,10 @@ def parse(argv: list[str], program: str) -> argparse.Namespace:
     parser.add_argument("--model", default="vitok-tiny-f8x8", help="folder, Hub id or bundled name")
     parser.add_argument("--subfolder", help="folder of the model inside --model")
     add_dtype(parser)
+    text = (
+        "attend to blocks of so many tokens a side and those around; 0: to all; default: 16 if there are over 65,536"
+    )
+    parser.add_argument("--window_radius", type=int, help=text)
     parser.add_argument("--output_dir", type=Path, default=Path("reconstructions"))
     return parser.parse_args(argv)
 
@@ -45,7 +49,7 @@ def run(args: argparse.Namespace) -> None:
     parameters = sum(parameter.numel() for parameter in vae.parameters()) / 1e6
     ratio = values / config.latent_channels
     print(f"{args.model}: {parameters:.1f} M parameters; {values} values become {config.latent_channels}, {ratio:g}:1")
-    failures = read_each(files, lambda target: print(reconstruct_file(vae, files[target], target)))
+    failures = read_each(files, lambda target: print(reconstruct_file(vae, files[target], target, args.window_radius)))
     print(f"Reconstructions and comparisons (original left) are in {args.output_dir}/")
     if failures:
         sys.exit("\n".join([f"{len(failures)} of {len(files)} files failed:", *failures]))

@@ -20,17 +20,29 @@ from .reconstruction import reconstruct, save_comparison, side_by_side
 from .visuals import VideoWriter
 
 
+MAX_TOKENS = 2**16  # of a frame that all attend to all in, which takes a minute or two on a processor
+WINDOW_RADIUS = 16
+
+
 class MeasuredFile:
     """Sends the frames of a file through an autoencoder, clip by clip, and notes PSNR, SSIM and seconds."""
 
-    def __init__(self, vae: AutoencoderViTok):
-        self.vae, self.seconds, self.size = vae, 0.0, (0, 0)
+    def __init__(self, vae: AutoencoderViTok, window_radius: int | None = None):
+        self.vae, self.window_radius, self.seconds, self.size = vae, window_radius, 0.0, (0, 0)
         self.psnrs: list[torch.Tensor] = []  # (T,) each
         self.ssims: list[torch.Tensor] = []
 
     def reconstruct(self, frames: Sequence[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
         """Frames (H, W, 3) uint8 -> the clip, (1, 3, T, H, W), and its reconstruction."""
         clip = torch.from_numpy(np.stack(frames)).permute(3, 0, 1, 2)[None]
+        num_tokens = clip[0, 0, 0].numel() // self.vae.spatial_compression_ratio**2
+        radius = self.window_radius
+        if radius is None:
+            radius = WINDOW_RADIUS if num_tokens > MAX_TOKENS else 0
+        if radius:
+            self.vae.enable_sliding_window(radius)
+        else:
+            self.vae.disable_sliding_window()
         began = time.perf_counter()
         reconstruction = reconstruct(self.vae, clip)  # on the CPU, hence complete
         self.seconds += time.perf_counter() - began
@@ -43,23 +55,23 @@ class MeasuredFile:
     def report(self, name: str) -> str:
         (height, width), p = self.size, self.vae.spatial_compression_ratio
         padded = " (padded)" if height % p or width % p else ""
+        padded += f" (window of radius {self.vae.window_radius})" if self.vae.window_radius else ""
         similarity = f"{torch.cat(self.ssims).mean():.4f}" if self.ssims else f"needs {SSIM_MIN_SIZE} pixels a side"
         values = f"PSNR {torch.cat(self.psnrs).mean():.2f} dB  SSIM {similarity}"
         return f"{printable(name)}: {width}x{height}{padded}  {values}  {self.seconds:.2f} s"
 
 
-def reconstruct_image(vae: AutoencoderViTok, path: Path, target: str) -> str:
-    file = MeasuredFile(vae)
+def reconstruct_image(file: MeasuredFile, path: Path, target: str) -> str:
     image, reconstruction = file.reconstruct([load_image(path)])
     Image.fromarray(side_by_side(reconstruction)[0].numpy()).save(f"{target}_reconstruction.png")
     save_comparison(f"{target}_comparison.png", image, reconstruction)
     return file.report(path.name)
 
 
-def reconstruct_video(vae: AutoencoderViTok, path: Path, target: str) -> str:
+def reconstruct_video(file: MeasuredFile, path: Path, target: str) -> str:
     """Clip by clip, so that the memory does not grow with the length of the video."""
+    vae = file.vae
     clip_frames = 8 if vae.is_image_model else max(vae.config.sample_frames, vae.temporal_compression_ratio)
-    file = MeasuredFile(vae)
     rate = Fraction(probe_rate(path)).limit_denominator(1001)  # which also tells what is no video
     with ExitStack() as stack:
         names = (f"{target}_{name}.mp4" for name in ("reconstruction", "comparison"))
@@ -106,12 +118,14 @@ def name_targets(inputs: list[Path], output_dir: Path) -> dict[str, Path]:
     return targets
 
 
-def reconstruct_file(vae: AutoencoderViTok, path: Path, target: str) -> str:
+def reconstruct_file(vae: AutoencoderViTok, path: Path, target: str, window_radius: int | None = None) -> str:
     """Writes the files whose names begin with `target`; returns a line of numbers.
+
+    Attention is local with a `window_radius` that is not 0; by default of frames of more than `MAX_TOKENS`.
 
     Raises:
         ValueError, OSError: If the file cannot be read.
     """
     Path(target).parent.mkdir(parents=True, exist_ok=True)
     is_video = suffix_of(path.name) in VIDEO_SUFFIXES
-    return (reconstruct_video if is_video else reconstruct_image)(vae, path, target)
+    return (reconstruct_video if is_video else reconstruct_image)(MeasuredFile(vae, window_radius), path, target)

@@ -2,11 +2,11 @@ import os
 from typing import Any
 
 import torch
-from diffusers import ConfigMixin, ModelMixin
-from diffusers.configuration_utils import register_to_config
+from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.attention import AttentionMixin
 from diffusers.models.autoencoders.vae import AutoencoderMixin, DecoderOutput
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
+from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 from torch.nn import functional as F
@@ -250,7 +250,7 @@ class AutoencoderViTok(
         takes_runs = name == "sample"  # in `forward` alone
         extremes = check_clips(name, x, Expected(self.config.in_channels, (q, p), q > 1, True, takes_runs))
         runs, form = to_runs(x, p)
-        check_fits(name, runs[0], self, tower, tower.proj_in)
+        check_fits(form.label(name), runs[0], self, tower, tower.proj_in)
         warn_of_range(self, runs[0], *extremes)
         return form.give_back(self._run_batches(tower, runs, settings, self._pixel_steps, (1, 1, 1)))
 
@@ -316,7 +316,7 @@ class AutoencoderViTok(
             check_sizes(sizes, z, p)
         runs, form = to_runs(z)
         if name is not None:
-            check_fits(name, runs[0], self, tower, tower.proj_in)
+            check_fits(form.label(name), runs[0], self, tower, tower.proj_in)
         sample = form.give_back(self._run_batches(tower, runs, settings, (1, 1, 1), self._pixel_steps))
         if sizes is not None:
             sample = [item[..., :height, :width] for item, (height, width) in zip(sample, sizes)]

@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline, ImagePipelineOutput, SchedulerMixin
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from diffusers.video_processor import VideoProcessor
@@ -77,6 +78,8 @@ class ViTokDiTPipeline(CallsMixin, DiffusionPipeline):
         ValueError: If the latents of the two models do not fit, or `id2label` has an id that is no class.
     """
 
+    transformer: ViTokDiTModel
+    vae: AutoencoderViTok
     model_cpu_offload_seq = "transformer->vae"
     _callback_tensor_inputs = ["latents"]
 
@@ -286,7 +289,7 @@ class ViTokDiTPipeline(CallsMixin, DiffusionPipeline):
         width: int | None = None,
         num_frames: int | None = None,
         eta: float | None = None,
-    ) -> ImagePipelineOutput | ViTokVideoPipelineOutput | tuple:
+    ) -> Any:
         """Generates images or videos.
 
         Args:
