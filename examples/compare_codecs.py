@@ -1,4 +1,4 @@
-"""Autoencoders next to PCA with as many numbers, and to JPEG and WebP with as many bytes.
+r"""Autoencoders next to PCA with as many numbers, and to JPEG and WebP with as many bytes.
 
     python examples/compare_codecs.py --models vitok-tiny-f8x8 --latent_bits 8 --data_dir data/test/film \
         --baselines pca jpeg webp --pca_data_dir data/train/film

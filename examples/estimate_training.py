@@ -1,4 +1,4 @@
-"""Estimates what a training run costs, from the operations and the saved tensors of one picture.
+r"""Estimates what a training run costs, from the operations and the saved tensors of one picture.
 
     python examples/estimate_training.py --variant S-B/16 --resolution 256 --batch_size 1024 --max_train_steps 100000 \
         --num_devices 8 --teraflops 989 --utilization 0.4

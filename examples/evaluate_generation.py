@@ -1,6 +1,6 @@
-"""Judges samples of a class-conditional pipeline beside training and held-out pictures.
+r"""Judges samples of a class-conditional pipeline beside training and held-out pictures.
 
-    python examples/evaluate_generation.py --classifier output/classifier/classifier.safetensors \
+    python examples/evaluate_generation.py --classifier output-classifier/classifier/classifier.safetensors \
         --train_data_dir data/train/emoji/{face,hand,person,animal,food,transport,place,flag} \
         --test_data_dir data/test/emoji/{face,hand,person,animal,food,transport,place,flag} --output_dir evaluation
 

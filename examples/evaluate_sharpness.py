@@ -1,7 +1,7 @@
-"""Compares reconstructions by several models: what a GAN loss gains, and what it costs.
+r"""Compares reconstructions by several models: what a GAN loss gains, and what it costs.
 
     python examples/evaluate_sharpness.py --models vitok-tiny-f8x8 output/vae --data_dir data/test/film \
-        --classifier output/classifier/classifier.safetensors --output_dir sharpness
+        --classifier output-classifier/classifier/classifier.safetensors --output_dir sharpness
 
 Prints PSNR and SSIM; the energy of high frequencies, of a picture minus its binomial blur, over that of the originals
 (1: as sharp, less: blurred); and the Frechet distance to the originals of the features of a classifier that

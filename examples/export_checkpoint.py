@@ -1,4 +1,4 @@
-"""Turns a training checkpoint into a folder to publish: latent statistics in the config, weights in half precision.
+r"""Turns a training checkpoint into a folder to publish: latent statistics in the config, weights in half precision.
 
     python examples/export_checkpoint.py --model output/checkpoint-7500/vae --train_data_dir data/train/film:0.5 \
         data/train/emoji:0.5 --output_dir my-vitok

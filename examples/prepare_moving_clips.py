@@ -1,4 +1,4 @@
-"""Writes clips of drawings that move: a small data set of videos, whose classes are kinds of motion.
+r"""Writes clips of drawings that move: a small data set of videos, whose classes are kinds of motion.
 
     python examples/prepare_moving_clips.py --drawings data/train/emoji/face --output_dir clips/train
     python examples/prepare_moving_clips.py --drawings data/test/emoji/face --output_dir clips/test \

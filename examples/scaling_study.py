@@ -1,8 +1,8 @@
-"""The paper's scaling study (arXiv 2501.09755, figures 2, 6 and 7, table 2) at small scale, on one's own pictures.
+r"""The paper's scaling study (arXiv 2501.09755, figures 2, 6 and 7, table 2) at small scale, on one's own pictures.
 
     python examples/scaling_study.py --train_data_dir data/train/film:0.4 data/train/photos:0.3 data/train/emoji:0.3 \
         --test_data_dir data/test/film data/test/photos data/test/emoji \
-        --classifier output/classifier/classifier.safetensors --output_dir study
+        --classifier output-classifier/classifier/classifier.safetensors --output_dir study
 
 Trains small autoencoders of pictures of 64 x 64 with `vitok train`, all on the same crops, which are cut first, and
 for as many steps: patch sizes and channels that give 2^5 to 2^11 floats a picture (E), then depths of the encoder and
@@ -152,6 +152,8 @@ def main():
     parser.add_argument("--num_crops", type=int, default=20_000, help="training pictures, rounded up to hundreds")
     parser.add_argument("--output_dir", type=Path, default=Path("study"))
     args = parser.parse_args()
+    if args.classifier is not None:
+        Classifier.load(args.classifier)  # says so now if it cannot be read
     claim(args)
     run(args)
     report(read_rows(args.output_dir), args.output_dir)

@@ -1,9 +1,9 @@
 """Trains a small classifier of pictures by the folder they are in; its features serve to compare sets of pictures.
 
-    python examples/train_classifier.py --train_data_dir data/train --validation_data_dir data/test --output_dir output
+    python examples/train_classifier.py --train_data_dir data/train --validation_data_dir data/test
 
 Every folder that holds pictures is a class, under its own name. Prints the accuracy on held-out pictures; the
-classifier is the file output/classifier/classifier.safetensors.
+classifier is the file output-classifier/classifier/classifier.safetensors.
 """
 
 import sys

@@ -175,7 +175,7 @@ class TestTraining:
         vae.save_pretrained(tmp_path / "other")
         out = run_example(
             *("evaluate_sharpness.py", "--models", "model", "other", "--data_dir", "test/red", "test/blue"),
-            *("--classifier", "output/classifier/classifier.safetensors", "--resolution", 32, "--crop", 16),
+            *("--classifier", "output-classifier/classifier/classifier.safetensors", "--resolution", 32, "--crop", 16),
         )
         rows = [[cell.strip() for cell in line.split("|")] for line in out.splitlines() if line.startswith("| red")]
         assert [row[2] for row in rows] == ["model", "other"]

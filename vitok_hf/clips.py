@@ -18,6 +18,7 @@ from .checks import check_finite, check_int, check_tensor, refuse
 
 
 Runs = list[torch.Tensor]
+PAD_HINT = "pad, crop or resize it, or pass a list of pictures, which `encode` pads."
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,10 @@ class Form:
     def of_runs(self, values: list) -> list:
         """Of values for the items of a list, those for each run; others are for each run already."""
         return values if self.items is None else [values[indices[0]] for indices in self.items]
+
+    def label(self, name: str) -> str:
+        """How a message calls what is in the first run."""
+        return name if self.is_batch else f"{name}[0]"
 
     def give_back(self, runs: Runs) -> torch.Tensor | list[torch.Tensor]:
         """The runs, which may have other numbers of channels, frames, rows and columns, in the form of what came."""
@@ -170,7 +175,7 @@ def check_shape(name: str, shape: torch.Size, forms: list[str], expected: Expect
     if shape[-1] % p or shape[-2] % p:
         raise ValueError(
             f"Height and width of `{name}` must be multiples of patch_size={p}, but are {shape[-2]} x {shape[-1]}: "
-            "pad, crop or resize it; an autoencoder also takes a list of pictures, and pads them."
+            + ("choose another size, or a model with patch_size=1." if expected.axes == "cthw" else PAD_HINT)
         )
     if has_time and shape[-3] % q:
         raise ValueError(

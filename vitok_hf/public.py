@@ -1,7 +1,7 @@
 """The public names, and what diffusers has to know of them."""
 
 import diffusers
-from diffusers import ModelMixin
+from diffusers.models.modeling_utils import ModelMixin
 from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 
 from .latents import compute_latent_statistics, denormalize_latents, normalize_latents

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from huggingface_hub.errors import HTTPError
 from safetensors import SafetensorError
 
@@ -76,6 +77,20 @@ class TestRunCommand:
         with pytest.raises(SystemExit) as exit:
             run_command(fail(subprocess.CalledProcessError(code, ["train"])))
         assert exit.value.code == 2 and (capsys.readouterr().err == "") == said
+
+    def test_what_a_worker_raises_is_a_line(self, capsys):
+        """A `DataLoader` gives it with the traceback of the worker."""
+
+        class Broken(torch.utils.data.Dataset):
+            def __len__(self):
+                return 1
+
+            def __getitem__(self, index):
+                raise ValueError("x.mp4 has 7 frames")
+
+        with pytest.raises(SystemExit):
+            run_command(lambda: next(iter(torch.utils.data.DataLoader(Broken(), num_workers=1))))
+        assert capsys.readouterr().err == "draw.py: x.mp4 has 7 frames\n"
 
     def test_processes_are_told_apart(self, monkeypatch, capsys):
         monkeypatch.setenv("WORLD_SIZE", "2")

@@ -126,6 +126,7 @@ class TestNote:
             "other files, 1 changed (b/x), 1 missing (a/x)",
         ]
         assert note_inputs(second, {"rate": 2.0}, files(data), second) == []  # said once
+        assert note_inputs(second, {"other": 1}, files(data), second) == ["other None, not 1"]  # "rate" is gone
 
     def test_many_files(self, data, tmp_path, monkeypatch):
         """Which count by size and time of their content, all together."""

@@ -102,14 +102,19 @@ class TestReconstructionEvaluator:
         assert len(checksums) == 2
 
     def test_clips_count_by_the_mean_of_their_frames(self, tmp_path):
-        write_video(tmp_path / "ramp.mp4")
-        data = EvaluationData(FolderFiles(str(tmp_path), 4), Protocol(resolution=32, num_frames=4))
+        """Each by its own, in a batch of two clips: of the same video, but from other seconds."""
+        for name in ("a.mp4", "b.mp4"):
+            write_video(tmp_path / name)
+        data = EvaluationData(FolderFiles(str(tmp_path), 4), Protocol(resolution=32, num_frames=4), random_clips=True)
         vae = make_vae("video", sample_size=16)
         evaluator = ReconstructionEvaluator(data, "ramp", NETWORKS)
         result, values = evaluator.evaluate(autoencoder_row("video", vae, evaluator.shapes))
-        clip, reconstruction = data[0], reconstruct(vae, data[0][None])[0]
-        expected = psnr(reconstruction.transpose(0, 1), clip.transpose(0, 1)).mean()
-        assert values["psnr"].shape == (1,) and result.metrics["psnr"] == pytest.approx(expected.item())
+        (clips,) = data.batches(range(2), 2)
+        pairs = zip(reconstruct(vae, clips).transpose(1, 2), clips.transpose(1, 2))  # frames first
+        expected = torch.stack([psnr(*pair).mean() for pair in pairs])
+        assert (expected[0] - expected[1]).abs() > 0.1
+        torch.testing.assert_close(values["psnr"], expected)
+        assert result.metrics["psnr"] == pytest.approx(expected.mean().item())
 
     def test_memory_that_cannot_be_measured_is_named(self, monkeypatch):
         def fail(device):

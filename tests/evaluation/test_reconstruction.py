@@ -9,6 +9,7 @@ from tests.conftest import ASSETS, make_vae
 from vitok_hf.clips import pad_to_size, to_float, to_uint8
 from vitok_hf.data.held_out import load_evaluation_images
 from vitok_hf.data.video import iterate_timed_frames
+from vitok_hf.evaluation import reconstruct_files
 from vitok_hf.evaluation.reconstruction import comparison, reconstruct, save_comparison
 from vitok_hf.evaluation.visuals import VideoWriter
 
@@ -71,3 +72,20 @@ def test_videos_show_frames_at_their_times(tmp_path, monkeypatch, seconds):
             writer.write(torch.zeros(4, 16, 16, 3, dtype=torch.uint8)[part], seconds and seconds[part])
     times = [second for second, _ in iterate_timed_frames("a:b.mp4")]
     assert times == pytest.approx(seconds or [0.0, 0.125, 0.25, 0.375], abs=2e-4)
+
+
+class TestFiles:
+    @pytest.mark.parametrize(
+        "given, limit, radius", [(None, 2**16, None), (None, 10, 16), (2, 2**16, 2), (0, 10, None)]
+    )
+    def test_attention_of_large_pictures_is_local(self, tmp_path, monkeypatch, given, limit, radius):
+        monkeypatch.setattr(reconstruct_files, "MAX_TOKENS", limit)
+        vae, images = make_vae("v1"), torch.randint(0, 256, (1, 3, 1, 64, 72), dtype=torch.uint8)
+        Image.fromarray(images[0, :, 0].permute(1, 2, 0).numpy()).save(tmp_path / "x.png")
+        line = reconstruct_files.reconstruct_file(vae, tmp_path / "x.png", str(tmp_path / "x"), given)
+        assert ("window of radius" in line) == (radius is not None)
+        other = make_vae("v1")
+        if radius is not None:
+            other.enable_sliding_window(radius)
+        saved = torch.from_numpy(np.asarray(Image.open(tmp_path / "x_reconstruction.png")).copy())
+        assert torch.equal(saved, reconstruct(other, images)[0, :, 0].permute(1, 2, 0))

@@ -6,17 +6,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from vitok_hf.models import layers
-from vitok_hf.models.layers import (
-    Packing,
-    RMSNorm,
-    apply_rotary_embedding,
-    make_packing,
-    packed_attention,
-    patchify,
-    rotary_embedding,
-    split_rotary_pairs,
-    unpatchify,
-)
+from vitok_hf.models.layers import Packing, RMSNorm, make_packing, packed_attention, patchify, unpatchify
+from vitok_hf.models.rotary import apply_rotary_embedding, rotary_embedding, split_rotary_pairs
 
 
 class TestPatchify:

@@ -118,6 +118,10 @@ class TestLists:
         with pytest.raises(ValueError, match=message):
             make_vae("v1").encode(items)
 
+    def test_items_of_another_dtype(self):
+        with pytest.raises(ValueError, match=r"pass `x\[0\].to\(torch.float32\)`"):
+            make_vae("v1").encode([torch.zeros(3, 8, 8).double()])
+
     @pytest.mark.parametrize("sizes", [[(8, 8)], [(8, 8), (16, 9)], [(8, 8), (8, 8)]])
     def test_wrong_sizes(self, sizes):
         latents = [torch.zeros(4, 1, 1), torch.zeros(4, 2, 1)]

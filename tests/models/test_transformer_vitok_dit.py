@@ -204,7 +204,7 @@ class TestErrors:
         [
             ((2, 3, 4, 4), r"in_channels=4 channels in dimension 1, but has shape \(2, 3, 4, 4\)"),
             ((4, 4, 4), r"must be \(B, c, h, w\) or \(B, c, t, h, w\), but has shape \(4, 4, 4\)"),
-            ((2, 4, 4, 5), "multiples of patch_size=2, but are 4 x 5"),
+            ((2, 4, 4, 5), "multiples of patch_size=2, but are 4 x 5: choose another size, or a model"),
             ((2, 4, 0, 4), "is empty"),
         ],
     )

@@ -89,6 +89,8 @@ class TestNested:
             inner.append(sample(pipe, "dog", guidance_scale=1.0, num_inference_steps=6))
             assert pipe.guidance_scale == 4.0 and pipe.num_timesteps == 4 and pipe.current_timestep == timestep
 
+        with pytest.raises(AttributeError, match="`guidance_scale` is that of a call: pass it"):
+            pipe.guidance_scale = 7.0
         assert_close(sample(pipe, callback_on_step_end=callback), expected, atol=1e-3)
         for output in inner:
             assert_close(output, expected_inner, atol=1e-3)

@@ -88,6 +88,8 @@ def run_command(main: Callable[[], object], name: str | None = None, extras: str
         if os.environ.get("VITOK_TRACEBACK") == "1":
             raise
         text = str(error) or type(error).__name__
+        if text.startswith("Caught "):  # by a worker that reads data: its traceback is part of the text
+            text = text.rpartition(f"{type(error).__name__}: ")[2].strip()
         if not isinstance(error, ValueError):  # those of libraries may be whole paragraphs
             text = " ".join(text.split())
         if isinstance(error, ModuleNotFoundError):

@@ -1,4 +1,4 @@
-"""Writes the latents of pictures by class, for `vitok train-dit --latents_dir`; goes on where it was interrupted.
+r"""Writes the latents of pictures by class, for `vitok train-dit --latents_dir`; goes on where it was interrupted.
 
 Files and settings must then be the same; data that were moved as a whole are. What could not be read is tried again.
 

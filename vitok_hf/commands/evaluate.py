@@ -21,7 +21,7 @@ from . import add_dtype, make_parser
 
 
 if TYPE_CHECKING:
-    from diffusers import ModelMixin
+    from diffusers.models.modeling_utils import ModelMixin
 
     from ..evaluation.evaluator import ReconstructionEvaluator, Row
 
@@ -120,9 +120,6 @@ def run(
     fitting = [name for name in NETWORKS if name != "i3d" or args.num_frames > 1]
     chosen = fitting if args.networks is None else args.networks
     paths = {"inception": args.inception_weights, "dino": args.dino, "i3d": args.i3d_weights}
-    with accelerator.main_process_first():  # which downloads for all
-        networks, unavailable = load_networks(chosen, paths | {"lpips": args.lpips_weights}, accelerator.device)
-    unavailable |= {name: "left out" for name in NETWORKS if name not in chosen and name != "i3d"}
     earlier = [result for path in args.add_results for result in load_results(path)]
     sources: dict[str, FolderFiles | HubRows]
     if args.data_dir:
@@ -131,6 +128,9 @@ def run(
     else:
         hub = (args.dataset_name, args.dataset_config_name, args.dataset_split, args.data_column)
         sources = {f"{args.dataset_name} {args.dataset_split}": HubRows(*hub, args.num_frames)}
+    with accelerator.main_process_first():  # which downloads for all
+        networks, unavailable = load_networks(chosen, paths | {"lpips": args.lpips_weights}, accelerator.device)
+    unavailable |= {name: "left out" for name in fitting if name not in chosen}
     for name, source in sources.items():
         data = EvaluationData(source, protocol, args.limit)
         evaluator = ReconstructionEvaluator(data, name, networks, unavailable, args.batch_size, accelerator.device)

@@ -26,6 +26,10 @@ def parse(argv: list[str], program: str) -> argparse.Namespace:
     parser.add_argument("--num_channels", type=int, help="cut the codes to so many channels")
     parser.add_argument("--num_tokens", type=int, help="cut the codes to so many tokens")
     parser.add_argument("--min_psnr", type=float, help="take of each picture the shortest code that reaches it, in dB")
+    text = (
+        "attend to blocks of so many tokens a side and those around; 0: to all; default: 16 if there are over 65,536"
+    )
+    parser.add_argument("--window_radius", type=int, help=text)
     parser.add_argument("--output_dir", type=Path, default=Path("reconstructions"))
     return parser.parse_args(argv)
 
@@ -50,7 +54,8 @@ def run(args: argparse.Namespace) -> None:
     print(f"{args.model}: {parameters:.1f} M parameters; {values} values become {config.latent_channels}, {ratio:g}:1")
     lengths = {name: getattr(args, name) for name in ("num_channels", "num_tokens", "min_psnr")}
     lengths = {name: value for name, value in lengths.items() if value is not None}
-    failures = read_each(files, lambda target: print(reconstruct_file(vae, files[target], target, lengths)))
+    options = args.window_radius, lengths
+    failures = read_each(files, lambda target: print(reconstruct_file(vae, files[target], target, *options)))
     print(f"Reconstructions and comparisons (original left) are in {args.output_dir}/")
     if failures:
         sys.exit("\n".join([f"{len(failures)} of {len(files)} files failed:", *failures]))

@@ -1,4 +1,4 @@
-"""Trains ViTok autoencoders, both stages of the paper.
+r"""Trains ViTok autoencoders, both stages of the paper.
 
     vitok train --stage 1 --variant S-B/16 --latent_channels 16 \
         --train_data_dir photos:0.5 film:0.5 --validation_data_dir held_out --output_dir output

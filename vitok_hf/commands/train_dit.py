@@ -1,4 +1,4 @@
-"""Trains a class-conditional diffusion transformer on the latents of a ViTok.
+r"""Trains a class-conditional diffusion transformer on the latents of a ViTok.
 
     vitok train-dit --vae_name_or_path vitok-tiny-f8x8 --variant S --train_data_dir pictures \
         --resolution 64 --validation_data_dir held_out --prediction_type flow_prediction --output_dir output

@@ -168,7 +168,9 @@ def note_inputs(folder: Path, settings: dict, files: Sequence[str | os.PathLike]
         reasons = [f"unknown inputs, for there is no {path}"]
         if path.is_file():
             try:
-                reasons = _differences(_read_record(path), record)
+                earlier = _read_record(path)
+                known = {name: x for name, x in earlier["settings"].items() if name in record["settings"]}
+                reasons = _differences(earlier | {"settings": known}, record)  # other versions have other settings
             except ValueError as error:  # it only says what has changed
                 reasons = [f"unknown inputs: {error}"]
     folder.mkdir(parents=True, exist_ok=True)

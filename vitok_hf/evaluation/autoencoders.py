@@ -6,7 +6,8 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import AutoencoderRAE, ModelMixin
+from diffusers import AutoencoderRAE
+from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
 from ..latents import encode_mode

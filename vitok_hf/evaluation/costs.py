@@ -5,8 +5,8 @@ from math import prod
 from pathlib import Path
 
 import torch
-from diffusers import ModelMixin
 from diffusers.models.attention_dispatch import attention_backend
+from diffusers.models.modeling_utils import ModelMixin
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
-from diffusers import ModelMixin
+from diffusers.models.modeling_utils import ModelMixin
 
 from ..clips import sha256_each
 from ..data.held_out import Codec, EvaluationData

@@ -21,11 +21,16 @@ from .reconstruction import reconstruct, save_comparison, side_by_side
 from .visuals import VideoWriter
 
 
+MAX_TOKENS = 2**16  # of a frame that all attend to all in, which takes a minute or two on a processor
+WINDOW_RADIUS = 16
+
+
 class MeasuredFile:
     """Sends the frames of a file through an autoencoder, clip by clip, and notes PSNR, SSIM and seconds."""
 
-    def __init__(self, vae: AutoencoderViTok, lengths: dict[str, Any] | None = None):
-        self.vae, self.lengths, self.seconds, self.size, self.num_latents = vae, lengths, 0.0, (0, 0), 0
+    def __init__(self, vae: AutoencoderViTok, window_radius: int | None = None, lengths: dict[str, Any] | None = None):
+        self.vae, self.window_radius, self.lengths = vae, window_radius, lengths
+        self.seconds, self.size, self.num_latents = 0.0, (0, 0), 0
         self.psnrs: list[torch.Tensor] = []  # (T,) each
         self.ssims: list[torch.Tensor] = []
 
@@ -36,6 +41,15 @@ class MeasuredFile:
     def reconstruct(self, frames: Sequence[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
         """Frames (H, W, 3) uint8 -> the clip, (1, 3, T, H, W), and its reconstruction."""
         clip = torch.from_numpy(np.stack(frames)).permute(3, 0, 1, 2)[None]
+        num_tokens = clip[0, 0, 0].numel() // self.vae.spatial_compression_ratio**2
+        radius = self.window_radius
+        if radius is None:
+            is_large = num_tokens > MAX_TOKENS and self.vae.config.num_latent_tokens is None
+            radius = WINDOW_RADIUS if is_large else 0
+        if radius:
+            self.vae.enable_sliding_window(radius)
+        else:
+            self.vae.disable_sliding_window()
         began = time.perf_counter()
         reconstruction = reconstruct(self.vae, clip, self._note, self.lengths)  # on the CPU, hence complete
         self.seconds += time.perf_counter() - began
@@ -48,6 +62,7 @@ class MeasuredFile:
     def report(self, name: str) -> str:
         (height, width), p = self.size, self.vae.spatial_compression_ratio
         padded = " (padded)" if height % p or width % p else ""
+        padded += f" (window of radius {self.vae.window_radius})" if self.vae.window_radius else ""
         similarity = f"{torch.cat(self.ssims).mean():.4f}" if self.ssims else f"needs {SSIM_MIN_SIZE} pixels a side"
         values = f"PSNR {torch.cat(self.psnrs).mean():.2f} dB  SSIM {similarity}"
         return (
@@ -112,12 +127,21 @@ def name_targets(inputs: list[Path], output_dir: Path) -> dict[str, Path]:
     return targets
 
 
-def reconstruct_file(vae: AutoencoderViTok, path: Path, target: str, lengths: dict[str, Any] | None = None) -> str:
+def reconstruct_file(
+    vae: AutoencoderViTok,
+    path: Path,
+    target: str,
+    window_radius: int | None = None,
+    lengths: dict[str, Any] | None = None,
+) -> str:
     """Writes the files whose names begin with `target`; returns a line of numbers. `lengths`: see `reconstruct`.
+
+    Attention is local with a `window_radius` that is not 0; by default of frames of more than `MAX_TOKENS`.
 
     Raises:
         ValueError, OSError: If the file cannot be read.
     """
     Path(target).parent.mkdir(parents=True, exist_ok=True)
     is_video = suffix_of(path.name) in VIDEO_SUFFIXES
-    return (reconstruct_video if is_video else reconstruct_image)(MeasuredFile(vae, lengths), path, target)
+    file = MeasuredFile(vae, window_radius, lengths)
+    return (reconstruct_video if is_video else reconstruct_image)(file, path, target)

@@ -5,7 +5,7 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather
-from diffusers import ModelMixin
+from diffusers.models.modeling_utils import ModelMixin
 from einops import rearrange
 from PIL import Image
 

@@ -50,7 +50,7 @@ def markdown_table(results: Sequence[Result]) -> str:
         cells += [_number(name, result.costs.get(name)) for name in costs]
         lines.append(f"| {' | '.join(cells)} |")
     reasons = dict.fromkeys(f"{name}: {text}" for result in results for name, text in result.unavailable.items())
-    return "\n".join([*lines, "", *(f"No {reason}." for reason in reasons)]).rstrip() + "\n"
+    return "\n".join([*lines, "", *(f"No {reason.rstrip('.')}." for reason in reasons)]).rstrip() + "\n"
 
 
 def write_csv(path: str | Path, results: Sequence[Result]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from diffusers import ModelMixin
+from diffusers.models.modeling_utils import ModelMixin
 from huggingface_hub import model_info, parse_safetensors_file_metadata, snapshot_download
 from safetensors.torch import load_file, save_file
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import ModelMixin
+from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME
 from diffusers.utils.hub_utils import _add_variant
 from safetensors import SafetensorError, safe_open

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from accelerate import dispatch_model, init_empty_weights
 from accelerate.utils import set_module_tensor_to_device
-from diffusers import ModelMixin
 from diffusers.models.model_loading_utils import _determine_device_map
+from diffusers.models.modeling_utils import ModelMixin
 from huggingface_hub import file_exists, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import (
     EntryNotFoundError,

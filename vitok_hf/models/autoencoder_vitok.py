@@ -2,25 +2,26 @@ import os
 from typing import Any
 
 import torch
-from diffusers import ConfigMixin, ModelMixin
-from diffusers.configuration_utils import register_to_config
+from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.attention import AttentionMixin
 from diffusers.models.autoencoders.vae import AutoencoderMixin, DecoderOutput
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
+from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 from torch.nn import functional as F
 
 from ..checks import check_bool, check_generator, show
-from ..clips import Expected, Runs, check_clips, check_sizes, sizes_of, to_batches, to_runs
+from ..clips import Expected, check_clips, check_sizes, sizes_of, to_batches, to_runs
 from ..loading import check_place, load_strictly, resolve_bundled
 from ..loading.vitok_v2 import HUB_ARGUMENTS, is_vitok_v2, load_vitok_v2
 from ..presets import V2_PATTERN, variant_to_config
 from .codes import CodesMixin
 from .compat import CompatMixin, ViTokConfig, is_derived
 from .configuration import check_config, check_fits, warn_of_range
-from .layers import Grid, TowerSettings, ViTokTower, patchify, unpatchify
+from .layers import TowerSettings, ViTokTower
 from .posterior import PosteriorList, ViTokOutput, ViTokPosterior
+from .rotary import Grid
 from .saving import SavingMixin
 from .tiling import MemoryMixin, MemorySettings, Steps, Tiling, make_tiling
 
@@ -216,36 +217,6 @@ class AutoencoderViTok(
             )
         return tower
 
-    def _run_tower(
-        self,
-        tower: ViTokTower,
-        runs: Runs,
-        radius: int | None,
-        steps_in: Steps,
-        steps_out: Steps,
-        pixel_grids: list[Grid] | None = None,
-    ) -> Runs:
-        """Cut into patches of `steps_in`, (n, C, T, H, W) each, and put together from patches of `steps_out`.
-
-        `pixel_grids` are, of 1-D codes, those of the patches that they are decoded to.
-        """
-        (q, p, _), (q_out, p_out, _) = steps_in, steps_out
-        sequences: list[torch.Tensor] = []
-        grids: list[Grid] = []
-        for run in runs:
-            # An image model sees each frame alone.
-            frames = 1 if self.is_image_model else run.shape[2]
-            sequences.append(patchify(run, q, p, frames))  # (n * items, L, C * q * p * p)
-            grids.append((frames // q, run.shape[3] // p, run.shape[4] // p))
-        grids = pixel_grids or grids
-        outputs = tower(sequences, [grid[1:] if self.is_image_model else grid for grid in grids], radius)
-        if self.config.num_latent_tokens and not tower.is_decoder:
-            grids = [(1, 1, self.config.num_latent_tokens)] * len(runs)
-        return [
-            unpatchify(tokens, grid, q_out, p_out, num_items=tokens.shape[0] // run.shape[0])
-            for tokens, grid, run in zip(outputs, grids, runs)
-        ]
-
     def encode(
         self,
         x: torch.Tensor | list[torch.Tensor],
@@ -291,7 +262,7 @@ class AutoencoderViTok(
         takes_runs = name == "sample"  # in `forward` alone
         extremes = check_clips(name, x, Expected(self.config.in_channels, (q, p), q > 1, True, takes_runs))
         runs, form = to_runs(x, p)
-        check_fits(name, runs[0], self, tower, tower.proj_in)
+        check_fits(form.label(name), runs[0], self, tower, tower.proj_in)
         warn_of_range(self, runs[0], *extremes)
         return form.give_back(self._run_batches(tower, runs, settings, self._pixel_steps, (1, 1, 1)))
 
@@ -369,7 +340,7 @@ class AutoencoderViTok(
         runs, form = to_runs(z, kinds=grids or ())
         grids = form.of_runs(grids) if grids else None
         if name is not None:
-            check_fits(name, runs[0], self, tower, tower.proj_in)
+            check_fits(form.label(name), runs[0], self, tower, tower.proj_in)
         runs = self._run_batches(tower, runs, settings, (1, 1, 1), self._pixel_steps, grids)
         if sizes is not None and form.is_batch:
             return form.give_back([runs[0][..., : sizes[0][-2], : sizes[0][-1]]])

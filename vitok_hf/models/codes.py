@@ -17,8 +17,8 @@ from torch.nn import functional as F
 from ..checks import check_int, check_number, check_tensor
 from ..clips import check_size_list, item_sizes, sizes_of, to_batches
 from .compat import ViTokConfig
-from .layers import Grid
 from .posterior import PosteriorList, ViTokPosterior
+from .rotary import Grid
 
 
 Clips: TypeAlias = torch.Tensor | list[torch.Tensor]

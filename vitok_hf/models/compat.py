@@ -4,8 +4,7 @@ from operator import itemgetter
 from types import SimpleNamespace
 
 import torch
-from diffusers import ConfigMixin
-from diffusers.configuration_utils import FrozenDict
+from diffusers.configuration_utils import ConfigMixin, FrozenDict
 
 
 class ViTokConfig(FrozenDict):

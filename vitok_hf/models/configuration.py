@@ -9,7 +9,7 @@ from ..checks import has_values, warn_once
 from ..loading.strict import check_types
 from .codes import check_counts
 from .compat import ViTokConfig
-from .layers import split_rotary_pairs
+from .rotary import split_rotary_pairs
 
 
 # The largest values of entries by the end of their names: a model of a damaged config would fill all memory.

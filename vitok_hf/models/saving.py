@@ -9,9 +9,9 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
-from diffusers import ModelMixin
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
+from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils.torch_utils import is_compiled_module
 from torch import nn
 

@@ -9,7 +9,8 @@ import torch
 from ..checks import check_int, check_number, check_tensor, refuse
 from ..clips import Runs
 from .compat import ViTokConfig
-from .layers import Grid, ViTokTower
+from .layers import ViTokTower, patchify, unpatchify
+from .rotary import Grid
 
 
 Steps = tuple[int, int, int]  # what a token measures: frames, rows and columns
@@ -180,7 +181,6 @@ class MemoryMixin:
     use_tiling: bool
     tiling: Tiling
     window_radius: int | None
-    _run_tower: Callable
     _encode: Callable
     _decode: Callable
     _posterior: Callable
@@ -208,6 +208,36 @@ class MemoryMixin:
         """
         self.tiling = make_tiling(self.config, tile_sample_min_size, tile_sample_min_frames, tile_overlap_factor)
         self.use_tiling = True
+
+    def _run_tower(
+        self,
+        tower: ViTokTower,
+        runs: Runs,
+        radius: int | None,
+        steps_in: Steps,
+        steps_out: Steps,
+        pixel_grids: list[Grid] | None = None,
+    ) -> Runs:
+        """Cut into patches of `steps_in`, (n, C, T, H, W) each, and put together from patches of `steps_out`.
+
+        `pixel_grids` are, of 1-D codes, those of the patches that they are decoded to.
+        """
+        (q, p, _), (q_out, p_out, _) = steps_in, steps_out
+        sequences: list[torch.Tensor] = []
+        grids: list[Grid] = []
+        for run in runs:
+            # An image model sees each frame alone.
+            frames = 1 if self.is_image_model else run.shape[2]
+            sequences.append(patchify(run, q, p, frames))  # (n * items, L, C * q * p * p)
+            grids.append((frames // q, run.shape[3] // p, run.shape[4] // p))
+        grids = pixel_grids or grids
+        outputs = tower(sequences, [grid[1:] if self.is_image_model else grid for grid in grids], radius)
+        if self.config.num_latent_tokens and not tower.is_decoder:
+            grids = [(1, 1, self.config.num_latent_tokens)] * len(runs)
+        return [
+            unpatchify(tokens, grid, q_out, p_out, num_items=tokens.shape[0] // run.shape[0])
+            for tokens, grid, run in zip(outputs, grids, runs)
+        ]
 
     def _run_batches(
         self,

@@ -4,13 +4,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from diffusers import ConfigMixin, FasterCacheConfig, ModelMixin
-from diffusers.configuration_utils import FrozenDict, register_to_config
+from diffusers import FasterCacheConfig
+from diffusers.configuration_utils import ConfigMixin, FrozenDict, register_to_config
 from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
 from diffusers.models.attention import AttentionMixin
 from diffusers.models.cache_utils import CacheMixin
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 from torch.nn import functional as F
 
@@ -19,16 +20,8 @@ from ..clips import Expected, add_row, check_clips, to_runs
 from ..loading import load_strictly
 from ..presets import dit_variant_to_config
 from .configuration import check_fits, check_numbers
-from .layers import (
-    Packing,
-    RMSNorm,
-    ViTokAttention,
-    feed_forward,
-    patchify,
-    rotary_embedding,
-    split_rotary_pairs,
-    unpatchify,
-)
+from .layers import Packing, RMSNorm, ViTokAttention, feed_forward, patchify, unpatchify
+from .rotary import rotary_embedding, split_rotary_pairs
 from .saving import SavingMixin
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from diffusers import SchedulerMixin
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from .schedulers import check_timesteps
 
@@ -69,7 +69,7 @@ class CallField:
     """
 
     def __set_name__(self, owner: type, name: str):
-        self.name = name.removeprefix("_")
+        self.name, self.is_public = name.removeprefix("_"), not name.startswith("_")
 
     def __get__(self, pipe: "CallsMixin | None", owner: type) -> Any:
         if pipe is None:
@@ -79,6 +79,10 @@ class CallField:
         return getattr((mine or calls or [Call(None)])[-1], self.name)
 
     def __set__(self, pipe: "CallsMixin", value: Any):
+        if self.is_public:
+            raise AttributeError(
+                f"`{self.name}` is that of a call: pass it to the call, or set `_{self.name}` in one."
+            )
         running = [call for call in list(pipe._calls) if call.is_running]
         mine = [call for call in running if call.thread == threading.get_ident()]
         for call in mine[-1:] or running:
@@ -88,7 +92,7 @@ class CallField:
 class CallsMixin:
     """Of a pipeline with a `scheduler`: what diffusers' callbacks and caches read and set of a call."""
 
-    scheduler: SchedulerMixin
+    scheduler: Any  # of diffusers
     _calls: list[Call]
 
     guidance_scale, _guidance_scale, _guidance_rescale = CallField(), CallField(), CallField()

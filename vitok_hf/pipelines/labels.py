@@ -7,6 +7,9 @@ from typing import Any
 from ..checks import LARGEST, check_int, refuse
 
 
+MAX_NAMED = 20  # classes in a message
+
+
 def label_names(text: str) -> list[str]:
     """Those of an entry of `id2label`: ImageNet's "tench, Tinca tinca" has two."""
     return [name.strip() for name in text.split(",")]
@@ -31,7 +34,8 @@ def find_label(name: str, id2label: dict[int, str]) -> int:
         raise ValueError(f'This pipeline has no names for its classes, so "{name}" is unknown: pass ids.')
     lower = {known.lower(): known for known in label_table(id2label)}
     close = [lower[match] for match in difflib.get_close_matches(name.lower(), lower)]
-    hint = f"did you mean {' or '.join(close)}?" if close else "`labels` has them all."
+    names = ", ".join(list(lower.values())[:MAX_NAMED]) + (", ..." if len(lower) > MAX_NAMED else "")
+    hint = f"did you mean {' or '.join(close)}?" if close else f"`labels` has {names}."
     raise ValueError(f'There is no class "{name}": {hint}')
 
 

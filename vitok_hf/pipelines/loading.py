@@ -7,7 +7,7 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 
-from diffusers import SchedulerMixin
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from ..loading.strict import check_entries, check_private_entries, has_type, read_object
 from ..models import AutoencoderViTok, ViTokDiTModel

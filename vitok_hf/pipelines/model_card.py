@@ -8,7 +8,7 @@ from huggingface_hub import ModelCardData
 
 
 USAGE = """import vitok_hf  # pip install vitok-hf
-from diffusers import DiffusionPipeline
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 pipe = DiffusionPipeline.from_pretrained("{repo_id}")
 output = pipe(class_labels={labels}, guidance_scale=4.0, num_inference_steps=50)

@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline, ImagePipelineOutput, SchedulerMixin
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from diffusers.video_processor import VideoProcessor
@@ -77,6 +78,8 @@ class ViTokDiTPipeline(CallsMixin, DiffusionPipeline):
         ValueError: If the latents of the two models do not fit, or `id2label` has an id that is no class.
     """
 
+    transformer: ViTokDiTModel
+    vae: AutoencoderViTok
     model_cpu_offload_seq = "transformer->vae"
     _callback_tensor_inputs = ["latents"]
 
@@ -240,7 +243,8 @@ class ViTokDiTPipeline(CallsMixin, DiffusionPipeline):
 
     def _decode(self, latents: torch.Tensor, output_type: str, sizes: dict[str, int | None]) -> Any:
         """`sizes` are those of the call, which 1-D codes do not tell."""
-        latents, options = denormalize_latents(latents, self.vae).to(self.vae.dtype), {}
+        latents = denormalize_latents(latents, self.vae).to(self.vae.dtype)
+        options: dict[str, Any] = {}
         if self.vae.config.get("num_latent_tokens") is not None:
             defaults = {
                 name: unit * self.transformer.config.sample_size for name, unit in self._latent_units().items()
@@ -297,7 +301,7 @@ class ViTokDiTPipeline(CallsMixin, DiffusionPipeline):
         width: int | None = None,
         num_frames: int | None = None,
         eta: float | None = None,
-    ) -> ImagePipelineOutput | ViTokVideoPipelineOutput | tuple:
+    ) -> Any:
         """Generates images or videos.
 
         Args:

@@ -5,7 +5,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from diffusers import DDPMParallelScheduler, DDPMScheduler, SchedulerMixin
+from diffusers import DDPMParallelScheduler, DDPMScheduler
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils import logging
 
 from ..checks import check_number

@@ -292,6 +292,7 @@ class DiTArguments(TransformerArguments):
 class ClassifierArguments(TrainerArguments):
     """Settings of `ClassifierTrainer`."""
 
+    output_dir: str = argument("output-classifier", "Folder of checkpoints, logs and the classifier.")
     max_train_steps: int = argument(600, "Optimiser steps.", minimum=1)
     learning_rate: float = argument(2e-3, "Peak learning rate.", minimum=0)
     lr_warmup_steps: int = argument(0, "Steps of linear warm-up, if the schedule has any.", minimum=0)

@@ -93,15 +93,17 @@ class AutoencoderTrainer(Trainer[AutoencoderArguments, AutoencoderViTok]):
         if args.lora_rank is not None:
             add_lora(vae, args)
         prepare_blocks(vae, args)
+        resolution = args.resolution or self.config.sample_size
+        dataset = self._make_dataset(resolution)  # before anything is downloaded
         with self.accelerator.local_main_process_first():  # which downloads networks for all
             loss = ReconstructionLoss(args, self.config.patch_size, with_kl=not args.freeze_encoder)
         self.loss = loss.to(self.accelerator.device)
         self.add_model("vae", vae)
-        resolution, self.adversary = args.resolution or self.config.sample_size, None
+        self.adversary = None
         if args.stage == 2:
             self.adversary = Adversary(args, self.accelerator, resolution, self.config.in_channels)
             self.models["discriminator"] = self.adversary.trained
-        self.start(self._make_dataset(resolution))
+        self.start(dataset)
 
     @property
     def vae(self) -> AutoencoderViTok:

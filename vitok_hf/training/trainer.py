@@ -302,13 +302,14 @@ class Trainer(ABC, Generic[A, M]):
     def finish(self) -> None:
         """Writes the final model, averaged if there is an average, and its card, and uploads them if asked to."""
         args, folder = self.args, self.output_dir / self.result
-        name = args.hub_model_id or self.output_dir.resolve().name
+        name = args.hub_model_id or self.output_dir.resolve().name  # of the repository
+        path = name if args.push_to_hub or args.hub_model_id else f"{name}/{self.result}"
         state_dict = self.gather_weights(average=True)
         with atomic_folder(folder, self.accelerator) as temporary:
             if self.accelerator.is_main_process:
                 self.write_model(temporary, state_dict)
                 metrics = {metric: x for metric, x in self.metrics.items() if "_ema_" in metric or not args.use_ema}
-                card = replace(self.model_card(name), metrics=metrics, settings=changed_settings(args))
+                card = replace(self.model_card(path), metrics=metrics, settings=changed_settings(args))
                 card.write(temporary)
         if args.push_to_hub and self.accelerator.is_main_process:
             logger.warning("Uploaded to %s.", push(folder, name, args.hub_token))
