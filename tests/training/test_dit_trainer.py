@@ -288,7 +288,7 @@ class TestPublishing:
         assert (
             not any(str(tmp_path) in path.read_text() for path in folder.rglob("*.json")) and str(tmp_path) not in card
         )
-        code = card.split("```python\n")[1].split("```")[0].replace('"run"', repr(str(folder)))
+        code = card.split("```python\n")[1].split("```")[0].replace('"run/pipeline"', repr(str(folder)))
         scope = {}
         exec(code.replace("num_inference_steps=50", "num_inference_steps=1").replace(".show()", ""), scope)
         assert isinstance(scope["pipe"], ViTokDiTPipeline) and scope["output"].images[0].size == (16, 16)

@@ -53,7 +53,7 @@ class TestPublishing:
         assert "- `train_data_dir`: ['assets']" in card and "- `pretrained_model_name_or_path`: pretrained" in card
         assert str(tmp_path) not in card and str(ASSETS.parent) not in card
         assert str(tmp_path) not in (folder / "config.json").read_text()
-        usage = card.split("```python\n")[1].split("```")[0].replace('"run"', repr(str(folder)))
+        usage = card.split("```python\n")[1].split("```")[0].replace('"run/vae"', repr(str(folder)))
         scope = {}
         exec(usage, scope)
         assert isinstance(scope["vae"], AutoencoderViTok)

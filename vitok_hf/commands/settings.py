@@ -38,8 +38,7 @@ def add_settings(parser: argparse.ArgumentParser, settings_class: type) -> None:
         parser.add_argument(*(f"--{x}" for x in names), **options)
         if default is True:
             opposites = (f"--no_{name}", f"--no-{name.replace('_', '-')}")
-            options = {"dest": name, "default": argparse.SUPPRESS, "help": f"Not --{name}."}
-            parser.add_argument(*opposites, action="store_false", **options)
+            parser.add_argument(*opposites, action="store_false", dest=name, default=False, help=help)
 
 
 def read_config(path: str, known: set[str]) -> dict[str, Any]:

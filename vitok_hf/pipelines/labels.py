@@ -35,7 +35,7 @@ def find_label(name: str, id2label: dict[int, str]) -> int:
     lower = {known.lower(): known for known in label_table(id2label)}
     close = [lower[match] for match in difflib.get_close_matches(name.lower(), lower)]
     names = ", ".join(list(lower.values())[:MAX_NAMED]) + (", ..." if len(lower) > MAX_NAMED else "")
-    hint = f"did you mean {' or '.join(close)}?" if close else f"`labels` has {names}."
+    hint = f"did you mean {' or '.join(close)}?" if close else f"`labels` has them all, {names}."
     raise ValueError(f'There is no class "{name}": {hint}')
 
 
