@@ -11,6 +11,7 @@ from evaluate_sharpness import high_frequency_energy
 
 import vitok_hf
 from tests.conftest import ASSETS, assert_close, make_vae
+from tests.models.test_diffusers_features import INT8
 from vitok_hf import AutoencoderViTok, ViTokDiTModel, ViTokDiTPipeline, loading
 from vitok_hf.data.files import list_files
 from vitok_hf.data.held_out import load_evaluation_images
@@ -151,6 +152,17 @@ class TestTiny:
             values[height, width] = psnr(tiles, image).item()
             assert patch_border_ratio(image, tiles, 8) < 1.15
         assert min(values.values()) > values[64, 64] - 0.2
+
+    @pytest.mark.parametrize("precision, loss", [("float16", 0.01), ("bfloat16", 0.05), ("int8", 0.1), ("fp8", 0.1)])
+    def test_decibels_that_a_precision_costs(self, precision, loss):
+        image = torch.from_numpy(load_image(ASSETS / "astronaut.png")[128:384, 128:384].copy())
+        image = image.permute(2, 0, 1)[None, :, None]
+        arguments = {"int8": INT8, "fp8": {}}.get(precision) or {"torch_dtype": getattr(torch, precision, None)}
+        reference = AutoencoderViTok.from_pretrained("vitok-tiny-f8x8")
+        vae = AutoencoderViTok.from_pretrained("vitok-tiny-f8x8", **arguments)
+        if precision == "fp8":
+            vae.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn)
+        assert psnr(reconstruct(vae, image), image) > psnr(reconstruct(reference, image), image) - loss
 
 
 class TestTinyGan:
