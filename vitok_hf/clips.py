@@ -90,10 +90,14 @@ def add_row(latents: torch.Tensor) -> torch.Tensor:
     return latents.unsqueeze(2) if latents.ndim == 3 else latents
 
 
+def size_of(batch: torch.Tensor) -> tuple[int, int, int]:
+    """(T, H, W) of the items of a batch."""
+    return (batch.shape[2] if batch.ndim == 5 else 1, *batch.shape[-2:])
+
+
 def item_sizes(x: torch.Tensor | list[torch.Tensor]) -> list[tuple[int, int, int]]:
     """(T, H, W) of every item of a batch, a list or runs."""
-    batches, _ = to_batches(x)
-    return [(batch.shape[2] if batch.ndim == 5 else 1, *batch.shape[-2:]) for batch in batches for _ in batch]
+    return [size_of(batch) for batch in to_batches(x)[0] for _ in range(batch.shape[0])]
 
 
 def sizes_of(x: torch.Tensor | list[torch.Tensor]) -> list[tuple[int, int]] | None:

@@ -5,6 +5,8 @@ import math
 import pytest
 import torch
 from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+from torch._dynamo.testing import CompileCounter
+from torch.export import Dim
 
 from tests.conftest import TINY, assert_close, make_input
 from tests.dit import TRANSFORMER, make_transformer
@@ -228,6 +230,27 @@ class TestFeatures:
         vae.fuse_qkv_projections()
         compiled = torch.compile(vae, backend="eager", fullgraph=True)
         assert_close(compiled(x, num_tokens=3, num_channels=2).sample, expected)
+
+    @pytest.mark.parametrize("name", ["both", "mask_latent"])
+    def test_compiled_once_for_all_sizes(self, name):
+        vae, counter = make(name), CompileCounter()
+        compiled = torch.compile(vae, backend=counter, fullgraph=True, dynamic=True)
+        for x in (make_input(vae, 5, 24, 56), make_input(vae, 3, 32, 40), make_input(vae, 2, 64, 48)):
+            assert_close(compiled(x, num_tokens=3, num_channels=2).sample, vae(x, num_tokens=3, num_channels=2).sample)
+        assert counter.frame_count == 1
+
+    @pytest.mark.parametrize("name", ["both", "mask_latent"])
+    def test_export_of_a_prefix(self, name):
+        class Encoder(torch.nn.Module):
+            def forward(self, x):
+                return self.vae.encode(x, num_tokens=3, num_channels=2).latent_dist.mode()
+
+        encoder = Encoder()
+        encoder.vae = vae = make(name)
+        shapes = ({0: Dim("batch"), 2: 8 * Dim("h", min=2, max=64), 3: 8 * Dim("w", min=2, max=64)},)
+        program = torch.export.export(encoder, (make_input(vae, 5, 24, 56),), dynamic_shapes=shapes).module()
+        x = make_input(vae, 3, 32, 40)
+        assert_close(program(x), encoder(x))
 
     def test_tiles_and_streams_of_channel_prefixes(self):
         vae = make("channels")

@@ -154,7 +154,8 @@ def bad_values(setting: Field, hint: object) -> list[object]:
         values += [limits[name] + 1 for name in ("maximum", "below") if name in limits and limits[name] < math.inf]
         values += [limits[name] for name in ("above", "below") if name in limits]
         return values + [1.5] * (hint in (int, int | None))
-    return values + {bool: [1, "yes"], str: [3, True, ["x"]], list[str]: ["x", [1]]}[next(iter(get_args(hint | None)))]
+    wrong = {bool: [1, "yes"], str: [3, True, ["x"]], list[str]: ["x", [1]], list[int]: [1, ["1"], [True], [1.5]]}
+    return values + wrong[next(iter(get_args(hint | None)))]
 
 
 class TestFields:

@@ -251,8 +251,9 @@ class AutoencoderViTok(
         """
         check_bool(return_dict=return_dict)
         posterior = self._posterior(self._encode("x", x, self._memory_settings()))
-        num_tokens, num_channels = self._choose(x, posterior, num_tokens, num_channels, min_psnr)
-        posterior = self._cut(x, posterior, num_tokens, num_channels)
+        if self._has_codes or not num_tokens is num_channels is min_psnr is None:
+            num_tokens, num_channels = self._choose(x, posterior, num_tokens, num_channels, min_psnr)
+            posterior = self._cut(x, posterior, num_tokens, num_channels)
         return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
 
     @apply_forward_hook

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..checks import check_int, check_number, check_tensor
-from ..clips import check_size_list, item_sizes, sizes_of, to_batches
+from ..clips import check_size_list, item_sizes, size_of, sizes_of, to_batches
 from .compat import ViTokConfig
 from .posterior import PosteriorList, ViTokPosterior
 from .rotary import Grid
@@ -112,24 +112,26 @@ class CodesMixin:
         """The grids of pixels that 1-D codes are decoded to, one for each batch of `to_batches`."""
         if self.config.num_latent_tokens is None:
             return None
-        ends = itertools.accumulate(batch.shape[0] for batch in to_batches(x)[0])
-        return [self._grid(item_sizes(x)[end - 1]) for end in ends]
+        return [self._grid(size_of(batch)) for batch in to_batches(x)[0]]
 
     def _check_count(self, name: str, value: Any, longest: int, is_for_one: bool) -> int:
         """Raises `ValueError` unless codes may be cut to this number; of one item, to any number of tokens."""
         field = "token_counts" if name == "num_tokens" else "channel_counts"
         if (allowed := self.config[field]) is None:
             raise ValueError(f"`{name}` is {value}, but the model has no `{field}` in its config: leave it out.")
-        count, is_any = check_int(name, value), is_for_one and name == "num_tokens"
+        count = value if torch.compiler.is_compiling() else check_int(name, value)  # a number without a value
+        is_any = is_for_one and name == "num_tokens"
         if count > longest or (count not in allowed and not is_any):
             wanted = f"from 1 to {longest}" if is_any else f"one of {[n for n in allowed if n <= longest]}"
             raise ValueError(f"`{name}` must be {wanted}, but is {count}.")
         return count
 
-    def _counts(self, name: str, counts: Counts, sizes: Sequence[tuple[int, ...]]) -> list[int] | None:
-        """One for each item, of these sizes in pixels; `None` if there are none."""
+    def _counts(self, name: str, counts: Counts, x: Clips) -> list[int] | None:
+        """What is kept of each item of `x`, a single number where that is the same for all of a batch, or `None`."""
         if counts is None:
             return None
+        is_list = isinstance(counts, (list, tuple))
+        sizes = [size_of(x)] if isinstance(x, torch.Tensor) and not is_list else item_sizes(x)
         longest = [self.config.latent_channels] * len(sizes)
         if name == "num_tokens":
             longest = [self.count_tokens(size) for size in sizes]
@@ -141,25 +143,27 @@ class CodesMixin:
 
     def _cut(self, x: Clips, posterior: Posterior, num_tokens: Counts, num_channels: Counts) -> Posterior:
         """What `encode` gives: the posterior of `x` cut, for a batch with numbers for each item that of a list."""
-        sizes = item_sizes(x)
-        whole: list[int | None] = [self.config.num_latent_tokens] * len(sizes)
-        tokens = self._counts("num_tokens", num_tokens, sizes) or whole
-        all_channels: list[int | None] = [None] * len(sizes)
-        channels = self._counts("num_channels", num_channels, sizes) or all_channels
+        tokens, channels = self._counts("num_tokens", num_tokens, x), self._counts("num_channels", num_channels, x)
         is_for_all = not any(isinstance(counts, (list, tuple)) for counts in (num_tokens, num_channels))
         if isinstance(posterior, ViTokPosterior) and is_for_all:
-            return cut(posterior, tokens[0], channels[0])
+            whole = self.config.num_latent_tokens
+            return cut(posterior, tokens[0] if tokens else whole, channels[0] if channels else None)
         items = posterior.posteriors if isinstance(posterior, PosteriorList) else split(posterior)
-        cuts = [cut(*item) for item in zip(items, tokens, channels)]
+        all_tokens: list[int | None] = [self.config.num_latent_tokens] * len(items)
+        all_channels: list[int | None] = [None] * len(items)
+        all_tokens[:] = tokens * (len(items) // len(tokens)) if tokens else all_tokens
+        all_channels[:] = channels * (len(items) // len(channels)) if channels else all_channels
+        cuts = [cut(*item) for item in zip(items, all_tokens, all_channels)]
         return PosteriorList(cuts, lambda batches: [batch.squeeze(0) for batch in batches])
 
     def _fill(self, x: Clips, latents: Clips, num_tokens: Counts, num_channels: Counts) -> Clips:
         """The latents of `x`, of which each item keeps so many tokens and channels."""
-        sizes = item_sizes(x)
-        kept = self._counts("num_tokens", num_tokens, sizes), self._counts("num_channels", num_channels, sizes)
+        kept = self._counts("num_tokens", num_tokens, x), self._counts("num_channels", num_channels, x)
+        mask_token = None if self.decoder is None else self.decoder.mask_token
+        if isinstance(latents, torch.Tensor):
+            return fill(latents, mask_token, *kept)
         batches, give_back = to_batches(latents)
         ends = [0, *itertools.accumulate(batch.shape[0] for batch in batches)]
-        mask_token = None if self.decoder is None else self.decoder.mask_token
         filled = [
             fill(batch, mask_token, *(counts and counts[start:end] for counts in kept))
             for batch, start, end in zip(batches, ends, ends[1:])

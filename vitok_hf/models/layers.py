@@ -327,7 +327,7 @@ class ViTokTower(nn.Module):
             latents = sincos_embedding(size[:1], size[1], tokens.device, tokens.dtype)
             patches = sincos_embedding(grid, size[1], tokens.device, tokens.dtype)
             parts = (tokens + latents, patches) if self.is_decoder else (latents, tokens)
-            embedded.append(torch.cat([part.expand(len(tokens), -1, -1) for part in parts], dim=1))
+            embedded.append(torch.cat([part.expand(tokens.shape[0], -1, -1) for part in parts], dim=1))
         return pack(embedded)
 
     def rotary_embedding(self, hidden_states: torch.Tensor, packing: Packing) -> Tables:

@@ -241,8 +241,8 @@ class ViTokDiTPipeline(CallsMixin, DiffusionPipeline):
             return torch.cat([prediction, variance], dim=1)
         return prediction
 
-    def _decode(self, latents: torch.Tensor, output_type: str, sizes: dict[str, int | None]) -> Any:
-        """`sizes` are those of the call, which 1-D codes do not tell."""
+    def _decode(self, latents: torch.Tensor, output_type: str, sizes: dict[str, int | None] | None = None) -> Any:
+        """`sizes` are those that the call was given, which 1-D codes do not tell; by default those of training."""
         latents = denormalize_latents(latents, self.vae).to(self.vae.dtype)
         options: dict[str, Any] = {}
         if self.vae.config.get("num_latent_tokens") is not None:
@@ -251,7 +251,9 @@ class ViTokDiTPipeline(CallsMixin, DiffusionPipeline):
             }
             if self.is_video:
                 defaults["num_frames"] = self.vae.temporal_compression_ratio * self.transformer.config.sample_frames
-            options["sizes"] = [tuple(sizes[name] or default for name, default in defaults.items())] * len(latents)
+            options["sizes"] = [tuple((sizes or {}).get(name) or default for name, default in defaults.items())] * len(
+                latents
+            )
         sample = self.vae.decode(latents, return_dict=False, **options)[0]
         postprocess = self.processor.postprocess_video if self.is_video else self.processor.postprocess
         return postprocess(sample, output_type)
