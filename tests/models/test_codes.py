@@ -260,6 +260,13 @@ class TestFeatures:
         assert torch.equal(latents, vae.encode(x).latent_dist.mode()[:, :2])
         assert vae.decode(latents).sample.shape == x.shape
 
+    def test_streams_of_codes_without_a_grid(self):
+        vae = make("video", num_latent_tokens=12)
+        with pytest.raises(ValueError, match="1-D codes are of whole clips"):
+            vae.encode_stream([make_input(vae)])
+        with pytest.raises(ValueError, match="1-D codes are of whole clips"):
+            vae.decode_stream([torch.zeros(1, 4, 2, 2, 2)])
+
     def test_tiles_of_codes_without_a_grid(self):
         vae = make("latent")
         vae.enable_tiling(16)

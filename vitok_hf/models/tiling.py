@@ -298,6 +298,8 @@ class MemoryMixin:
         return self._stream(lambda window: self._decode("pieces", window, settings), pieces, *steps)
 
     def _stream(self, function, pieces, steps_in, steps_out):
+        if self.config.num_latent_tokens is not None:
+            raise ValueError("1-D codes are of whole clips, which do not come in pieces: call `encode` and `decode`.")
         tiling = Tiling((self.tiling.sizes[0], None, None), (self.tiling.overlaps[0], 0, 0))
         return apply_tiled(function, check_pieces(pieces), tiling, steps_in, steps_out)
 
