@@ -1,0 +1,61 @@
+"""Codes that are cut, as `vitok reconstruct` and `vitok evaluate` measure them."""
+
+import csv
+
+import pytest
+import torch
+from PIL import Image
+
+from tests.conftest import ASSETS, TINY
+from vitok_hf import AutoencoderViTok
+from vitok_hf.data.held_out import load_evaluation_images
+from vitok_hf.evaluation.reconstruct_files import reconstruct_file
+from vitok_hf.evaluation.reconstruction import reconstruct
+
+
+@pytest.fixture(scope="module")
+def vae():
+    torch.manual_seed(0)
+    return AutoencoderViTok(**TINY | {"channel_counts": [1, 2, 4], "token_counts": [5, 16]}).eval()
+
+
+@pytest.mark.parametrize(
+    "lengths, numbers",
+    [
+        ({}, 4 * 16),
+        ({"num_channels": 2}, 2 * 16),
+        ({"num_tokens": 5}, 4 * 5),
+        ({"num_tokens": 5, "num_channels": 1}, 5),
+        ({"min_psnr": 0.0}, 4 * 5),
+        ({"min_psnr": 500.0}, 4 * 16),
+    ],
+)
+def test_reconstruct(vae, tmp_path, lengths, numbers):
+    Image.open(ASSETS / "astronaut.png").resize((32, 32)).save(tmp_path / "x.png")
+    line = reconstruct_file(vae, tmp_path / "x.png", str(tmp_path / "x"), lengths=lengths)
+    assert f"  {numbers} numbers  " in line
+
+
+@torch.no_grad()
+def test_batches(vae):
+    images = load_evaluation_images(ASSETS, 32, 3)
+    x = images.float() / 127.5 - 1
+    expected = vae(x, num_tokens=5, num_channels=2).sample
+    ours = reconstruct(vae, images, lengths={"num_tokens": 5, "num_channels": 2})
+    assert (ours.float() / 127.5 - 1 - expected.clamp(-1, 1)).abs().max() < 0.005
+
+
+def test_evaluate(vae, tmp_path, run_example):
+    vae.save_pretrained(tmp_path / "vae")
+    options = ["--data_dir", ASSETS, "--resolution", 32, "--networks", "--num_examples", 1, "--dtype", "float32"]
+    rates = ["--num_channels", 1, 4, "--num_tokens", 5]
+    run_example("evaluate_reconstruction.py", "--models", "vae", *options, *rates, "--output_dir", "out")
+    folder = tmp_path / "out" / "assets"
+    rows = list(csv.DictReader((folder / "table.csv").open()))
+    assert [(row["name"], float(row["E"])) for row in rows] == [
+        ("vae, 1 channels", 16),
+        ("vae, 4 channels", 64),
+        ("vae, 5 tokens", 20),
+    ]
+    assert len({row["psnr"] for row in rows}) == 3 and float(rows[0]["compression"]) == 3 * 32 * 32 / 16
+    assert Image.open(folder / "rates.png").size[0] > 300
