@@ -36,6 +36,13 @@ def test_reconstruct(vae, tmp_path, lengths, numbers):
     assert f"  {numbers} numbers  " in line
 
 
+def test_reconstruct_by_sequences(tmp_path):
+    vae = AutoencoderViTok(**TINY | {"num_latent_tokens": 3}).eval()
+    Image.open(ASSETS / "astronaut.png").resize((24, 40)).save(tmp_path / "x.png")
+    line = reconstruct_file(vae, tmp_path / "x.png", str(tmp_path / "x"))
+    assert "  12 numbers  " in line and Image.open(tmp_path / "x_reconstruction.png").size == (24, 40)
+
+
 @torch.no_grad()
 def test_batches(vae):
     images = load_evaluation_images(ASSETS, 32, 3)

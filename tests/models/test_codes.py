@@ -304,6 +304,7 @@ class TestErrors:
             ("channels", (1, 4, 3), None, "codes of this model are on grids"),
             ("tokens", (1, 4, 7), [(16, 24)], "must have 1 to 6 tokens for 16 x 24 pixels, but has 7"),
             ("latent", (1, 4, 3), [(16, 24)], "must have 5 tokens"),
+            ("latent", (4, 5), None, "`z` must be"),
             ("latent", (2, 4, 5), [(16, 24)], "`sizes` has 1 entries for 2 codes"),
             ("latent", (2, 4, 5), [(16, 24), (16, 16)], "`sizes` of a batch must be equal"),
         ],
@@ -311,6 +312,13 @@ class TestErrors:
     def test_decode(self, name, shape, sizes, message):
         with pytest.raises(ValueError, match=message):
             make(name).decode(torch.zeros(shape), sizes=sizes)
+
+    def test_what_is_no_code(self):
+        vae = make("latent")
+        with pytest.raises(ValueError, match="`z` is an empty list"):
+            vae.decode([])
+        with pytest.raises(ValueError, match=r"`z` must be a tensor of floats, .*pass its `.latent_dist.mode\(\)`"):
+            vae.decode(vae.encode(make_input(vae)))
 
     @pytest.mark.parametrize(
         "config, message",

@@ -107,8 +107,9 @@ def run_autoencoder(
     With `change_latents`, what it makes of the modes is decoded. `lengths` are arguments of the `encode` of a ViTok
     that say how short its codes are: `num_tokens`, `num_channels`, `min_psnr`.
     """
-    if isinstance(vae, AutoencoderViTok) and lengths:
-        codes = vae.encode(pixels, **lengths).latent_dist.mode()
+    is_sequence = isinstance(vae, AutoencoderViTok) and vae.config.num_latent_tokens is not None
+    if lengths or (is_sequence and change_latents is not None):
+        codes = vae.encode(pixels, **lengths or {}).latent_dist.mode()
         codes = codes if change_latents is None else change_latents(codes)
         sample = vae.decode(codes, sizes=[tuple(pixels.shape[2:])] * len(pixels)).sample
         return sample if isinstance(sample, torch.Tensor) else torch.stack(sample)

@@ -21,7 +21,7 @@ from .reconstruction import reconstruct, save_comparison, side_by_side
 from .visuals import VideoWriter
 
 
-MAX_TOKENS = 2**16  # of a frame that all attend to all in, which takes a minute or two on a processor
+MAX_TOKENS = 2**16  # of a frame; with more, all attending to all takes many minutes on a processor
 WINDOW_RADIUS = 16
 
 

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..checks import check_int, check_number, check_tensor
-from ..clips import check_size_list, item_sizes, size_of, sizes_of, to_batches
+from ..clips import Expected, check_clips, check_size_list, item_sizes, size_of, sizes_of, to_batches
 from .compat import ViTokConfig
 from .posterior import PosteriorList, ViTokPosterior
 from .rotary import Grid
@@ -54,6 +54,11 @@ def split(posterior: ViTokPosterior) -> list[ViTokPosterior]:
     return [ViTokPosterior(item, posterior.deterministic) for item in posterior.parameters.split(1)]
 
 
+def spread(counts: list[int] | None, num_items: int, default: int | None) -> list[int] | list[int | None]:
+    """One for each item, of one for each or one for all."""
+    return [default] * num_items if counts is None else counts * (num_items // len(counts))
+
+
 def fill(
     latents: torch.Tensor, mask_token: torch.Tensor | None, tokens: list[int] | None, channels: list[int] | None
 ) -> torch.Tensor:
@@ -61,7 +66,7 @@ def fill(
     whole, places = latents.flatten(2), partial(torch.arange, device=latents.device)  # (B, c, L)
     if channels is not None:
         kept = places(whole.shape[1]) < torch.tensor(channels, device=latents.device)[:, None]
-        whole = torch.where(kept.unsqueeze(2), whole, torch.zeros_like(whole))
+        whole = whole.masked_fill(~kept.unsqueeze(2), 0.0)
     if tokens is not None and mask_token is not None:
         kept = places(whole.shape[2]) < torch.tensor(tokens, device=latents.device)[:, None]
         whole = torch.where(kept.unsqueeze(1), whole, mask_token.to(whole.dtype)[:, None])
@@ -149,11 +154,8 @@ class CodesMixin:
             whole = self.config.num_latent_tokens
             return cut(posterior, tokens[0] if tokens else whole, channels[0] if channels else None)
         items = posterior.posteriors if isinstance(posterior, PosteriorList) else split(posterior)
-        all_tokens: list[int | None] = [self.config.num_latent_tokens] * len(items)
-        all_channels: list[int | None] = [None] * len(items)
-        all_tokens[:] = tokens * (len(items) // len(tokens)) if tokens else all_tokens
-        all_channels[:] = channels * (len(items) // len(channels)) if channels else all_channels
-        cuts = [cut(*item) for item in zip(items, all_tokens, all_channels)]
+        every = spread(tokens, len(items), self.config.num_latent_tokens), spread(channels, len(items), None)
+        cuts = [cut(*item) for item in zip(items, *every)]
         return PosteriorList(cuts, lambda batches: [batch.squeeze(0) for batch in batches])
 
     def _fill(self, x: Clips, latents: Clips, num_tokens: Counts, num_channels: Counts) -> Clips:
@@ -176,6 +178,8 @@ class CodesMixin:
         `z` is a batch or a list, of latents on the grid or of sequences, (B, c, tokens) or (c, tokens).
         """
         is_batch, side = isinstance(z, torch.Tensor), self.config.sample_size
+        if z.ndim < 3 if isinstance(z, torch.Tensor) else not (isinstance(z, (list, tuple)) and z):
+            check_clips("z", z, Expected(self.config.latent_channels, axes="cthw"))  # which says what is wrong
         if sizes is not None:
             check_size_list(sizes, (2, 3))
         if sizes is not None and len(sizes) != len(z):
