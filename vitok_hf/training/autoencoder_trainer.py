@@ -196,6 +196,8 @@ class AutoencoderTrainer(Trainer[AutoencoderArguments, AutoencoderViTok]):
         Drawn uniformly, for all batches at once; pictures with fewer tokens keep all.
         """
         lengths: list[Lengths] = [{} for _ in targets]
+        if self.config.token_counts is None and self.config.channel_counts is None:
+            return lengths
         longest = [[self.vae.count_tokens(size) for size in item_sizes(runs)] for runs in targets]
         for name, counts in (("num_tokens", self.config.token_counts), ("num_channels", self.config.channel_counts)):
             if counts is not None:
