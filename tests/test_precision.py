@@ -36,7 +36,7 @@ class TestChoice:
         with caplog.at_level(logging.WARNING):
             assert choose(other, CPU) == other and not caplog.records
             assert choose(name, CPU) == name
-        assert ("emulates bfloat16: products took" in caplog.text) != in_hardware
+        assert ("Products in bfloat16 take" in caplog.text) != in_hardware
 
     def test_training(self, machine, in_hardware, arguments):
         trainer = AutoencoderTrainer(arguments(mixed_precision="auto"))
@@ -50,7 +50,11 @@ def test_unknown_names():
         choose_mixed_precision("bfloat16")
 
 
+@pytest.mark.parametrize("slowness", [0.2, 2.0])
 @pytest.mark.parametrize("name", ["amx_bf16", "avx512_bf16", "bf16", "avx2"])
-def test_processors(name, monkeypatch):
+def test_processors(name, slowness, monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": False, name: True})
-    assert multiplies_bfloat16(CPU) == (name != "avx2")
+    monkeypatch.setattr(precision, "_seconds", lambda dtype: slowness if dtype == torch.bfloat16 else 1.0)
+    precision.bfloat16_slowness.cache_clear()
+    assert multiplies_bfloat16(CPU) == (name != "avx2" and slowness < 1)
+    precision.bfloat16_slowness.cache_clear()

@@ -1,8 +1,9 @@
-"""Precision that fits the machine: bfloat16 where the hardware multiplies it, else float32."""
+"""Precision that fits the machine: bfloat16 where the hardware multiplies it faster, else float32."""
 
 import logging
 import os
 import time
+from functools import cache
 
 import torch
 from accelerate.utils import parse_flag_from_env
@@ -21,15 +22,6 @@ def default_device() -> torch.device:
     return torch.accelerator.current_accelerator() or torch.device("cpu")
 
 
-def multiplies_bfloat16(device: torch.device) -> bool:
-    """Whether the hardware has bfloat16 products; others emulate them, several times slower than float32."""
-    if device.type == "cpu":
-        return any(torch.cpu.get_capabilities().get(name, False) for name in ("amx_bf16", "avx512_bf16", "bf16"))
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "xpu" and torch.xpu.is_bf16_supported()
-
-
 def _seconds(dtype: torch.dtype) -> float:
     x, weight = torch.randn(256, 768, dtype=dtype), torch.randn(768, 768, dtype=dtype)
     timings = []
@@ -40,20 +32,38 @@ def _seconds(dtype: torch.dtype) -> float:
     return min(timings)
 
 
-def _warn_of_emulation(is_bfloat16: bool, device: torch.device) -> None:
+@cache
+def bfloat16_slowness() -> float:
+    """How long products take in bfloat16 on this processor, measured, as a multiple of their time in float32."""
+    return _seconds(torch.bfloat16) / _seconds(torch.float32)
+
+
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether the hardware has bfloat16 products, on a processor clearly faster ones than in float32.
+
+    Some processors emulate them, several times slower; others have the instructions, but are slower with them.
+    """
+    if device.type == "cpu":
+        has_instructions = any(torch.cpu.get_capabilities().get(name) for name in ("amx_bf16", "avx512_bf16", "bf16"))
+        return has_instructions and bfloat16_slowness() < 0.8
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "xpu" and torch.xpu.is_bf16_supported()
+
+
+def _warn_of_slowness(is_bfloat16: bool, device: torch.device) -> None:
     if is_bfloat16 and device.type == "cpu" and not multiplies_bfloat16(device):
-        factor = _seconds(torch.bfloat16) / _seconds(torch.float32)
         logger.warning(
-            "This processor emulates bfloat16: products took %.1f times as long as in float32, which is faster here.",
-            factor,
+            "Products in bfloat16 take %.1f times as long as in float32 on this processor: float32 is the better choice.",
+            bfloat16_slowness(),
         )
 
 
 def choose_dtype(name: str = "auto", device: torch.device | None = None) -> str:
-    """The name of the dtype to run a model in; warns of bfloat16 where a processor emulates it.
+    """The name of the dtype to run a model in; warns of bfloat16 where a processor is slower with it.
 
     Args:
-        name: `"auto"`, which takes bfloat16 where the hardware multiplies it, else float32; or a dtype of `DTYPES`.
+        name: `"auto"`, which takes bfloat16 where the hardware multiplies it faster, else float32; or a dtype of `DTYPES`.
         device: Where the model runs, by default accelerate's.
 
     Raises:
@@ -64,16 +74,16 @@ def choose_dtype(name: str = "auto", device: torch.device | None = None) -> str:
     device = default_device() if device is None else device
     if name == "auto":
         return "bfloat16" if multiplies_bfloat16(device) else "float32"
-    _warn_of_emulation(name == "bfloat16", device)
+    _warn_of_slowness(name == "bfloat16", device)
     return name
 
 
 def choose_mixed_precision(name: str = "auto", device: torch.device | None = None) -> str:
-    """The `mixed_precision` of an `Accelerator`; warns of bf16 where a processor emulates it.
+    """The `mixed_precision` of an `Accelerator`; warns of bf16 where a processor is slower with it.
 
     Args:
         name: `"auto"`, which takes what accelerate's configuration names unless that is "no", else bf16 where the
-            hardware multiplies it, else "no"; or one of `MIXED_PRECISIONS`.
+            hardware multiplies it faster, else "no"; or one of `MIXED_PRECISIONS`.
         device: Where the model runs, by default accelerate's.
 
     Raises:
@@ -84,5 +94,5 @@ def choose_mixed_precision(name: str = "auto", device: torch.device | None = Non
     device = default_device() if device is None else device
     if name == "auto" and (name := os.environ.get("ACCELERATE_MIXED_PRECISION", "no")) == "no":
         return "bf16" if multiplies_bfloat16(device) else "no"
-    _warn_of_emulation(name == "bf16", device)
+    _warn_of_slowness(name == "bf16", device)
     return name
