@@ -1,4 +1,4 @@
-r"""The paper's scaling study (arXiv 2501.09755, figures 2, 6 and 7, table 2) at small scale, on one's own pictures.
+r"""The paper's scaling study (arXiv 2501.09755, figures 2, 6, 7, 19, 20, table 2) at small scale, on own pictures.
 
     python examples/scaling_study.py --train_data_dir data/train/film:0.4 data/train/photos:0.3 data/train/emoji:0.3 \
         --test_data_dir data/test/film data/test/photos data/test/emoji \
@@ -6,11 +6,12 @@ r"""The paper's scaling study (arXiv 2501.09755, figures 2, 6 and 7, table 2) at
 
 Trains small autoencoders of pictures of 64 x 64 with `vitok train`, all on the same crops, which are cut first, and
 for as many steps: patch sizes and channels that give 2^5 to 2^11 floats a picture (E), then depths of the encoder and
-of the decoder at E = 512, and one of these points in float32 (the others have bfloat16 autocast). A finished run is
-not repeated: the same command goes on where it was interrupted. On a machine of few cores or of several GPUs, run a
-process for each seed (`--seeds 0`, `--seeds 1`) with one `output_dir`, which has results.csv, plots, and report.md
-with the coefficients of determination (R2) of straight lines, quality against the logarithm of E, or of the parameters
-of the tower.
+of the decoder at E = 512, and one of these points in float32 (the others have bfloat16 autocast). Then, in float32,
+codes that can be cut, against a model for each length (figures 19 and 20): trained for as many steps as one of these,
+and for as many as all together. A finished run is not repeated: the same command goes on where it was interrupted. On
+a machine of few cores or of several GPUs, run a process for each seed (`--seeds 0`, `--seeds 1`) with one
+`output_dir`, which has results.csv, plots, and report.md with coefficients of determination (R2) of straight lines,
+quality against the logarithm of E, or of the parameters of the tower, and tables of the codes that can be cut.
 """
 
 import argparse
@@ -87,7 +88,7 @@ def cut_crops(args: argparse.Namespace) -> Path:
 
 def train(point: Point, seed: int, folder: Path, args: argparse.Namespace) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    config, steps = folder / "model_config.json", args.max_train_steps
+    config, steps = folder / "model_config.json", args.max_train_steps * point.passes
     config.write_text(json.dumps(point.model_config()))
     options = TRAINING | {"model_config": config, "mixed_precision": point.mixed_precision, "seed": seed}
     options |= {"max_train_steps": steps, "lr_warmup_steps": steps // 20, "checkpointing_steps": max(1, steps // 2)}
@@ -99,15 +100,15 @@ def train(point: Point, seed: int, folder: Path, args: argparse.Namespace) -> No
 
 
 @torch.no_grad()
-def evaluate(folder: Path, args: argparse.Namespace) -> dict[str, float]:
-    """Quality, a mean over the test folders, and parameters of the towers."""
+def evaluate(folder: Path, args: argparse.Namespace, lengths: dict[str, int]) -> dict[str, float]:
+    """Quality of codes of this length, a mean over the test folders, and parameters of the towers."""
     device = PartialState().device
     vae = AutoencoderViTok.from_pretrained(folder / "vae").to(device).eval()
     classifier = None if args.classifier is None else Classifier.load(args.classifier).to(device)
     rows = []
     for path in args.test_data_dir:
         images = load_evaluation_images(path, SIZE, LIMIT)
-        metrics, reconstructions = evaluate_reconstruction(vae, images, batch_size=32)
+        metrics, reconstructions = evaluate_reconstruction(vae, images, batch_size=32, lengths=lengths)
         if classifier is not None:
             metrics["frechet_distance"] = classifier.distance(reconstructions.to(device), images.to(device))
         rows.append(metrics)
@@ -125,20 +126,24 @@ def run(args: argparse.Namespace) -> None:
     for seed in args.seeds:
         for point in points:
             folder = args.output_dir / "runs" / f"{point.name}-seed{seed}"
-            if (folder / "row.json").exists():
+            if (folder / "rows.json").exists():
                 continue
             if not (folder / "vae").exists():
                 train(point, seed, folder, args)
-            row = {"name": point.name, "seed": seed, "floats": point.floats} | asdict(point) | evaluate(folder, args)
-            write_json(folder / "row.json", row)
-            print(", ".join(f"{name} {value}" for name, value in row.items()), flush=True)
+            rows = [
+                {"name": point.name, "seed": seed, "floats": floats} | asdict(point) | evaluate(folder, args, lengths)
+                for floats, lengths in point.lengths.items()
+            ]
+            write_json(folder / "rows.json", rows)
+            for row in rows:
+                print(", ".join(f"{name} {value}" for name, value in row.items()), flush=True)
 
 
 def read_rows(output_dir: Path) -> list[dict]:
     """The rows of the runs that are finished, also those of other seeds and studies."""
     points = dict.fromkeys(point for study in STUDIES.values() for point in study)
-    files = (path for point in points for path in sorted(output_dir.glob(f"runs/{point.name}-seed*/row.json")))
-    return [json.loads(path.read_text()) for path in files]
+    files = (path for point in points for path in sorted(output_dir.glob(f"runs/{point.name}-seed*/rows.json")))
+    return [row for path in files for row in json.loads(path.read_text())]
 
 
 def main():

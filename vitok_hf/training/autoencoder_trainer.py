@@ -193,7 +193,8 @@ class AutoencoderTrainer(Trainer[AutoencoderArguments, AutoencoderViTok]):
     def _draw_lengths(self, targets: list[Runs]) -> list[Lengths]:
         """For each batch, how many tokens and channels its pictures keep, of models whose codes can be cut.
 
-        Drawn uniformly, for all batches at once; pictures with fewer tokens keep all.
+        Drawn for all batches at once: half of the pictures keep all, the others each shorter length as often. Pictures
+        with fewer tokens keep all.
         """
         lengths: list[Lengths] = [{} for _ in targets]
         if self.config.token_counts is None and self.config.channel_counts is None:
@@ -201,7 +202,9 @@ class AutoencoderTrainer(Trainer[AutoencoderArguments, AutoencoderViTok]):
         longest = [[self.vae.count_tokens(size) for size in item_sizes(runs)] for runs in targets]
         for name, counts in (("num_tokens", self.config.token_counts), ("num_channels", self.config.channel_counts)):
             if counts is not None:
-                drawn = torch.tensor(counts)[torch.randint(len(counts), (sum(map(len, longest)),))]
+                weights = torch.tensor([1.0] * (len(counts) - 1) + [max(1.0, len(counts) - 1.0)])
+                places = torch.multinomial(weights, sum(map(len, longest)), replacement=True)
+                drawn = torch.tensor(counts)[places]
                 for batch, part, limits in zip(lengths, drawn.split([*map(len, longest)]), longest):
                     batch[name] = part.tolist() if name == "num_channels" else [*map(min, part.tolist(), limits)]
         return lengths
