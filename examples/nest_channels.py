@@ -66,17 +66,16 @@ def nest(vae: AutoencoderViTok, counts: list[int], tokens: list[torch.Tensor]) -
     turned = {name: torch.linalg.solve(back, last[name][:number].double()) for name in ("weight", "bias")}
     turned["bias"] -= torch.linalg.solve(back, mean)
 
-    more = counts[-1] - number
-    centre = residuals - residuals.mean(dim=0)
-    components = torch.linalg.eigh(torch.cov(centre.mT)).eigenvectors.flip(1)[:, :more]
-    added = least_squares(features - features.mean(dim=0), centre @ components)
-    added = added / ((features - features.mean(dim=0)) @ added).std(dim=0)
-    log_variance = last["bias"][number:].double().mean() - 2 * scale.diagonal().log().mean()
-    into.weight.copy_(torch.cat([turned["weight"], added.mT, torch.zeros_like(into.weight[counts[-1] :])]))
-    shift = -features.mean(dim=0) @ added
-    into.bias.copy_(torch.cat([turned["bias"], shift, log_variance.expand(counts[-1])]))
-    columns = first["weight"].double() @ back
-    out.weight.copy_(nn.functional.pad(columns, (0, more)))
+    into.weight.zero_()
+    into.bias.fill_(last["bias"][number:].double().mean() - 2 * scale.diagonal().log().mean())  # of the log-variances
+    into.weight[:number], into.bias[:number] = turned["weight"], turned["bias"]
+    if more := counts[-1] - number:
+        centre, kept = residuals - residuals.mean(dim=0), slice(number, counts[-1])
+        components = torch.linalg.eigh(torch.cov(centre.mT)).eigenvectors.flip(1)[:, :more]
+        added = least_squares(features - features.mean(dim=0), centre @ components)
+        added = added / ((features - features.mean(dim=0)) @ added).std(dim=0)
+        into.weight[kept], into.bias[kept] = added.mT, -features.mean(dim=0) @ added
+    out.weight.copy_(nn.functional.pad(first["weight"].double() @ back, (0, more)))
     out.bias.copy_(first["bias"] + first["weight"].double() @ mean)
     ours = nested.state_dict()
     own = {name: ours[name] for name in ours if name.startswith(("encoder.proj_out.", "decoder.proj_in."))}

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import scaling_study
 from PIL import Image
-from studies.scaling import STUDIES, Point, r_squared
+from studies.scaling import CODES, STUDIES, Point, r_squared, report_codes
 
 from tests.data.conftest import write_noise
 from vitok_hf import AutoencoderViTok
@@ -22,10 +22,41 @@ class TestGrid:
         points = {point for study in STUDIES.values() for point in study}
         assert len({point.name for point in points}) == len(points)
         for point in points:
-            config = AutoencoderViTok(**point.model_config()).config
-            assert config.latent_channels * (config.sample_size // config.patch_size) ** 2 == point.floats
+            vae = AutoencoderViTok(**point.model_config())
+            config = vae.config
+            assert config.latent_channels * vae.count_tokens((64, 64)) == point.floats == max(point.lengths)
             assert config.encoder_num_layers == point.encoder_layers
             assert config.decoder_num_layers == point.decoder_layers
+
+    def test_lengths(self):
+        nested = Point(8, 16, channel_counts=(2, 4, 16))
+        assert nested.lengths == {128: {"num_channels": 2}, 256: {"num_channels": 4}, 1024: {"num_channels": 16}}
+        masked = Point(num_latent_tokens=32, token_counts=(8, 32), passes=2)
+        assert masked.lengths == {64: {"num_tokens": 8}, 256: {"num_tokens": 32}} and masked.name.endswith(
+            "l32-t8.32-x2"
+        )
+        for study, columns in CODES.items():  # as long as a model for each length, or as all of them
+            first, *others = columns.values()
+            for point in (
+                point for points in others for point in points if point.channel_counts or point.token_counts
+            ):
+                assert point.passes in (1, len(first)), study
+                assert sorted(point.lengths) == sorted(point.floats for point in first)
+
+
+def test_table_of_codes(tmp_path):
+    first, nested = Point(8, 2, mixed_precision="no"), CODES["nested"]["nested, equal steps"][0]
+    rows = [{"name": first.name, "floats": 128, "psnr": psnr} for psnr in (20.0, 21.0)]
+    rows += [{"name": nested.name, "floats": floats, "psnr": 20.0 + floats / 256} for floats in (128, 256)]
+    table = report_codes("nested", rows, tmp_path)
+    assert table[1:] == [
+        "| E | a model for each | nested, equal steps | nested, equal total |",
+        "|---|---|---|---|",
+        "| 128 | 20.50 (1.00) | 20.50 (0.00) +0.00 |  |",
+        "| 256 |  | 21.00 (0.00) |  |",
+    ]
+    assert (tmp_path / "nested.png").is_file()
+    assert report_codes("nested", rows[2:], tmp_path) == []
 
 
 def test_r_squared():

@@ -50,7 +50,7 @@ class Point:
         parts = [f"p{self.patch_size}-c{self.latent_channels}-{self.encoder_layers}-{self.decoder_layers}"]
         parts += [f"l{self.num_latent_tokens}"] * (self.num_latent_tokens is not None)
         for letter, counts in (("c", self.channel_counts), ("t", self.token_counts)):
-            parts += [letter + ".".join(map(str, counts))] * (counts is not None)
+            parts += [letter + ".".join(map(str, counts))] if counts else []
         parts += ["fp32"] * (self.mixed_precision != "bf16") + [f"x{self.passes}"] * (self.passes > 1)
         return "-".join(parts)
 

@@ -7,7 +7,6 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from evaluate_demo import patch_border_ratio, reconstruct_in_tiles
-from evaluate_sharpness import high_frequency_energy
 
 import vitok_hf
 from tests.conftest import ASSETS, assert_close, make_vae
@@ -23,7 +22,7 @@ from vitok_hf.evaluation.reconstruction import reconstruct
 
 
 def test_list():
-    assert {"vitok-tiny-f8x8", "vitok-tiny-f8x8-gan", "vitok-dit-emoji"} <= set(vitok_hf.list_bundled())
+    assert {"vitok-tiny-f8x8", "vitok-dit-emoji"} <= set(vitok_hf.list_bundled())
 
 
 def test_names(tmp_path, monkeypatch):
@@ -163,23 +162,6 @@ class TestTiny:
         if precision == "fp8":
             vae.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn)
         assert psnr(reconstruct(vae, image), image) > psnr(reconstruct(reference, image), image) - loss
-
-
-class TestTinyGan:
-    @pytest.fixture(scope="class")
-    def stage2(self):
-        return AutoencoderViTok.from_pretrained("vitok-tiny-f8x8-gan")
-
-    def test_has_the_encoder_of_stage_1(self, vae, stage2):
-        ours, theirs = stage2.encoder.state_dict(), vae.encoder.state_dict()
-        assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
-        assert stage2.config.latents_std == vae.config.latents_std
-
-    def test_is_sharper_and_costs_less_than_a_decibel(self, photographs, reconstructions, stage2):
-        sharp = reconstruct(stage2, photographs)
-        first, second, original = map(high_frequency_energy, (reconstructions, sharp, photographs))
-        assert 1.3 * first < second < original
-        assert psnr(sharp, photographs).mean() > psnr(reconstructions, photographs).mean() - 1.0
 
 
 class TestGenerator:
