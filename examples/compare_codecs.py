@@ -5,7 +5,8 @@ r"""Autoencoders next to PCA with as many numbers, and to JPEG and WebP with as 
 
 Takes the arguments of `vitok evaluate` too, and writes its tables, of pictures of one --resolution. JPEG (4:4:4 or
 4:2:0, whichever is closer) and lossy WebP have the highest quality within as many bytes, whole files, as latents of 16
-and of 8 bits; bytes of quantized latents count the ranges of the channels.
+and of 8 bits; bytes of quantized latents count the ranges of the channels. With --num_channels or --num_tokens,
+rates.png has a curve of each.
 """
 
 import argparse
@@ -17,7 +18,7 @@ from studies.baselines import PatchPCA
 from studies.codecs import ImageCodec, Quantizer
 
 from vitok_hf.commands import run_command
-from vitok_hf.commands.evaluate import check_data, load_models, make_evaluation_parser, run
+from vitok_hf.commands.evaluate import check_data, cuts, load_models, make_evaluation_parser, run
 from vitok_hf.data.held_out import EvaluationData
 from vitok_hf.data.sources import FolderFiles
 from vitok_hf.evaluation.autoencoders import spatial_ratio
@@ -31,16 +32,17 @@ def make_rows(args: argparse.Namespace, evaluator: ReconstructionEvaluator) -> I
     codes, resolution = {}, args.resolution  # latents -> patch size
     for name, vae in load_models(args):
         vae.to(evaluator.device)
-        yield autoencoder_row(name, vae, evaluator.shapes)
-        costs = mean_costs(vae, evaluator.shapes)
-        if args.latent_bits:
-            quantizer = Quantizer(args.latent_bits)
-            codec = partial(reconstruct, vae, change_latents=quantizer)
-            quantized = partial(lambda costs, code: costs | {"bytes": code.num_bytes}, costs, quantizer)
-            yield Row(f"{name}, {args.latent_bits}-bit latents", codec, quantized)
-        patch_size = codes.setdefault(int(costs["E"]), spatial_ratio(vae))
-        if "pca" in args.baselines and resolution % patch_size:
-            raise ValueError(f"PCA needs a --resolution that is a multiple of {patch_size}, not {resolution}.")
+        for cut, lengths in cuts(args):
+            yield autoencoder_row(name + cut, vae, evaluator.shapes, lengths)
+            costs = mean_costs(vae, evaluator.shapes, lengths)
+            if args.latent_bits:
+                quantizer = Quantizer(args.latent_bits)
+                codec = partial(reconstruct, vae, change_latents=quantizer, lengths=lengths)
+                quantized = partial(lambda costs, code: costs | {"bytes": code.num_bytes}, costs, quantizer)
+                yield Row(f"{name}, {args.latent_bits}-bit latents{cut}", codec, quantized)
+            patch_size = codes.setdefault(int(costs["E"]), spatial_ratio(vae))
+            if "pca" in args.baselines and resolution % patch_size:
+                raise ValueError(f"PCA needs a --resolution that is a multiple of {patch_size}, not {resolution}.")
     for num_latents, patch_size in codes.items():
         if "pca" in args.baselines:
             components = num_latents * patch_size**2 // resolution**2

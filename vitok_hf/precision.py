@@ -54,7 +54,7 @@ def multiplies_bfloat16(device: torch.device) -> bool:
 def _warn_of_slowness(is_bfloat16: bool, device: torch.device) -> None:
     if is_bfloat16 and device.type == "cpu" and not multiplies_bfloat16(device):
         logger.warning(
-            "Products in bfloat16 take %.1f times as long as in float32 on this processor: float32 is the better choice.",
+            "Products in bfloat16 take %.1f times as long as in float32 on this processor: use float32 here.",
             bfloat16_slowness(),
         )
 
@@ -63,7 +63,7 @@ def choose_dtype(name: str = "auto", device: torch.device | None = None) -> str:
     """The name of the dtype to run a model in; warns of bfloat16 where a processor is slower with it.
 
     Args:
-        name: `"auto"`, which takes bfloat16 where the hardware multiplies it faster, else float32; or a dtype of `DTYPES`.
+        name: `"auto"`, which takes bfloat16 where the hardware multiplies it faster, else float32; or one of `DTYPES`.
         device: Where the model runs, by default accelerate's.
 
     Raises:

@@ -87,15 +87,18 @@ def load_models(args: argparse.Namespace) -> "Iterator[tuple[str, ModelMixin]]":
         yield title, load_autoencoder(name, **options)
 
 
+def cuts(args: argparse.Namespace) -> list[tuple[str, dict[str, int]]]:
+    """What names of rows end with, and arguments of `encode`, for each length of codes that was asked for."""
+    rates = [(f", {count} channels", {"num_channels": count}) for count in args.num_channels]
+    return rates + [(f", {count} tokens", {"num_tokens": count}) for count in args.num_tokens] or [("", {})]
+
+
 def model_rows(args: argparse.Namespace, evaluator: "ReconstructionEvaluator") -> "Iterator[Row]":
     from ..evaluation.evaluator import autoencoder_row
 
-    rates = [{"num_channels": count} for count in args.num_channels]
-    rates += [{"num_tokens": count} for count in args.num_tokens]
     for name, vae in load_models(args):
-        for lengths in rates or [{}]:
-            title = "".join(f", {count} {kind.removeprefix('num_')}" for kind, count in lengths.items())
-            yield autoencoder_row(name + title, vae.to(evaluator.device), evaluator.shapes, lengths)
+        for cut, lengths in cuts(args):
+            yield autoencoder_row(name + cut, vae.to(evaluator.device), evaluator.shapes, lengths)
 
 
 def run(

@@ -105,16 +105,16 @@ class VideoWriter:
 
 
 def plot_rates(path: Path, results: Sequence[Result]) -> None:
-    """PSNR over the numbers in the code; a line for each model, whose name is that of the row up to its last comma."""
+    """PSNR over the bytes of the code; a line for each model, whose name is that of the row up to its last comma."""
     from matplotlib.figure import Figure  # of an extra
 
     axes = (figure := Figure((6, 4), layout="constrained")).subplots()
     models = dict.fromkeys(result.name.rpartition(",")[0] for result in results)
     for model in models:
-        rows = [result for result in results if result.name.rpartition(",")[0] == model and "E" in result.costs]
-        points = sorted((result.costs["E"], result.metrics["psnr"]) for result in rows)
+        rows = [result for result in results if result.name.rpartition(",")[0] == model and "bytes" in result.costs]
+        points = sorted((result.costs["bytes"], result.metrics["psnr"]) for result in rows)
         axes.plot(*zip(*points), marker="o", label=model)
-    axes.set(xscale="log", xlabel="numbers in the code", ylabel="PSNR (dB)")
+    axes.set(xscale="log", xlabel="bytes of the code", ylabel="PSNR (dB)")
     axes.legend()
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
