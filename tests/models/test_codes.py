@@ -11,6 +11,7 @@ from torch.export import Dim
 from tests.conftest import TINY, assert_close, make_input
 from tests.dit import TRANSFORMER, make_transformer
 from vitok_hf import AutoencoderViTok, ViTokDiTPipeline, denormalize_latents, normalize_latents
+from vitok_hf.models.codes import FILL
 
 
 COUNTS = {"channel_counts": [1, 2, 4], "token_counts": [1, 3, 6]}
@@ -56,7 +57,7 @@ class TestChannels:
         whole, short = vae.encode(x).latent_dist, vae.encode(x, num_channels=2).latent_dist
         assert torch.equal(short.mode(), whole.mode()[:, :2]) and torch.equal(short.std, whole.std[:, :2])
         filled = whole.mode().clone()
-        filled[:, 2:] = 0
+        filled[:, 2:] = FILL
         assert_close(vae.decode(short.mode()).sample, vae.decode(filled).sample)
         assert_close(vae(x, num_channels=2).sample, vae.decode(filled).sample)
 
