@@ -53,6 +53,8 @@ def measure(vae: AutoencoderViTok, batches) -> list[torch.Tensor]:
 def nest(vae: AutoencoderViTok, counts: list[int], tokens: list[torch.Tensor]) -> AutoencoderViTok:
     features, codes, patches, residuals = tokens
     number, mean = vae.config.latent_channels, codes.mean(dim=0)
+    if counts[-1] < number:
+        raise ValueError(f"`channel_counts` must end with {number} channels, those of the model, or more: {counts}.")
     scale = torch.linalg.cholesky(torch.cov(codes.mT))  # white codes: its inverse on the codes
     white = torch.linalg.solve_triangular(scale, (codes - mean).mT, upper=False).mT
     order = torch.linalg.svd(least_squares(white, patches - patches.mean(dim=0))).U  # most important directions first
@@ -93,6 +95,8 @@ def main():
     args = parser.parse_args()
 
     vae = AutoencoderViTok.from_pretrained(args.model, dtype=torch.float32).to(PartialState().default_device)
+    if not vae.config.variational or vae.config.num_latent_tokens or not vae.is_image_model:
+        parser.error(f"{args.model} must be a variational autoencoder of pictures, with codes on grids")
     batches = iterate_pixels(
         make_dataset(CropView([(128, 128, 1.0)], 2**20, flip=False), SourceSettings(args.train_data_dir)),
         args.num_batches,

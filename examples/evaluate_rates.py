@@ -1,12 +1,13 @@
-r"""What a length for each picture saves: codes that reach a PSNR, against codes of one length.
+r"""Codes of every length: pictures, and what a length for each picture saves.
 
-    python examples/evaluate_min_psnr.py --model my-dial --data_dir data/test/film data/test/photos data/test/emoji \
-        --min_psnr 26 28 30 32 --output_dir min_psnr
+    python examples/evaluate_rates.py --model my-dial --data_dir data/test/film data/test/photos data/test/emoji \
+        --min_psnr 26 28 30 32 --output_dir rates
 
 Prints, for each `--min_psnr`, the mean length that `encode(min_psnr=...)` takes, the share of the pictures that reach
 it, the PSNR of the mean squared error over all of them, and the length, the same for all, that has the same error: it
-lies on straight lines between the model's lengths (error in decibels against their logarithm). Saves histograms.png,
-and extremes.png: pictures that are reconstructed best from the longest codes (left) and worst (right).
+lies on straight lines between the model's lengths (error in decibels against their logarithm). Saves histograms.png of
+the lengths; and pictures with their reconstructions, from the shortest code to the longest: samples.png, some of each
+folder, and extremes.png, the three easiest and the three hardest of all.
 """
 
 from pathlib import Path
@@ -19,6 +20,7 @@ from PIL import Image
 from vitok_hf import AutoencoderViTok
 from vitok_hf.commands import add_dtype, make_parser, run_command
 from vitok_hf.data.held_out import load_evaluation_images
+from vitok_hf.data.media import evenly_spaced
 from vitok_hf.evaluation.metrics import frame_values, psnr
 from vitok_hf.evaluation.reconstruction import reconstruct, side_by_side
 from vitok_hf.precision import choose_dtype
@@ -57,14 +59,14 @@ def plot(psnrs: np.ndarray, lengths: list[int], limits: list[float], path: Path)
 
 
 def main():
-    parser = make_parser("evaluate_min_psnr.py", __doc__)
+    parser = make_parser("evaluate_rates.py", __doc__)
     parser.add_argument("--model", required=True, help="what `from_pretrained` takes, with channel or token counts")
     parser.add_argument("--data_dir", nargs="+", required=True, help="folders of held-out pictures")
     parser.add_argument("--min_psnr", nargs="+", type=float, default=[26.0, 28.0, 30.0, 32.0], help="in decibels")
     parser.add_argument("--resolution", type=int, default=256)
     parser.add_argument("--limit", type=int, default=100, help="pictures a folder")
     add_dtype(parser)
-    parser.add_argument("--output_dir", type=Path, default=Path("min_psnr"))
+    parser.add_argument("--output_dir", type=Path, default=Path("rates"))
     args = parser.parse_args()
 
     dtype = getattr(torch, choose_dtype(args.dtype))
@@ -75,24 +77,27 @@ def main():
         parser.error(f"{args.model} has codes of one length: its config has neither channel_counts nor token_counts")
     args.output_dir.mkdir(parents=True, exist_ok=True)
     print("| data | min_psnr | mean length | reached | PSNR | equal length | saved |\n|---|---|---|---|---|---|---|")
-    sets = [load_evaluation_images(path, args.resolution, args.limit) for path in args.data_dir]
-    columns: list[np.ndarray] = []
-    for path, images in zip(args.data_dir, sets):
-        rates = []
-        for length in lengths:
-            samples = [reconstruct(vae, batch, lengths={name: length}) for batch in images.split(8)]
-            rates.append(frame_values(psnr, torch.cat(samples), images).flatten().cpu().numpy())
-        columns.append(np.stack(rates, axis=1))
+    rows, strips = [], []
+    for path in args.data_dir:
+        images = load_evaluation_images(path, args.resolution, args.limit)
+        samples = [
+            torch.cat([reconstruct(vae, batch, lengths={name: length}) for batch in images.split(8)])
+            for length in lengths
+        ]
+        rows.append(torch.cat([frame_values(psnr, sample, images) for sample in samples], dim=1).cpu().numpy())
+        strips.append(side_by_side(images, *samples))
         for limit in args.min_psnr:
-            row = compare(columns[-1], lengths, limit)
+            row = compare(rows[-1], lengths, limit)
             cells = [f"{row['mean length']:.2f}", f"{row['reached']:.0%}", f"{row['PSNR']:.2f}"]
             cells += [f"{row['equal']:.2f}", f"{row['saved']:.0%}"]
             print(f"| {Path(path).name} | {limit:g} | {' | '.join(cells)} |", flush=True)
-    psnrs, images = np.concatenate(columns), torch.cat(sets)
+    psnrs = np.concatenate(rows)
     plot(psnrs, lengths, args.min_psnr, args.output_dir / "histograms.png")
     order = np.argsort(-psnrs[:, -1])
-    extremes = [images[torch.from_numpy(places.copy())] for places in (order[:6], order[:-7:-1])]
-    Image.fromarray(side_by_side(*extremes).flatten(0, 1).numpy()).save(args.output_dir / "extremes.png")
+    extremes = torch.cat(strips)[np.concatenate([order[:3], order[-3:]])]
+    some = torch.cat([strip[evenly_spaced(len(strip), 2)] for strip in strips])
+    for file, pictures in (("extremes.png", extremes), ("samples.png", some)):
+        Image.fromarray(pictures.flatten(0, 1).numpy()).save(args.output_dir / file)
 
 
 if __name__ == "__main__":

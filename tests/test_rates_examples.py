@@ -1,10 +1,12 @@
 import numpy as np
 import pytest
 import torch
-from evaluate_min_psnr import choose, compare
+from evaluate_rates import choose, compare
 from nest_channels import measure, nest
+from PIL import Image
 
-from tests.conftest import ASSETS
+from tests.conftest import ASSETS, TINY
+from tests.data.conftest import write_noise
 from vitok_hf import AutoencoderViTok
 from vitok_hf.data.media import load_image
 
@@ -55,3 +57,25 @@ def test_lengths_chosen_by_psnr():
     assert row == pytest.approx(
         {"mean length": 3, "reached": 1, "PSNR": error, "equal": equal, "saved": 1 - 3 / equal}
     )
+
+
+def test_scripts(tmp_path, run_example):
+    write_noise(tmp_path / "train", 3)
+    AutoencoderViTok(**TINY).save_pretrained(tmp_path / "vae")
+    counts, data = ("--channel_counts", 2, 4, 6), ("--train_data_dir", "train", "--num_batches", 1)
+    run_example("nest_channels.py", "--model", "vae", *counts, *data, "--output_dir", "nested")
+    nested = AutoencoderViTok.from_pretrained(tmp_path / "nested")
+    assert (nested.config.latent_channels, nested.config.channel_counts) == (6, [2, 4, 6])
+    options = ("--min_psnr", 1, 99, "--resolution", 32, "--dtype", "float32")
+    out = run_example("evaluate_rates.py", "--model", "nested", "--data_dir", "train", *options)
+    assert "| train | 1 | 2.00 | 100% |" in out and "| train | 99 | 6.00 | 0% |" in out
+    assert Image.open(tmp_path / "rates" / "samples.png").size == (4 * 32, 2 * 32)
+    assert Image.open(tmp_path / "rates" / "extremes.png").size == (4 * 32, 6 * 32)
+    assert (tmp_path / "rates" / "histograms.png").is_file()
+    with pytest.raises(ValueError, match="must end with 6 channels, .* or more"):
+        run_example("nest_channels.py", "--model", "nested", "--channel_counts", 2, 4, *data, "--output_dir", "x")
+    AutoencoderViTok(**TINY | {"variational": False}).save_pretrained(tmp_path / "plain")
+    with pytest.raises(SystemExit):
+        run_example("nest_channels.py", "--model", "plain", *counts, *data, "--output_dir", "x")
+    with pytest.raises(SystemExit):
+        run_example("evaluate_rates.py", "--model", "vae", "--data_dir", "train")
