@@ -293,6 +293,12 @@ class TestExportOnnx:
             start("export-onnx", ["--model", "model", "--sizes", "16x24", "--rounds", "1"])
         assert list((tmp_path / "onnx").iterdir()) == []
 
+    def test_codes_without_a_grid_are_refused(self, monkeypatch, tmp_path):
+        make_vae("v1", num_latent_tokens=3).save_pretrained(tmp_path / "model")
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(ValueError, match="the config has `num_latent_tokens` 3"):
+            start("export-onnx", ["--model", "model"])
+
 
 @pytest.mark.parametrize("options", [(), ("--train",)])
 def test_benchmark(run_example, options):

@@ -109,8 +109,14 @@ def export_onnx(
         rounds: The median of so many timings counts.
 
     Raises:
-        ValueError: If a half differs from PyTorch by more than `TOLERANCE`; then nothing is written.
+        ValueError: If codes are 1-D, whose decoder needs a size besides, or a half differs from PyTorch by more than
+            `TOLERANCE`; then nothing is written.
     """
+    if vae.config.num_latent_tokens is not None:
+        raise ValueError(
+            f"Graphs are of codes on grids, but the config has `num_latent_tokens` {vae.config.num_latent_tokens}: "
+            "`torch.export` takes such models, at one size for the decoder."
+        )
     import onnxruntime  # noqa: F401, missed before the work
     import onnxscript  # noqa: F401
 
