@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 from evaluate_rates import choose, compare
-from nest_channels import measure, nest
+from nest_channels import STEP, begin_to_use, measure, nest
 from PIL import Image
 
 from tests.conftest import ASSETS, TINY
@@ -34,6 +34,8 @@ def test_nest(vae, pictures, counts):
     assert tokens.mean(dim=0).abs().max() < 1e-2
     assert torch.allclose(torch.cov(tokens.mT)[:8, :8], torch.eye(8), atol=1e-2)
     assert torch.allclose(tokens.std(dim=0), torch.ones(counts[-1]), atol=1e-2)
+    variances = vae.encode(x).latent_dist.var.mean(dim=(0, 2, 3)) / original.var(dim=(0, 2, 3))  # of codes as wide
+    assert variances.min() / 4 < codes.var.min() and codes.var.max() < 4 * variances.max()
     assert torch.allclose(nested.decode(codes.mode()).sample, vae.decode(original).sample, atol=1e-2)
     assert torch.allclose(nested.decode(codes.mode()[:, :8]).sample, vae.decode(original).sample, atol=1e-2)
 
@@ -42,6 +44,12 @@ def test_nest(vae, pictures, counts):
 
     first = original.clone()
     first[:, counts[0] :] = original.mean(dim=(0, 2, 3), keepdim=True)[:, counts[0] :]
+    before, added = error(nested(x).sample), nested.decoder.proj_in.weight[:, 8:]
+    with torch.enable_grad():
+        begin_to_use(nested, 8, pictures)
+    assert added.norm(dim=0).tolist() == pytest.approx([STEP] * (counts[-1] - 8))
+    added.mul_(0.01)
+    assert error(nested(x).sample) < before or counts[-1] == 8  # down the gradient
     ours = codes.mode()
     ours[:, counts[0] :] = 0
     assert error(nested.decode(ours).sample) < 0.8 * error(vae.decode(first).sample)
