@@ -50,6 +50,13 @@ def no_grad():
 
 
 class TestChannels:
+    def test_posteriors_are_narrow_at_first(self):
+        """On nothing but biases; of models without nested channels, they are as wide as the prior."""
+        for name, variance in (("channels", math.exp(-4)), ("tokens", 1.0)):
+            vae = make(name)
+            vae.encoder.proj_out.weight.data.zero_()
+            assert vae.encode(make_input(vae)).latent_dist.var.unique().tolist() == pytest.approx([variance])
+
     @pytest.mark.parametrize("name", ["channels", "both", "v2", "video"])
     def test_a_prefix_is_a_code(self, name):
         vae = make(name)

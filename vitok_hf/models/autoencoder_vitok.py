@@ -153,6 +153,9 @@ class AutoencoderViTok(
                     nn.init.xavier_uniform_(
                         parameter, (2 * len(tower.transformer_blocks)) ** -0.5 if ends_branch else 1.0
                     )
+        if self.config.channel_counts and self.config.variational and self.encoder is not None:
+            # Narrow at first: the last channels would give in to the divergence before the decoder makes use of them.
+            nn.init.constant_(self.encoder.proj_out.bias[self.config.latent_channels :], -4.0)  # log-variances
 
     @property
     def _pixel_steps(self) -> Steps:
