@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 from torch.nn import functional as F
 
 from tests.conftest import ARCHITECTURES, V2, make_vae
@@ -358,6 +359,19 @@ class TestStreams:
             streamed.square().mean().backward()
         close(streamed.detach(), encode(vae, clip))
         assert vae.encoder.proj_in.weight.grad.abs().sum() > 0
+
+    @pytest.mark.parametrize("bound", [None, 3])
+    def test_compiled_blocks(self, vae, bound):
+        clip, counter, counts = make_clip(vae, 9), CompileCounter(), []
+        expected = join(vae.encode_stream([clip], max_cached_frames=bound))
+        vae.compile_repeated_blocks(backend=counter, fullgraph=True, dynamic=True)
+        parts = []
+        for part in vae.encode_stream(clip.split(1, dim=2), max_cached_frames=bound):
+            parts.append(part)
+            counts.append(counter.frame_count)
+        torch._dynamo.reset()
+        close(join(parts), expected)
+        assert counts[-1] == counts[3] <= 6  # once the cache is of varying, or its full, length
 
     def test_memory_does_not_grow_with_the_video(self):
         vae, peaks = make(sample_frames=13), []

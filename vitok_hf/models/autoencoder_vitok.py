@@ -24,7 +24,7 @@ from .layers import TowerSettings, ViTokTower
 from .posterior import PosteriorList, ViTokOutput, ViTokPosterior
 from .rotary import Grid
 from .saving import SavingMixin
-from .tiling import MemoryMixin, MemorySettings, Steps, Tiling, make_tiling
+from .tiling import MemoryMixin, MemorySettings, Tiling, make_tiling
 
 
 class AutoencoderViTok(
@@ -162,11 +162,6 @@ class AutoencoderViTok(
                     nn.init.xavier_uniform_(
                         parameter, (2 * len(tower.transformer_blocks)) ** -0.5 if ends_branch else 1.0
                     )
-
-    @property
-    def _pixel_steps(self) -> Steps:
-        """What a token measures, (T, H, W)."""
-        return (self.config.temporal_patch_size, self.config.patch_size, self.config.patch_size)
 
     @classmethod
     def from_variant(cls, variant: str, **kwargs: Any) -> "AutoencoderViTok":

@@ -179,7 +179,6 @@ class MemoryMixin:
 
     config: ViTokConfig
     is_image_model: bool
-    _pixel_steps: Steps
     use_slicing: bool
     use_tiling: bool
     tiling: Tiling
@@ -188,6 +187,11 @@ class MemoryMixin:
     _encode: Callable
     _decode: Callable
     _posterior: Callable
+
+    @property
+    def _pixel_steps(self) -> Steps:
+        """What a token measures, (T, H, W)."""
+        return (self.config.temporal_patch_size, self.config.patch_size, self.config.patch_size)
 
     def enable_tiling(
         self,
@@ -320,7 +324,7 @@ class MemoryMixin:
         """Those of a call, with a cache of its own if the model is causal."""
         settings = self._memory_settings()
         if max_cached_frames is not None:
-            self._check_causal("max_cached_frames", max_cached_frames)
+            max_cached_frames = self._check_causal("max_cached_frames", max_cached_frames)
         if settings.causal is None:
             return settings
         bounds = [frames for frames in (max_cached_frames, settings.causal.frames) if frames is not None]
@@ -333,6 +337,7 @@ class MemoryMixin:
         pieces, (size, overlap) = check_pieces(pieces), (self.tiling.sizes[0], self.tiling.overlaps[0])
         if settings.causal is None:
             return apply_tiled(function, pieces, Tiling((size, None, None), (overlap, 0, 0)), *steps)
+        assert size is not None  # `make_tiling` cuts time
         return causal_stream(function, pieces, settings.causal.cache, steps[0][0], lead, size)
 
     def _lead_frames(self, settings: MemorySettings) -> int:
