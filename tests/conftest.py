@@ -43,6 +43,7 @@ ARCHITECTURES = {
     "v1": TINY,
     "v2": TINY | V2,
     "video": TINY | {"temporal_patch_size": 2, "sample_frames": 4},
+    "causal": TINY | {"temporal_patch_size": 4, "sample_frames": 5, "causal": True},
     "everything": TINY | {"qk_norm": True, "layer_scale_init": 0.5, "use_bias": True},
 }
 
@@ -138,5 +139,9 @@ def make_vae(architecture: str, **overrides) -> AutoencoderViTok:
 
 def make_input(vae: AutoencoderViTok, batch_size: int = 2, height: int = 16, width: int = 24) -> torch.Tensor:
     generator = torch.Generator().manual_seed(1)
-    frames = () if vae.is_image_model else (4,)
-    return torch.rand(batch_size, 3, *frames, height, width, generator=generator) * 2 - 1
+    return torch.rand(batch_size, 3, *frames_of(vae), height, width, generator=generator) * 2 - 1
+
+
+def frames_of(vae: AutoencoderViTok) -> tuple[int, ...]:
+    """Of a clip with two latent frames, the dimension T; of a picture, none."""
+    return () if vae.is_image_model else (vae.config.sample_frames,)

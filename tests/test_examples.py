@@ -252,7 +252,7 @@ def test_benchmark_dit(run_example):
 
 
 class TestExportOnnx:
-    @pytest.mark.parametrize("architecture, opset", [("v2", 20), ("video", 23)])
+    @pytest.mark.parametrize("architecture, opset", [("v2", 20), ("video", 23), ("causal", 23)])
     @torch.no_grad()
     def test_any_size(self, run_example, tmp_path, architecture, opset):
         small = {"encoder_num_layers": 1, "decoder_num_layers": 1}

@@ -2,14 +2,14 @@ import pytest
 import torch
 from diffusers import AutoencoderDC, AutoencoderKL
 
-from tests.conftest import make_vae
-from vitok_hf import compute_latent_statistics, denormalize_latents, normalize_latents
+from tests.conftest import frames_of, make_vae
+from vitok_hf import AutoencoderViTok, compute_latent_statistics, denormalize_latents, normalize_latents
 from vitok_hf.latents import summarize_latents
 
 
 def make_batches(vae, count=3):
     generator = torch.Generator().manual_seed(0)
-    frames = () if getattr(vae, "is_image_model", True) else (4,)
+    frames = frames_of(vae) if isinstance(vae, AutoencoderViTok) else ()
     return [
         torch.randint(0, 256, (2, 3, *frames, 16, 16 + 8 * index), generator=generator, dtype=torch.uint8)
         for index in range(count)

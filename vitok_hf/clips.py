@@ -115,6 +115,7 @@ class Expected:
         needs_frames: Whether pictures, without the dimension T, are refused.
         pads_lists: Whether H and W of what is in a list may be any.
         takes_runs: Whether it may be a list of runs, too.
+        lead: Frames that T lacks to a multiple of q.
         axes, channels_of: Names in messages: of the dimensions, and what stands before the number of channels.
     """
 
@@ -123,6 +124,7 @@ class Expected:
     needs_frames: bool = False
     pads_lists: bool = False
     takes_runs: bool = False
+    lead: int = 0
     axes: str = "CTHW"
     channels_of: str = ""
 
@@ -181,13 +183,18 @@ def check_shape(name: str, shape: torch.Size, forms: list[str], expected: Expect
             f"Height and width of `{name}` must be multiples of patch_size={p}, but are {shape[-2]} x {shape[-1]}: "
             + ("choose another size, or a model with patch_size=1." if expected.axes == "cthw" else PAD_HINT)
         )
-    if has_time and shape[-3] % q:
-        raise ValueError(
-            f"The number of frames of `{name}` must be a multiple of temporal_patch_size={q}, but is {shape[-3]}: "
-            "pad or cut the video."
-        )
     if 0 in numbers:
         raise ValueError(f"`{name}` is empty: it has shape {numbers}.")
+    if has_time:
+        check_num_frames(f"The number of frames of `{name}`", shape[-3], q, expected.lead)
+
+
+def check_num_frames(name: str, num_frames: int, q: int, lead: int) -> None:
+    """Raises `ValueError` unless they and `lead` more are a multiple of q."""
+    if beyond := (num_frames + lead) % q:
+        near = " or ".join(str(fits) for fits in (num_frames - beyond, num_frames - beyond + q) if fits > 0)
+        wanted = f"{'1 plus ' * (lead > 0)}a multiple of temporal_patch_size={q}"
+        raise ValueError(f"{name} must be {wanted}, but is {num_frames}: make it {near}.")
 
 
 def check_size_list(sizes: Any, lengths: tuple[int, ...] = (2,)) -> None:

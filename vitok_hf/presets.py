@@ -104,11 +104,11 @@ def dit_variant_to_config(variant: str) -> dict[str, Any]:
     return _tower("", DIT_SIZES[variant])
 
 
-def variant_to_config(variant: str) -> dict[str, Any]:
+def variant_to_config(variant: str, causal: bool = False) -> dict[str, Any]:
     """Constructor arguments of a variant: the paper's "S-B/16", "S-B/4x8" or v2's "Ld4-Ld24/1x16x64", "B/1x16x64".
 
-    Names of the paper leave `latent_channels` open and have two sizes; of v2, one size is that of both towers. Raises
-    `ValueError` for an unknown name, or numbers that no model has.
+    Names of the paper leave `latent_channels` open and have two sizes; of v2, one size is that of both towers. Clips
+    of `causal` models have one frame more. Raises `ValueError` for an unknown name, or numbers that no model has.
     """
     _check_type(variant, "S-B/16")
     if match := V1_PATTERN.fullmatch(variant):
@@ -119,7 +119,8 @@ def variant_to_config(variant: str) -> dict[str, Any]:
         config["patch_size"] = _read(patch_size, "patch size", variant)
         if temporal_patch_size is not None:  # the paper's videos are 16 x 128 x 128
             q = _read(temporal_patch_size, "patch size", variant)
-            config |= {"temporal_patch_size": q, "sample_size": 128, "sample_frames": 16}
+            frames = 16 + (1 - 16) % q if causal else 16  # the least from 16 on that fits: 17
+            config |= {"temporal_patch_size": q, "sample_size": 128, "sample_frames": frames}
         return config
     if match := V2_PATTERN.fullmatch(variant):
         encoder, decoder, *numbers = match.groups()

@@ -20,12 +20,13 @@ def images():
 
 
 class TestReconstruct:
-    @pytest.mark.parametrize("architecture, shape", [("v1", (2, 3, 1, 13, 21)), ("video", (1, 3, 3, 13, 21))])
+    @pytest.mark.parametrize(
+        "architecture, shape", [("v1", (2, 3, 1, 13, 21)), ("video", (1, 3, 3, 13, 21)), ("causal", (1, 3, 3, 13, 21))]
+    )
     def test_sizes_that_do_not_fit_are_padded_and_restored(self, architecture, shape):
         vae = make_vae(architecture)
-        q = vae.temporal_compression_ratio
         images = torch.randint(0, 256, shape, dtype=torch.uint8)
-        padded = pad_to_size(to_float(images), (-(-images.shape[2] // q) * q, 16, 24))
+        padded = pad_to_size(to_float(images), ({"v1": 1, "video": 4, "causal": 5}[architecture], 16, 24))
         assert torch.equal(padded[..., 13:, :], padded[..., 12:13, :].expand(*padded.shape[:-2], 3, 24))
         with torch.no_grad():
             expected = to_uint8(vae(padded).sample)[:, :, : shape[2], :13, :21]
@@ -75,6 +76,16 @@ def test_videos_show_frames_at_their_times(tmp_path, monkeypatch, seconds):
 
 
 class TestFiles:
+    @pytest.mark.parametrize("sample_frames, latent_frames", [(1, 2 + 2 + 2), (9, 3 + 2)])
+    def test_videos_of_any_length_go_through_causal_models(self, tmp_path, sample_frames, latent_frames):
+        vae, count = make_vae("causal", sample_frames=sample_frames), 12
+        frames = torch.randint(0, 256, (1, 3, count, 16, 24), dtype=torch.uint8)
+        with VideoWriter(tmp_path / "x.mp4", Fraction(8)) as writer:
+            writer.write(frames[0].permute(1, 2, 3, 0))
+        line = reconstruct_files.reconstruct_file(vae, tmp_path / "x.mp4", str(tmp_path / "y"))
+        assert f"{count} frames" in line and f"{latent_frames * 4 * 2 * 3} numbers" in line
+        assert len(list(iterate_timed_frames(tmp_path / "y_reconstruction.mp4"))) == count
+
     @pytest.mark.parametrize(
         "given, limit, radius", [(None, 2**16, None), (None, 10, 16), (2, 2**16, 2), (0, 10, None)]
     )

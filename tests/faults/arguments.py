@@ -258,13 +258,19 @@ def tensor_entries() -> Iterator[Entry]:
 
 
 def number_entries() -> Iterator[Entry]:
-    def on_copy(method: str, argument: str) -> Callable[[Any], Any]:
-        return lambda value: getattr(copy.copy(vae("video")), method)(**{argument: value})
+    def on_copy(method: str, argument: str, kind: str = "video") -> Callable[[Any], Any]:
+        return lambda value: getattr(copy.copy(vae(kind)), method)(**{argument: value})
 
     fits = ("10**9",)  # a tile or a window may be larger than any picture
     for name in ("tile_sample_min_size", "tile_sample_min_frames"):
         yield Entry("enable_tiling", name, on_copy("enable_tiling", name), INTS, leaves_out=("None", *fits))
-    yield Entry("enable_sliding_window", "radius", on_copy("enable_sliding_window", "radius"), INTS, leaves_out=fits)
+    for name, kind in (("radius", "video"), ("frames", "causal")):
+        yield Entry("enable_sliding_window", name, on_copy("enable_sliding_window", name, kind), INTS,
+                    leaves_out=("None", *fits))  # fmt: skip
+    for method in ("encode_stream", "decode_stream"):
+        yield Entry(method, "max_cached_frames",
+                    lambda value, method=method: getattr(vae("causal"), method)([], max_cached_frames=value), INTS,
+                    leaves_out=("None", *fits))  # fmt: skip
     overlap = "tile_overlap_factor"
     yield Entry("enable_tiling", overlap, on_copy("enable_tiling", overlap), NUMBERS | {"0.6": 0.6, "-0.1": -0.1})
     yield Entry("pipe", "num_images_per_label", lambda n: draw(num_images_per_label=n, generator=None), INTS)

@@ -23,6 +23,7 @@ MODELS = {
     "mask_latent": {"num_latent_tokens": 6} | COUNTS,
     "v2": COUNTS | {"variational": False, "latent_norm": True, "parallel_blocks": True, "qk_norm": True},
     "video": COUNTS | {"temporal_patch_size": 2, "sample_frames": 4, "token_counts": [1, 6, 12]},
+    "causal": COUNTS | {"temporal_patch_size": 4, "sample_frames": 5, "causal": True, "token_counts": [1, 6, 12]},
 }
 
 
@@ -57,7 +58,7 @@ class TestChannels:
             vae.encoder.proj_out.weight.data.zero_()
             assert vae.encode(make_input(vae)).latent_dist.var.unique().tolist() == pytest.approx([variance])
 
-    @pytest.mark.parametrize("name", ["channels", "both", "v2", "video"])
+    @pytest.mark.parametrize("name", ["channels", "both", "v2", "video", "causal"])
     def test_a_prefix_is_a_code(self, name):
         vae = make(name)
         x = make_input(vae)
@@ -81,10 +82,10 @@ class TestChannels:
 
 
 class TestTokens:
-    @pytest.mark.parametrize("name", ["tokens", "both", "v2", "video", "mask_latent"])
+    @pytest.mark.parametrize("name", ["tokens", "both", "v2", "video", "causal", "mask_latent"])
     def test_a_prefix_is_a_code(self, name):
         vae = make(name)
-        x, count = make_input(vae), 6 if name == "video" else 3
+        x, count = make_input(vae), 3 if vae.is_image_model else 6
         whole = vae.encode(x).latent_dist.mode().flatten(2)
         short = vae.encode(x, num_tokens=count).latent_dist.mode()
         assert torch.equal(short, whole[..., :count])
@@ -118,6 +119,18 @@ class TestTokens:
             assert sample.shape == item.shape
             assert_close(other, sample)
             assert_close(vae.decode(code[None], sizes=[item.shape[-2:]]).sample[0], sample)
+
+    def test_the_first_tokens_of_a_causal_model_are_those_of_the_first_picture(self):
+        vae = make("causal")
+        x = make_input(vae)
+        code = vae.encode(x, num_tokens=6).latent_dist.mode()
+        assert_close(code, vae.encode(x[:, :, 0]).latent_dist.mode().flatten(2))
+        picture = vae.decode(code, sizes=[(1, 16, 24)] * 2).sample
+        assert_close(picture[:, :, 0], vae(x[:, :, 0]).sample)
+        assert_close(picture, vae.decode(code, sizes=sizes_of_batch(x)).sample[:, :, :1])
+        assert vae.decode(code, sizes=[(16, 24)] * 2).sample.shape == x.shape  # of `sample_frames` frames
+        longest = vae.encode([x[0], x[0, :, 0]], min_psnr=90.0).latent_dist.mode()
+        assert [mode.shape for mode in longest] == [(4, 12), (4, 6)]
 
     def test_default_size(self):
         vae = make("mask_latent")

@@ -1,4 +1,4 @@
-"""What works with diffusers' own models works here: each feature, with three architectures."""
+"""What works with diffusers' own models works here: each feature, with four architectures."""
 
 import copy
 import io
@@ -23,7 +23,7 @@ from vitok_hf.models.layers import ViTokAttnProcessor
 
 
 CPU = torch.device("cpu")
-SIZES = [(5, 24, 56), (3, 32, 40), (2, 64, 48)]  # batch, height, width
+SIZES = [(6, 24, 56), (3, 32, 40), (2, 64, 48)]  # batch, height, width
 LINEARS = ["attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "ff.net.0.proj", "ff.net.2"]
 INT8 = {"torch_dtype": torch.float32, "quantization_config": TorchAoConfig(Int8WeightOnlyConfig())}
 MODES = {
@@ -33,7 +33,7 @@ MODES = {
 }
 
 
-@pytest.fixture(params=["v1", "v2", "video"])
+@pytest.fixture(params=["v1", "v2", "video", "causal"])
 def architecture(request):
     return request.param
 
@@ -102,7 +102,7 @@ class TestAttention:
         def assert_used(name):
             calls.clear()
             assert_close(vae(x).sample, expected)
-            assert calls == [name] * 4
+            assert calls == [name] * (8 if vae.config.causal else 4)  # frame by frame
 
         with attention_backend("native"):  # `set_attention_backend` changes that of the process, too
             vae.set_attention_backend("_native_math")

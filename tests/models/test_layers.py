@@ -6,6 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from vitok_hf.models import layers
+from vitok_hf.models.causal import Causal
 from vitok_hf.models.layers import Packing, RMSNorm, make_packing, packed_attention, patchify, unpatchify
 from vitok_hf.models.rotary import apply_rotary_embedding, rotary_embedding, split_rotary_pairs
 
@@ -127,6 +128,7 @@ class TestPackedAttention:
         assert make_packing(meta, self.grids).boundaries.shape == (7,)
         assert make_packing(meta, self.grids, window_radius=2).boundaries is None
         assert make_packing(meta[:1], self.grids[:1]).boundaries is None
+        assert make_packing(meta, self.grids, causal=Causal()).boundaries is None
 
     @pytest.mark.skipif(not torch.cuda.is_available(), reason="its kernel is for CUDA")
     def test_on_cuda(self):

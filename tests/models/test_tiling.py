@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.conftest import ASSETS, make_input, make_vae
+from tests.conftest import ASSETS, frames_of, make_input, make_vae
 from vitok_hf import AutoencoderViTok
 from vitok_hf.clips import to_float
 from vitok_hf.data.media import load_image
@@ -52,9 +52,9 @@ class TestTiling:
         full = vae(x).sample
         assert sizes[0][-2:] == (5, 7)
         sizes.clear()
-        vae.enable_tiling(24, 2)
+        vae.enable_tiling(24, max(vae.temporal_compression_ratio, 2))
         tiled = vae(x).sample
-        grid = (3, 3) if vae.is_image_model else (1, 3, 3)
+        grid = (3, 3) if vae.is_image_model else (2 if vae.config.causal else 1, 3, 3)  # causal: whole in time
         assert set(sizes) == {grid} and len(sizes) > 2
         assert tiled.shape == full.shape and not torch.allclose(tiled, full, atol=1e-4)
         vae.disable_tiling()
@@ -91,8 +91,7 @@ class TestTiling:
     @torch.no_grad()
     def test_lists_and_slices(self, vae):
         vae.enable_tiling(16, tile_overlap_factor=0.5)
-        frames = () if vae.is_image_model else (4,)
-        items = [torch.rand(3, *frames, *size) for size in ((40, 17), (9, 9), (40, 17))]
+        items = [torch.rand(3, *frames_of(vae), *size) for size in ((40, 17), (9, 9), (40, 17))]
         expected = [vae([item]).sample[0] for item in items]
         vae.enable_slicing()
         for sample, other in zip(vae(items).sample, expected):
@@ -137,7 +136,8 @@ class TestStreams:
     @pytest.mark.parametrize("lengths", [[12], [1] * 12, [5, 7], [10, 2]])
     @pytest.mark.parametrize("overlap", [0.0, 0.5])
     def test_equal_to_tiles(self, vae, lengths, overlap):
-        video = torch.rand(2, 3, 12, 16, 24)
+        lengths = [vae.config.causal + lengths[0], *lengths[1:]]  # a causal model takes 13 frames
+        video = torch.rand(2, 3, sum(lengths), 16, 24)
         vae.enable_tiling(16, 4, overlap)
         latents = vae.encode(video).latent_dist.mode()
         streamed = list(vae.encode_stream(pieces_of(video, lengths)))

@@ -63,6 +63,15 @@ class TestOutputs:
         assert array.shape == (2, frames, 32, 32, 3)
         assert_close(tensor, torch.from_numpy(array).permute(0, 1, 4, 2, 3))
 
+    def test_videos_of_a_causal_autoencoder(self):
+        pipe = make_pipeline("video")
+        pipe.vae = AutoencoderViTok(**VAE | {"temporal_patch_size": 4, "sample_frames": 5, "causal": True})
+        assert pipe.get_latent_shape(1) == (1, 4, 2, 4, 4) and pipe.get_latent_shape(1, num_frames=13)[2] == 4
+        for options, frames in (({}, 5), ({"num_frames": 9}, 9), ({"latents": torch.randn(1, 4, 1, 4, 4)}, 1)):
+            assert len(pipe("cat", num_inference_steps=1, **options).frames[0]) == frames
+        with pytest.raises(ValueError, match="`num_frames` must be 1 plus a multiple of 4, but is 8"):
+            pipe("cat", num_frames=8)
+
     def test_statistics_are_undone_once(self, pipe):
         latents = sample(pipe)
         with torch.no_grad():

@@ -139,8 +139,8 @@ def known(function: Callable, arguments: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in arguments.items() if name in parameters}
 
 
-def make_pipeline(name: str, patch_size: int = 8, **vae: Any) -> DiffusionPipeline:
-    case, pipeline = CASES[name], getattr(diffusers, name)
+def make_pipeline(name: str, patch_size: int = 8, case: Case | None = None, **vae: Any) -> DiffusionPipeline:
+    case, pipeline = case or CASES[name], getattr(diffusers, name)
     torch.manual_seed(0)
     parameters = list(inspect.signature(pipeline.__init__).parameters.values())[1:]
     components = {parameter.name: None for parameter in parameters if parameter.default is inspect.Parameter.empty}
@@ -155,8 +155,8 @@ def make_pipeline(name: str, patch_size: int = 8, **vae: Any) -> DiffusionPipeli
     return pipe
 
 
-def run(pipe: DiffusionPipeline) -> torch.Tensor:
-    case, size = CASES[type(pipe).__name__], GRID * pipe.vae.config.patch_size
+def run(pipe: DiffusionPipeline, case: Case | None = None) -> torch.Tensor:
+    case, size = case or CASES[type(pipe).__name__], GRID * pipe.vae.config.patch_size
     picture, mask = Image.new("RGB", (size, size), "red"), Image.new("L", (size, size), 255)
     inputs = {"height": size, "width": size, "image": picture, "mask_image": mask}
     if case.frames is not None:

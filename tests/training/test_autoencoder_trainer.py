@@ -185,15 +185,23 @@ class TestData:
         assert read_log(args.output_dir, "skipped")[8] == trainer.num_skipped
         assert AutoencoderTrainer(arguments(resume_from_checkpoint="latest")).num_skipped == trainer.num_skipped
 
-    @pytest.mark.parametrize("stage", [1, 2])
-    def test_videos(self, arguments, stage2, tmp_path, stage):
+    @pytest.mark.parametrize("stage, architecture", [(1, "video"), (2, "video"), (1, "causal"), (2, "causal")])
+    def test_videos(self, arguments, stage2, tmp_path, stage, architecture):
         write_video(tmp_path / "videos" / "a.mp4")
         data = {name: [str(tmp_path / "videos")] for name in ("train_data_dir", "validation_data_dir")}
         options = {"validation_resolution": 16, "max_train_steps": 2, "validation_steps": 2, "fps": 12.5}
-        trainer = run((arguments, stage2)[stage - 1](ARCHITECTURES["video"], **data, **options))
+        config = ARCHITECTURES[architecture]
+        trainer = run((arguments, stage2)[stage - 1](config, **data, **options))
         assert read_log(trainer.output_dir, "videos_psnr")[2] > 3.0
         (batch,) = next_batches(trainer)
-        assert batch.pixels[0].shape[1:3] == (3, 4) and trainer.count_pixels(batch) == 8 * 4 * 16 * 16
+        frames = config["sample_frames"]
+        assert batch.pixels[0].shape[1:3] == (3, frames) and trainer.count_pixels(batch) == 8 * frames * 16 * 16
+        assert trainer._count(batch.pixels)[0] == 8 * 4 * 2 * 2 * 2  # of two latent frames each
+
+    def test_causal_models_of_other_numbers_of_frames(self, arguments):
+        for frames in (4, 6):
+            with pytest.raises(ValueError, match=f"`sample_frames` must be 1 plus .*, but is {frames}: make it"):
+                AutoencoderTrainer(arguments(ARCHITECTURES["causal"] | {"sample_frames": frames}))
 
     def test_resolution(self, arguments):
         for resolution, side in ((None, 32), (24, 24)):

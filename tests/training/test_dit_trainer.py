@@ -85,12 +85,15 @@ class TestRun:
         final = ViTokDiTPipeline.from_pretrained(trainer.output_dir / "pipeline").transformer
         assert all(map(torch.equal, final.parameters(), trainer.transformer.parameters()))
 
-    def test_videos(self, arguments, tmp_path):
+    @pytest.mark.parametrize(
+        "vae", [{"temporal_patch_size": 2}, {"temporal_patch_size": 3, "causal": True}], ids=["video", "causal"]
+    )
+    def test_videos(self, arguments, tmp_path, vae):
         for split in ("clips", "held_out_clips"):
             (tmp_path / split).mkdir()
             write_video(tmp_path / split / "ramp" / "a.mp4")
         args = arguments(
-            TINY | {"temporal_patch_size": 2, "sample_frames": 4},
+            TINY | {"sample_frames": 4} | vae,
             train_data_dir=[str(tmp_path / "clips")],
             validation_data_dir=[str(tmp_path / "held_out_clips")],
             fps=12.5,

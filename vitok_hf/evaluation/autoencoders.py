@@ -73,10 +73,11 @@ def spatial_ratio(vae: ModelMixin) -> int:
 def padded_frames(vae: ModelMixin, frames: int) -> int:
     """The smallest number of frames from `frames` on that fits the model.
 
-    A ViTok takes multiples of q; in the video models of diffusers, the first latent frame holds one frame alone.
+    A ViTok takes multiples of q; if it is causal, as the video models of diffusers are, the first latent frame holds
+    one frame alone.
     """
     if isinstance(vae, AutoencoderViTok):
-        return frames + -frames % vae.temporal_compression_ratio
+        return frames + -(frames + vae.config.lead_frames) % vae.temporal_compression_ratio
     names = ("temporal_compression_ratio", "scale_factor_temporal")
     ratios = [vars(vae).get(name) or vae.config.get(name) for name in names]
     ratio = next((ratio for ratio in ratios if ratio), 1)

@@ -16,6 +16,7 @@ from ..data.files import VIDEO_SUFFIXES, list_files, printable, suffix_of
 from ..data.media import load_image
 from ..data.video import iterate_timed_frames, probe_rate
 from ..models import AutoencoderViTok
+from .autoencoders import padded_frames
 from .metrics import SSIM_MIN_SIZE, frame_values, psnr, ssim
 from .reconstruction import reconstruct, save_comparison, side_by_side
 from .visuals import VideoWriter
@@ -80,7 +81,8 @@ def reconstruct_image(file: MeasuredFile, path: Path, target: str) -> str:
 def reconstruct_video(file: MeasuredFile, path: Path, target: str) -> str:
     """Clip by clip, so that the memory does not grow with the length of the video."""
     vae = file.vae
-    clip_frames = 8 if vae.is_image_model else max(vae.config.sample_frames, vae.temporal_compression_ratio)
+    least = max(vae.config.sample_frames, vae.temporal_compression_ratio)
+    clip_frames = 8 if vae.is_image_model else padded_frames(vae, least)
     rate = Fraction(probe_rate(path)).limit_denominator(1001)  # which also tells what is no video
     with ExitStack() as stack:
         names = (f"{target}_{name}.mp4" for name in ("reconstruction", "comparison"))

@@ -16,6 +16,7 @@ from ..clips import Expected, check_clips, check_sizes, sizes_of, to_batches, to
 from ..loading import check_place, load_strictly, resolve_bundled
 from ..loading.vitok_v2 import HUB_ARGUMENTS, is_vitok_v2, load_vitok_v2
 from ..presets import V2_PATTERN, variant_to_config
+from .causal import add_lead, drop_lead
 from .codes import CodesMixin
 from .compat import CompatMixin, ViTokConfig, is_derived
 from .configuration import check_config, check_fits, warn_of_range
@@ -23,7 +24,7 @@ from .layers import TowerSettings, ViTokTower
 from .posterior import PosteriorList, ViTokOutput, ViTokPosterior
 from .rotary import Grid
 from .saving import SavingMixin
-from .tiling import MemoryMixin, MemorySettings, Steps, Tiling, make_tiling
+from .tiling import MemoryMixin, MemorySettings, Tiling, make_tiling
 
 
 class AutoencoderViTok(
@@ -39,6 +40,10 @@ class AutoencoderViTok(
 
     A model with `temporal_patch_size=1` and `sample_frames=1` is an image model: it takes videos too, and treats each
     frame alone. Every other model attends over all frames of a clip; with q > 1 it takes no pictures.
+
+    With `causal=True`, latent frame 0 holds picture 0 alone and each later one q frames, T = 1 + q (t - 1), and a
+    token sees its own latent frame and those before it. A picture is a clip of one frame: its latents are latent frame
+    0 of every clip that starts with it. The model sees the first frame q times, and drops as many less one again.
 
     Several threads may call one model, and switch slicing, tiling and the sliding window meanwhile: a call, and a
     stream, keeps the settings with which it started. What changes modules or weights is not to be used while another
@@ -69,13 +74,15 @@ class AutoencoderViTok(
             Masked ViTok); the decoder has a learned mask token for the rest.
         num_latent_tokens (`int`, *optional*): Codes are sequences of so many tokens, (B, c, l), for pictures of any
             size (the appendix's Latent ViTok); `None`: tokens on a grid.
+        causal (`bool`, defaults to `False`): No latent frame sees those after it, and the first is of one picture.
         component (`str`, *optional*): `"encoder"` or `"decoder"`: that half alone; the other cannot be used.
 
     Raises:
         ValueError: If a hidden size is not divisible by its number of heads, the head size cannot hold the rotary
             axes, a number is not finite or out of range (sizes are positive, and at most 65,536), an argument is of
             another type, `latents_mean` or `latents_std` do not have `latent_channels` entries, `latent_norm` and
-            `variational` are both set, or there is no such `component`.
+            `variational` are both set, there is no such `component`, or a causal model has `num_latent_tokens` or
+            `sample_frames` that are not 1 + q (t - 1).
     """
 
     _supports_gradient_checkpointing = True
@@ -116,6 +123,7 @@ class AutoencoderViTok(
         token_counts: list[int] | None = None,
         num_latent_tokens: int | None = None,
         component: str | None = None,
+        causal: bool = False,
     ):
         super().__init__()
         self.check_config(self.config)
@@ -131,6 +139,7 @@ class AutoencoderViTok(
         self.use_slicing = self.use_tiling = self._has_seen_pixels = False
         self.tiling: Tiling = make_tiling(self.config)
         self.window_radius: int | None = None
+        self.window_frames: int | None = None
         self._init_weights()
 
     @classmethod
@@ -157,11 +166,6 @@ class AutoencoderViTok(
             # Narrow at first: the last channels would give in to the divergence before the decoder makes use of them.
             nn.init.constant_(self.encoder.proj_out.bias[self.config.latent_channels :], -4.0)  # log-variances
 
-    @property
-    def _pixel_steps(self) -> Steps:
-        """What a token measures, (T, H, W)."""
-        return (self.config.temporal_patch_size, self.config.patch_size, self.config.patch_size)
-
     @classmethod
     def from_variant(cls, variant: str, **kwargs: Any) -> "AutoencoderViTok":
         """A model with random weights by its published name.
@@ -169,12 +173,13 @@ class AutoencoderViTok(
         Args:
             variant: `"S-B/16"` or `"S-B/4x8"` (the paper: ENC-DEC/p, ENC-DEC/qxp), or `"Ld4-Ld24/1x16x64"` or
                 `"B/1x16x64"` (ViTok-v2: ENC-DEC/qxpxc, or one size for both towers).
-            kwargs: Constructor arguments, which take precedence.
+            kwargs: Constructor arguments, which take precedence. Of a `causal` model of the paper, `sample_frames` are
+                those of the name and one more, 17.
 
         Raises:
             ValueError: If the name is unknown.
         """
-        return cls(**variant_to_config(variant) | kwargs)
+        return cls(**variant_to_config(variant, kwargs.get("causal", False)) | kwargs)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> "AutoencoderViTok":
@@ -244,13 +249,14 @@ class AutoencoderViTok(
 
         Returns:
             `AutoencoderKLOutput` whose `latent_dist` has `mode()` and `sample(generator)` of shape (B, c, H/p, W/p) or
-            (B, c, T/q, H/p, W/p), and `kl()`, (B,), summed over all latents of an item. For a list, `mode` and
-            `sample` give a list of (c, ceil(H/p), ceil(W/p)) or (c, T/q, ceil(H/p), ceil(W/p)); so they do for a
-            batch whose items have numbers of their own, or `min_psnr`. 1-D codes are (B, c, l), in a list (c, l).
+            (B, c, t, H/p, W/p), where t = T/q, of a causal model 1 + (T - 1)/q, and `kl()`, (B,), summed over all
+            latents of an item. For a list, `mode` and `sample` give a list of (c, ceil(H/p), ceil(W/p)) or
+            (c, t, ceil(H/p), ceil(W/p)); so they do for a batch whose items have numbers of their own, or `min_psnr`.
+            1-D codes are (B, c, l), in a list (c, l).
 
         Raises:
-            ValueError: If a size, a number of tokens or channels, the dtype or the device does not fit, or, on a CPU,
-                a value is not finite.
+            ValueError: If a size, a number of frames, tokens or channels, the dtype or the device does not fit, or, on
+                a CPU, a value is not finite.
         """
         check_bool(return_dict=return_dict)
         posterior = self._posterior(self._encode("x", x, self._memory_settings()))
@@ -263,11 +269,14 @@ class AutoencoderViTok(
     def _encode(self, name: str, x: Any, settings: MemorySettings) -> torch.Tensor | list[torch.Tensor]:
         """The parameters of the posteriors."""
         tower, (q, p, _) = self._tower("encoder"), self._pixel_steps
-        takes_runs = name == "sample"  # in `forward` alone
-        extremes = check_clips(name, x, Expected(self.config.in_channels, (q, p), q > 1, True, takes_runs))
+        takes_runs, lead = name == "sample", self._lead_frames(settings)  # runs in `forward` alone
+        config = self.config
+        expected = Expected(config.in_channels, (q, p), config.needs_frames, True, takes_runs, lead)
+        extremes = check_clips(name, x, expected)
         runs, form = to_runs(x, p)
         check_fits(form.label(name), runs[0], self, tower, tower.proj_in)
         warn_of_range(self, runs[0], *extremes)
+        runs = [add_lead(run, lead) for run in runs]
         return form.give_back(self._run_batches(tower, runs, settings, self._pixel_steps, (1, 1, 1)))
 
     def _posterior(self, parameters: torch.Tensor | list[torch.Tensor]) -> ViTokPosterior | PosteriorList:
@@ -302,8 +311,8 @@ class AutoencoderViTok(
             sizes: For a list, the height and width of each picture before padding, to which it is cropped.
 
         Returns:
-            `DecoderOutput` whose `sample` is (B, C, h * p, w * p) or (B, C, t * q, h * p, w * p), in about [-1, 1],
-            not clipped; for a list, a list without the dimension B.
+            `DecoderOutput` whose `sample` is (B, C, h * p, w * p) or (B, C, T, h * p, w * p), where T = t * q, of a
+            causal model 1 + (t - 1) * q, in about [-1, 1], not clipped; for a list, a list without the dimension B.
 
         Raises:
             ValueError: If dimensions, dtype or device do not fit the model, `sizes` do not fit `z`, there is a
@@ -336,9 +345,10 @@ class AutoencoderViTok(
 
         `grids` are those of the pixels of 1-D codes, one for each item of a list, run, or for the batch.
         """
-        tower, (q, p, _) = self._tower("decoder"), self._pixel_steps
+        tower, p = self._tower("decoder"), self.config.patch_size
         if name is not None:
-            check_clips(name, z, Expected(self.config.latent_channels, needs_frames=q > 1, axes="cthw"))
+            config = self.config
+            check_clips(name, z, Expected(config.latent_channels, needs_frames=config.needs_frames, axes="cthw"))
         if sizes is not None and not self._has_codes:
             check_sizes(sizes, z, p)
         runs, form = to_runs(z, kinds=grids or ())
@@ -346,6 +356,7 @@ class AutoencoderViTok(
         if name is not None:
             check_fits(form.label(name), runs[0], self, tower, tower.proj_in)
         runs = self._run_batches(tower, runs, settings, (1, 1, 1), self._pixel_steps, grids)
+        runs = [drop_lead(run, self._lead_frames(settings)) for run in runs]
         if sizes is not None and form.is_batch:
             return form.give_back([runs[0][..., : sizes[0][-2], : sizes[0][-1]]])
         sample = form.give_back(runs)

@@ -110,9 +110,9 @@ class CodesMixin:
 
     def _grid(self, size: Sequence[int]) -> Grid:
         """(t, h, w) in tokens of a clip, (T, H, W); of (H, W), one of `sample_frames` frames."""
-        q, p = self.config.temporal_patch_size, self.config.patch_size
-        frames = size[0] if len(size) == 3 else max(self.config.sample_frames, q)
-        return (frames // q, -(-size[-2] // p), -(-size[-1] // p))
+        config, p = self.config, self.config.patch_size
+        frames = size[0] if len(size) == 3 else max(config.sample_frames, config.num_frames(1))
+        return (config.num_latent_frames(frames), -(-size[-2] // p), -(-size[-1] // p))
 
     def count_tokens(self, size: Sequence[int]) -> int:
         """Tokens of the whole code of a picture, (H, W), or a clip, (T, H, W) pixels."""

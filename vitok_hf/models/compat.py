@@ -28,7 +28,25 @@ class ViTokConfig(FrozenDict):
     @property
     def is_image_model(self) -> bool:
         """Without a time axis in the rotary embedding, frames must not attend to each other."""
-        return self.temporal_patch_size == 1 and self.sample_frames == 1
+        return self.temporal_patch_size == 1 and self.sample_frames == 1 and not self.causal
+
+    @property
+    def lead_frames(self) -> int:
+        """Copies of the first frame that the model sees before it; T frames and these are a multiple of q."""
+        return self.temporal_patch_size - 1 if self.causal else 0
+
+    @property
+    def needs_frames(self) -> bool:
+        """Whether a picture is no clip."""
+        return self.num_frames(1) > 1
+
+    def num_latent_frames(self, num_frames: int) -> int:
+        """t of a clip of T frames: T / q, and of a causal model 1 + (T - 1) / q."""
+        return (num_frames + self.lead_frames) // self.temporal_patch_size
+
+    def num_frames(self, num_latent_frames: int) -> int:
+        """Inverse of `num_latent_frames`."""
+        return num_latent_frames * self.temporal_patch_size - self.lead_frames
 
     def _halvings(self, name: str) -> int:
         if self[name] & (self[name] - 1):

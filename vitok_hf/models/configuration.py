@@ -6,6 +6,7 @@ from diffusers.configuration_utils import FrozenDict
 from torch import nn
 
 from ..checks import has_values, warn_once
+from ..clips import check_num_frames
 from ..loading.strict import check_types
 from .codes import check_counts
 from .compat import ViTokConfig
@@ -40,6 +41,18 @@ def check_numbers(config: FrozenDict, constructor: Callable) -> None:
             raise ValueError(f"`{name}` must be at most {maximum}, but is {value}.")
 
 
+def check_causal(config: ViTokConfig) -> None:
+    """Raises `ValueError` for entries of a config that no causal model has."""
+    if not config.causal:
+        return
+    if config.num_latent_tokens is not None:
+        raise ValueError(
+            f"`num_latent_tokens` is {config.num_latent_tokens}, but 1-D codes are of whole clips, which a causal "
+            "model does not see: leave it out, or `causal`."
+        )
+    check_num_frames("`sample_frames`", config.sample_frames, config.temporal_patch_size, config.lead_frames)
+
+
 def check_config(config: ViTokConfig, constructor: Callable) -> None:
     """Raises `ValueError` for what the constructor of `AutoencoderViTok` does not allow."""
     check_numbers(config, constructor)
@@ -64,6 +77,7 @@ def check_config(config: ViTokConfig, constructor: Callable) -> None:
                 f"`{name}` has {len(config[name])} entries, but `latent_channels` is {config.latent_channels}."
             )
     check_counts(config)
+    check_causal(config)
     if config.latent_norm and config.variational:
         raise ValueError("`latent_norm=True` normalises the latents themselves: set `variational=False` with it.")
     if config.component not in (None, "encoder", "decoder"):

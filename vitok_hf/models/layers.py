@@ -19,6 +19,7 @@ from einops import rearrange
 from torch import nn
 from torch.nn import functional as F
 
+from .causal import Causal, causal_attention
 from .rotary import Grid, Tables, apply_rotary_embedding, rotary_embedding, sincos_embedding
 
 
@@ -56,6 +57,7 @@ class Packing:
         num_latent_tokens: Tokens of each sequence that come before those of its grid.
         window_radius: How far attention sees; `None`: everything.
         boundaries: (sequences + 1,) int32, where each begins and the last ends, if one kernel may take all of them.
+        causal: What a token sees of the latent frames, which are the first axis of the grids; `None`: all.
     """
 
     counts: list[int]
@@ -63,6 +65,7 @@ class Packing:
     window_radius: int | None = None
     num_latent_tokens: int = 0
     boundaries: torch.Tensor | None = None
+    causal: Causal | None = None
 
     @property
     def lengths(self) -> list[int]:
@@ -70,11 +73,15 @@ class Packing:
 
 
 def make_packing(
-    sequences: list[torch.Tensor], grids: list[Grid], window_radius: int | None = None, num_latent_tokens: int = 0
+    sequences: list[torch.Tensor],
+    grids: list[Grid],
+    window_radius: int | None = None,
+    num_latent_tokens: int = 0,
+    causal: Causal | None = None,
 ) -> Packing:
-    packing = Packing([run.shape[0] for run in sequences], grids, window_radius, num_latent_tokens)
-    device = sequences[0].device
-    if len(sequences) > 1 and window_radius is None and device.type in VARLEN_DEVICES and varlen_attn is not None:
+    packing = Packing([run.shape[0] for run in sequences], grids, window_radius, num_latent_tokens, causal=causal)
+    device, sees_all = sequences[0].device, window_radius is None and causal is None
+    if len(sequences) > 1 and sees_all and device.type in VARLEN_DEVICES and varlen_attn is not None:
         lengths = [length for count, length in zip(packing.counts, packing.lengths) for _ in range(count)]
         boundaries = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
         return replace(packing, boundaries=boundaries)
@@ -100,17 +107,18 @@ def windowed_attention(
     """Attention that is local on every axis of the grid, in blocks, so that it needs no mask and suits any backend.
 
     The grid is cut into blocks of `radius` tokens a side. The queries of a block see the keys of the block and all
-    that are at most `radius` away from it: every token sees at least `radius` tokens in each direction.
+    that are at most `radius` away from it: every token sees at least `radius` tokens in each direction. There may be
+    several grids of keys, one after the other, of which a query sees the same places.
     """
-    query, key, value = (x.unflatten(1, grid) for x in (query, key, value))  # (B, *grid, heads, head_dim)
-    axes = slice(1, 1 + len(grid))
-    output = torch.empty_like(value)
+    query, key, value = (x.unflatten(1, (-1, *grid)) for x in (query, key, value))  # (B, n, *grid, heads, head_dim)
+    axes, whole = slice(1, 2 + len(grid)), (slice(None), slice(None))
+    output = torch.empty_like(query)
     for corner in itertools.product(*(range(0, length, radius) for length in grid)):
-        block = (slice(None), *(slice(start, start + radius) for start in corner))
-        around = (slice(None), *(slice(max(start - radius, 0), start + 2 * radius) for start in corner))
-        queries, keys, values = (x.flatten(1, len(grid)) for x in (query[block], key[around], value[around]))
+        block = (*whole, *(slice(start, start + radius) for start in corner))
+        around = (*whole, *(slice(max(start - radius, 0), start + 2 * radius) for start in corner))
+        queries, keys, values = (x.flatten(1, 1 + len(grid)) for x in (query[block], key[around], value[around]))
         output[block] = attend(queries, keys, values).unflatten(1, query[block].shape[axes])
-    return output.flatten(1, len(grid))
+    return output.flatten(1, 1 + len(grid))
 
 
 def is_for_varlen(query: torch.Tensor, backend: AttentionBackendName | None) -> bool:
@@ -128,11 +136,13 @@ def packed_attention(
         bounds, longest = packing.boundaries, max(packing.lengths)
         return varlen_attn(query, key, value, bounds, bounds, longest, longest).unsqueeze(0)
     attend, outputs = partial(dispatch_attention_fn, backend=backend, parallel_config=parallel_config), []
+    causal, radius = packing.causal, packing.window_radius
     for q, k, v, grid in zip(*(unpack(x, packing) for x in (query, key, value)), packing.grids):
-        if packing.window_radius is None:
-            outputs.append(attend(q, k, v))
-        else:
-            outputs.append(windowed_attention(q, k, v, grid, packing.window_radius, attend))
+        look: Callable = attend
+        if radius is not None:
+            axes = grid if causal is None else grid[1:]
+            look = partial(windowed_attention, grid=axes, radius=radius, attend=attend)
+        outputs.append(look(q, k, v) if causal is None else causal_attention(q, k, v, grid[0], causal, look))
     return pack(outputs)
 
 
@@ -333,7 +343,8 @@ class ViTokTower(nn.Module):
     def rotary_embedding(self, hidden_states: torch.Tensor, packing: Packing) -> Tables:
         """Tables (L, 1, head_dim), for all sequences of a batch or for those that are packed into one."""
         device, dtype = hidden_states.device, hidden_states.dtype
-        tables = [rotary_embedding(grid, self.head_dim, device, dtype) for grid in packing.grids]
+        start = 0 if packing.causal is None else packing.causal.start
+        tables = [rotary_embedding(grid, self.head_dim, device, dtype, start=start) for grid in packing.grids]
         if self.num_latent_tokens:  # which do not turn
             added = (0, 0, 0, 0, self.num_latent_tokens, 0)
             tables = [(F.pad(cos, added, value=1.0), F.pad(sin, added)) for cos, sin in tables]
@@ -343,14 +354,19 @@ class ViTokTower(nn.Module):
         return cos, sin
 
     def forward(
-        self, sequences: list[torch.Tensor], grids: list[Grid], window_radius: int | None = None
+        self,
+        sequences: list[torch.Tensor],
+        grids: list[Grid],
+        window_radius: int | None = None,
+        causal: Causal | None = None,
     ) -> list[torch.Tensor]:
         """Runs of equal sequences, (n, L, in_features), and the grid of each run -> (n, L, out_features)."""
-        packing = make_packing(sequences, grids, window_radius, self.num_latent_tokens)
+        packing = make_packing(sequences, grids, window_radius, self.num_latent_tokens, causal)
+        is_stream = causal is not None and causal.cache is not None  # a block that runs twice would fill it twice
         hidden_states = self._embed(sequences, grids)
         rotary_emb = self.rotary_embedding(hidden_states, packing)
         for block in self.transformer_blocks:
-            if self.gradient_checkpointing and torch.is_grad_enabled():
+            if self.gradient_checkpointing and torch.is_grad_enabled() and not is_stream:
                 hidden_states = self._gradient_checkpointing_func(block, hidden_states, rotary_emb, packing)
             else:
                 hidden_states = block(hidden_states, rotary_emb, packing)

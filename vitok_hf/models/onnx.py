@@ -35,11 +35,16 @@ class Decoder(Half):
         return self.vae.decode(latents, return_dict=False)
 
 
-def export(half: Half, channels: int, steps: tuple[int, ...], opset: int) -> torch.onnx.ONNXProgram:
-    """For inputs (B, channels, [T,] H, W) whose frames, height and width are any multiples of `steps`."""
-    names = ("t", "h", "w")[-len(steps) :]
-    axes = {axis: step * torch.export.Dim(name) for axis, (step, name) in enumerate(zip(steps, names), start=2)}
-    example = torch.rand(2, channels, *(step * length for step, length in zip(steps, (5, 3, 4))))
+def export(
+    half: Half, channels: int, steps: tuple[int, ...], opset: int, frames: tuple[int, ...] = ()
+) -> torch.onnx.ONNXProgram:
+    """For inputs (B, channels, [T,] H, W) whose frames, height and width are any multiples of `steps`.
+
+    `frames` are those of a causal model, whose number cannot vary; `steps` are then without them.
+    """
+    names, first = ("t", "h", "w")[-len(steps) :], 2 + len(frames)
+    axes = {axis: step * torch.export.Dim(name) for axis, (step, name) in enumerate(zip(steps, names), start=first)}
+    example = torch.rand(2, channels, *frames, *(step * length for step, length in zip(steps, (5, 3, 4))))
     shapes = ({0: torch.export.Dim("batch")} | axes,)
     program = torch.onnx.export(
         half.eval(),
@@ -55,7 +60,9 @@ def export(half: Half, channels: int, steps: tuple[int, ...], opset: int) -> tor
     for part in (graph, *graph):
         part.metadata_props.clear()  # stack traces, with the paths of this machine
     if isinstance(half, Encoder):  # the exporter calls these s0, s1, ...
-        for shape, (axis, name) in itertools.product([output.shape for output in graph.outputs], enumerate(names, 2)):
+        for shape, (axis, name) in itertools.product(
+            [output.shape for output in graph.outputs], enumerate(names, first)
+        ):
             assert shape is not None
             shape[axis] = name
     values = {key: config[key] for key in ("latent_channels", "patch_size", "temporal_patch_size", "scaling_factor")}
@@ -104,7 +111,8 @@ def export_onnx(
         vae: In float32.
         output_dir: Is made if needed.
         opset: Below 23, ONNX has no attention operator.
-        sizes: (height, width) of the pictures of the check.
+        sizes: (height, width) of the pictures of the check. Clips have `sample_frames` frames, in the graphs of a
+            causal model always.
         batch_sizes: Of the check.
         rounds: The median of so many timings counts.
 
@@ -120,10 +128,12 @@ def export_onnx(
     import onnxruntime  # noqa: F401, missed before the work
     import onnxscript  # noqa: F401
 
-    q, p = vae.temporal_compression_ratio, vae.spatial_compression_ratio
-    patch = (p, p) if vae.is_image_model else (q, p, p)
-    clips = [(max(vae.config.sample_frames, q), *size)[-len(patch) :] for size in sizes]
-    grids = [tuple(side // step for side, step in zip(clip, patch)) for clip in clips]
+    config, q, p = vae.config, vae.temporal_compression_ratio, vae.spatial_compression_ratio
+    patch = (p, p) if vae.is_image_model or config.causal else (q, p, p)
+    num_frames = max(config.sample_frames, config.num_frames(1))
+    time = [() if vae.is_image_model else (frames,) for frames in (num_frames, config.num_latent_frames(num_frames))]
+    clips = [(*time[0], *size) for size in sizes]
+    grids = [(*time[1], height // p, width // p) for height, width in sizes]
     outputs = ("latents", "std") if vae.config.variational else ("latents",)
     halves: dict[str, tuple[Half, int, tuple[int, ...], list[tuple[int, ...]]]] = {
         "encoder": (Encoder(vae, *outputs), vae.config.in_channels, patch, clips),
@@ -135,7 +145,7 @@ def export_onnx(
             if vae.config.component not in (None, name):
                 continue
             path = Path(folder) / f"{name}.onnx"
-            export(half, channels, steps, opset).save(path)
+            export(half, channels, steps, opset, shapes[0][:1] if config.causal else ()).save(path)
             print(f"{path.name}, opset {opset}, {torch.get_num_threads()} threads")
             for batch_size, shape in itertools.product(batch_sizes, shapes):
                 check(half, path, torch.rand(batch_size, channels, *shape) * 2 - 1, rounds)

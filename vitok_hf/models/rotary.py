@@ -19,18 +19,25 @@ def split_rotary_pairs(head_dim: int, num_axes: int) -> list[int]:
 
 
 def rotary_embedding(
-    grid: tuple[int, ...], head_dim: int, device: torch.device, dtype: torch.dtype, theta: float = 10000.0
+    grid: tuple[int, ...],
+    head_dim: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    theta: float = 10000.0,
+    start: int = 0,
 ) -> Tables:
     """Axial rotary tables (cos, sin), each (L, 1, head_dim), for positions on `grid`.
 
     The pair (i, i + head_dim / 2) turns by position / theta ** (2 j / axis_dim): the first pairs follow the first
-    axis, and so on. `sin` carries the sign of each member, so that `apply_rotary_embedding` needs no negation.
+    axis, and so on; on it, positions count from `start`. `sin` carries the sign of each member, so that
+    `apply_rotary_embedding` needs no negation.
     Computed in float32 from one short table for each axis, hence so quick that a cache would not pay.
     """
     angles = []
     for axis, (length, pairs) in enumerate(zip(grid, split_rotary_pairs(head_dim, len(grid)))):
         frequencies = theta ** -(torch.arange(pairs, dtype=torch.float32, device=device) / pairs)
-        positions = torch.arange(length, dtype=torch.float32, device=device)
+        first = 0 if axis else start
+        positions = torch.arange(first, first + length, dtype=torch.float32, device=device)
         shape = [1] * len(grid) + [pairs]
         shape[axis] = length
         angles.append(torch.outer(positions, frequencies).view(shape))

@@ -6,8 +6,9 @@ from typing import NamedTuple
 
 import torch
 
-from ..checks import check_int, check_number, check_tensor, refuse
+from ..checks import check_int, check_number, check_tensor, refuse, show
 from ..clips import Runs
+from .causal import Causal, FrameCache, causal_stream
 from .compat import ViTokConfig
 from .layers import ViTokTower, patchify, unpatchify
 from .rotary import Grid
@@ -30,6 +31,7 @@ class MemorySettings(NamedTuple):
     use_slicing: bool
     tiling: Tiling | None
     window_radius: int | None
+    causal: Causal | None = None  # of a causal model
 
 
 def windows(
@@ -181,9 +183,15 @@ class MemoryMixin:
     use_tiling: bool
     tiling: Tiling
     window_radius: int | None
+    window_frames: int | None
     _encode: Callable
     _decode: Callable
     _posterior: Callable
+
+    @property
+    def _pixel_steps(self) -> Steps:
+        """What a token measures, (T, H, W)."""
+        return (self.config.temporal_patch_size, self.config.patch_size, self.config.patch_size)
 
     def enable_tiling(
         self,
@@ -194,7 +202,8 @@ class MemoryMixin:
         """Encodes and decodes large pictures and long videos in overlapping tiles, which are blended linearly.
 
         Attention does not reach beyond a tile, so that results differ a little from those without tiles. What fits in
-        one tile is not affected.
+        one tile is not affected. A causal model is not cut in time, for its first latent frame is unlike the others:
+        of it, the frames of a tile are those that streams take at a time.
 
         Args:
             tile_sample_min_size: Height and width of a tile in pixels, by default twice `config.sample_size`.
@@ -213,7 +222,7 @@ class MemoryMixin:
         self,
         tower: ViTokTower,
         runs: Runs,
-        radius: int | None,
+        settings: MemorySettings,
         steps_in: Steps,
         steps_out: Steps,
         pixel_grids: list[Grid] | None = None,
@@ -231,7 +240,8 @@ class MemoryMixin:
             sequences.append(patchify(run, q, p, frames))  # (n * items, L, C * q * p * p)
             grids.append((frames // q, run.shape[3] // p, run.shape[4] // p))
         grids = pixel_grids or grids
-        outputs = tower(sequences, [grid[1:] if self.is_image_model else grid for grid in grids], radius)
+        axes = [grid[1:] if self.is_image_model else grid for grid in grids]
+        outputs = tower(sequences, axes, settings.window_radius, settings.causal)
         if self.config.num_latent_tokens and not tower.is_decoder:
             grids = [(1, 1, self.config.num_latent_tokens)] * len(runs)
         return [
@@ -249,8 +259,7 @@ class MemoryMixin:
         pixel_grids: list[Grid] | None = None,
     ) -> Runs:
         """As `_run_tower`, in slices and tiles if these are on."""
-        tiling, radius = settings.tiling, settings.window_radius
-        steps = steps_in, steps_out
+        tiling, steps = settings.tiling, (steps_in, steps_out)
         if settings.use_slicing and sum(run.shape[0] for run in runs) > 1:
             grids = [None] * len(runs) if pixel_grids is None else [[grid] for grid in pixel_grids]
             return [
@@ -260,65 +269,120 @@ class MemoryMixin:
         if tower.num_latent_tokens:
             check_whole(runs, pixel_grids, settings, steps_in, self.is_image_model)
         if tiling is None or tower.num_latent_tokens:
-            return self._run_tower(tower, runs, radius, *steps, pixel_grids)
+            return self._run_tower(tower, runs, settings, *steps, pixel_grids)
 
         def run_tile(tile: torch.Tensor) -> torch.Tensor:
-            return self._run_tower(tower, [tile], radius, *steps)[0]
+            return self._run_tower(tower, [tile], settings, *steps)[0]
 
         parts = (apply_tiled(run_tile, [run], tiling, *steps) for run in runs)
         return [torch.cat(list(part), dim=2) for part in parts]
 
-    def encode_stream(self, pieces: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
-        """Encodes a video of any length in memory that does not grow with it.
+    def encode_stream(
+        self, pieces: Iterable[torch.Tensor], max_cached_frames: int | None = None
+    ) -> Iterator[torch.Tensor]:
+        """Encodes a video of any length piece by piece.
 
-        Frames are encoded in overlapping windows, those of `enable_tiling`: the parts together are what `encode` with
-        tiling gives, or, with the default settings, what it gives with tiles in time only.
+        A causal model keeps the keys and values of earlier latent frames: the parts together are what `encode` of the
+        whole gives, up to rounding. Others encode overlapping windows, those of `enable_tiling`, in memory that does
+        not grow with the video: the parts together are what `encode` with tiling gives, or, with the default settings,
+        what it gives with tiles in time only.
 
         Args:
             pieces: Parts of the video, (B, C, T, H, W) in [-1, 1], of any numbers of frames that add up to a multiple
-                of q.
+                of q, for a causal model to 1 + a multiple of q.
+            max_cached_frames: For causal models: latent frames that a token sees at most, its own included, so that
+                the memory does not grow with the video, as `enable_sliding_window(frames=max_cached_frames)` does.
 
         Yields:
             Modes of the posterior, (B, c, t, H/p, W/p), that follow one another in time.
+
+        Raises:
+            ValueError: If pieces do not fit the model or one another, the last latent frame lacks frames, or a model
+                that is not causal is given `max_cached_frames`.
         """
-        steps, settings = ((self.config.temporal_patch_size, 1, 1), (1, 1, 1)), self._memory_settings()
-        parts = self._stream(lambda window: self._encode("pieces", window, settings), pieces, *steps)
+        settings, steps = self._stream_settings(max_cached_frames), (self._pixel_steps, (1, 1, 1))
+        lead = self.config.lead_frames
+        parts = self._stream(lambda window: self._encode("pieces", window, settings), pieces, settings, steps, lead)
         return (self._posterior(parameters).mode() for parameters in parts)
 
-    def decode_stream(self, pieces: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
-        """Decodes latents of any length in memory that does not grow with it; see `encode_stream`.
+    def decode_stream(
+        self, pieces: Iterable[torch.Tensor], max_cached_frames: int | None = None
+    ) -> Iterator[torch.Tensor]:
+        """Decodes latents of any length piece by piece; see `encode_stream`.
 
         Args:
             pieces: Latents, (B, c, t, h, w), of any lengths, such as `encode_stream` yields.
+            max_cached_frames: As of `encode_stream`.
 
         Yields:
             Frames, (B, C, T, h * p, w * p), that follow one another in time.
         """
-        steps, settings = ((1, 1, 1), (self.config.temporal_patch_size, 1, 1)), self._memory_settings()
-        return self._stream(lambda window: self._decode("pieces", window, settings), pieces, *steps)
+        settings, steps = self._stream_settings(max_cached_frames), ((1, 1, 1), self._pixel_steps)
+        return self._stream(lambda window: self._decode("pieces", window, settings), pieces, settings, steps)
 
-    def _stream(self, function, pieces, steps_in, steps_out):
+    def _stream_settings(self, max_cached_frames: int | None) -> MemorySettings:
+        """Those of a call, with a cache of its own if the model is causal."""
+        settings = self._memory_settings()
+        if max_cached_frames is not None:
+            max_cached_frames = self._check_causal("max_cached_frames", max_cached_frames)
+        if settings.causal is None:
+            return settings
+        bounds = [frames for frames in (max_cached_frames, settings.causal.frames) if frames is not None]
+        frames = min(bounds, default=None)
+        return settings._replace(causal=Causal(frames, FrameCache(frames)))
+
+    def _stream(self, function, pieces, settings, steps, lead=0):
         if self.config.num_latent_tokens is not None:
             raise ValueError("1-D codes are of whole clips, which do not come in pieces: call `encode` and `decode`.")
-        tiling = Tiling((self.tiling.sizes[0], None, None), (self.tiling.overlaps[0], 0, 0))
-        return apply_tiled(function, check_pieces(pieces), tiling, steps_in, steps_out)
+        pieces, (size, overlap) = check_pieces(pieces), (self.tiling.sizes[0], self.tiling.overlaps[0])
+        if settings.causal is None:
+            return apply_tiled(function, pieces, Tiling((size, None, None), (overlap, 0, 0)), *steps)
+        assert size is not None  # `make_tiling` cuts time
+        return causal_stream(function, pieces, settings.causal.cache, steps[0][0], lead, size)
+
+    def _lead_frames(self, settings: MemorySettings) -> int:
+        """Frames that come before the first one of a clip: of a stream, only of its first piece."""
+        is_continued = settings.causal is not None and settings.causal.start > 0
+        return 0 if is_continued else self.config.lead_frames
 
     def _memory_settings(self) -> MemorySettings:
         tiling = self.tiling if self.use_tiling else None
-        return MemorySettings(self.use_slicing, tiling, self.window_radius)
+        if not self.config.causal:
+            return MemorySettings(self.use_slicing, tiling, self.window_radius)
+        if tiling is not None:
+            tiling = Tiling((None, *tiling.sizes[1:]), (0, *tiling.overlaps[1:]))
+        return MemorySettings(self.use_slicing, tiling, self.window_radius, Causal(self.window_frames))
 
-    def enable_sliding_window(self, radius: int = 16) -> None:
+    def _check_causal(self, name: str, frames: int) -> int:
+        """Latent frames that a token may see."""
+        if not self.config.causal:
+            raise ValueError(
+                f"`{name}` is {show(frames)}, but the tokens of this model see all latent frames: leave it out, or "
+                "take a model with `causal=True`."
+            )
+        return check_int(name, frames)
+
+    def enable_sliding_window(self, radius: int | None = None, frames: int | None = None) -> None:
         """Makes attention local, so that its time grows with the area of the picture and not with the square of it.
 
         The grid of tokens is cut into blocks of `radius` tokens a side; a block attends to itself and to all tokens
-        at most `radius` rows, columns (and latent frames, in a video model) away. Sizes of up to `radius` tokens a
-        side are not affected. The result differs from full attention, with which the models are trained.
+        at most `radius` rows, columns (and latent frames, in a video model that is not causal) away. Sizes of up to
+        `radius` tokens a side are not affected. The result differs from full attention, with which the models are
+        trained.
 
         Args:
-            radius: In tokens; times `patch_size`, in pixels.
+            radius: In tokens; times `patch_size`, in pixels. By default 16, or, with `frames`, unlimited.
+            frames: For causal models: latent frames that a token sees at most, its own included; default: all before.
+
+        Raises:
+            ValueError: If one is not positive, or a model that is not causal is given `frames`.
         """
-        self.window_radius = check_int("radius", radius)
+        if frames is not None:
+            frames = self._check_causal("frames", frames)
+        radius = 16 if radius is None and frames is None else radius
+        self.window_radius = None if radius is None else check_int("radius", radius)
+        self.window_frames = frames
 
     def disable_sliding_window(self) -> None:
         """Back to full attention."""
-        self.window_radius = None
+        self.window_radius = self.window_frames = None

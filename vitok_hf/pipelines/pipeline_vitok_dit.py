@@ -163,25 +163,26 @@ class ViTokDiTPipeline(CallsMixin, DiffusionPipeline):
             raise ValueError(f"`num_frames` is {num_frames}, but this model makes images: leave it out.")
         check_int("batch_size", batch_size)
         given, grid = {"num_frames": num_frames, "height": height, "width": width}, []
-        for name, unit in self._latent_units().items():
+        for name, (unit, lead) in self._latent_units().items():
             is_time = name == "num_frames"
             step = unit if is_time else unit * config.patch_size
-            size = unit * (config.sample_frames if is_time else config.sample_size)
+            size = unit * (config.sample_frames if is_time else config.sample_size) - lead
             if given[name] is not None:
-                wanted = f"a positive multiple of {step}"
+                wanted = f"1 plus a multiple of {step}" if lead else f"a positive multiple of {step}"
                 size = check_int(name, given[name], wanted=wanted)
-                if size % step:
+                if (size + lead) % step:
                     refuse(name, wanted, given[name])
-            grid.append(size // unit)
+            grid.append((size + lead) // unit)
         num_tokens = batch_size * math.prod(grid) // config.patch_size**2
         check_size(num_tokens, **given, num_images_per_label=batch_size)
         length = self.vae.config.get("num_latent_tokens")
         return (batch_size, config.in_channels, *(grid if length is None else (length,)))
 
-    def _latent_units(self) -> dict[str, int]:
-        """What a latent measures in each dimension after the channels, in frames or pixels."""
-        frames = {"num_frames": self.vae.temporal_compression_ratio} if self.is_video else {}
-        return frames | dict.fromkeys(("height", "width"), self.vae.spatial_compression_ratio)
+    def _latent_units(self) -> dict[str, tuple[int, int]]:
+        """What a latent measures in each dimension after the channels, in frames or pixels, and the first one less."""
+        lead = getattr(self.vae.config, "lead_frames", 0)  # of a causal autoencoder
+        frames = {"num_frames": (self.vae.temporal_compression_ratio, lead)} if self.is_video else {}
+        return frames | dict.fromkeys(("height", "width"), (self.vae.spatial_compression_ratio, 0))
 
     def prepare_latents(
         self,
@@ -203,7 +204,7 @@ class ViTokDiTPipeline(CallsMixin, DiffusionPipeline):
         # The size is theirs unless there is another, which then does not fit.
         on_grid = self.vae.config.get("num_latent_tokens") is None
         sides = zip(self._latent_units().items(), latents.shape[2:]) if on_grid else ()
-        sizes = {name: unit * side for (name, unit), side in sides}
+        sizes = {name: unit * side - lead for (name, (unit, lead)), side in sides}
         given = {"num_frames": num_frames, "height": height, "width": width}
         sizes |= {name: size for name, size in given.items() if size is not None}
         expected = self.get_latent_shape(batch_size, **sizes)
@@ -247,7 +248,7 @@ class ViTokDiTPipeline(CallsMixin, DiffusionPipeline):
         options: dict[str, Any] = {}
         if self.vae.config.get("num_latent_tokens") is not None:
             defaults = {
-                name: unit * self.transformer.config.sample_size for name, unit in self._latent_units().items()
+                name: unit * self.transformer.config.sample_size for name, (unit, _) in self._latent_units().items()
             }
             if self.is_video:
                 defaults["num_frames"] = self.vae.temporal_compression_ratio * self.transformer.config.sample_frames
@@ -324,7 +325,7 @@ class ViTokDiTPipeline(CallsMixin, DiffusionPipeline):
                 latents in the dict that it returns go on. It may set `pipe._interrupt = True`.
             callback_on_step_end_tensor_inputs: What the dict has, of `_callback_tensor_inputs`.
             height, width: In pixels, multiples of what a token measures; by default as in training.
-            num_frames: Likewise, for video models.
+            num_frames: Likewise, for video models; of a causal autoencoder, 1 plus a multiple of q.
             eta: Share of fresh noise, from 0 to 1; by default that of the scheduler, 0 for DDIM and 0.3 for TCD.
 
         Returns:

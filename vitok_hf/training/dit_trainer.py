@@ -45,7 +45,7 @@ def make_transformer(args: DiTArguments, vae: AutoencoderViTok, resolution: int,
     """With random weights. Raises `ValueError` if the model's config contradicts the data."""
     fixed = {
         "sample_size": resolution // vae.spatial_compression_ratio,
-        "sample_frames": vae.config.sample_frames // vae.temporal_compression_ratio,
+        "sample_frames": vae.config.num_latent_frames(vae.config.sample_frames),
         "in_channels": args.num_channels or vae.config.latent_channels,
         "num_classes": num_classes,
     }
