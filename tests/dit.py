@@ -24,14 +24,16 @@ def make_transformer(**config):
     return model
 
 
-def make_pipeline(kind="image", scheduler=None, id2label=ID2LABEL, **config):
+def make_pipeline(kind="image", scheduler=None, id2label=ID2LABEL, guidance=None, **config):
     transformer_config, vae_config = TRANSFORMER, VAE | STATISTICS
     if kind == "video":
         transformer_config = TRANSFORMER | {"sample_frames": 2}
         vae_config = vae_config | {"temporal_patch_size": 2, "sample_frames": 4}
     transformer = make_transformer(**transformer_config | config)
     vae = AutoencoderViTok(**vae_config).eval()
-    pipe = ViTokDiTPipeline(transformer, vae, scheduler or DDIMScheduler(clip_sample=False), id2label)
+    pipe = ViTokDiTPipeline(
+        transformer, vae, scheduler or DDIMScheduler(clip_sample=False), id2label, **guidance or {}
+    )
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -1,9 +1,12 @@
+import json
+
 import numpy as np
 import pytest
 import torch
 from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
+    DiffusionPipeline,
     DPMSolverMultistepScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
@@ -114,6 +117,28 @@ class TestGuidance:
                 clean = (x - (1 - alpha).sqrt() * noise) / alpha.sqrt()
                 x = previous.sqrt() * clean + (1 - previous).sqrt() * noise
         assert_close(sample(pipe, guidance_scale=scale, guidance_rescale=rescale), x, atol=2e-3)
+
+    def test_defaults_are_saved_along(self, tmp_path):
+        pipe = make_pipeline(guidance={"guidance_scale": 2.0, "guidance_rescale": 0.5})
+        pipe.save_pretrained(tmp_path)
+        expected = sample(make_pipeline(), guidance_scale=2.0, guidance_rescale=0.5)
+        for cls in (ViTokDiTPipeline, DiffusionPipeline):
+            loaded = cls.from_pretrained(tmp_path)
+            assert (loaded.config.guidance_scale, loaded.config.guidance_rescale) == (2.0, 0.5)
+            assert torch.equal(sample(loaded), expected)
+        other = sample(pipe, guidance_scale=3.0, guidance_rescale=0.0)
+        assert torch.equal(other, sample(make_pipeline(), guidance_scale=3.0, guidance_rescale=0.0))
+        assert torch.equal(sample(make_pipeline()), sample(pipe, guidance_scale=4.0, guidance_rescale=0.0))
+        assert torch.equal(sample(make_pipeline(guidance={"guidance_scale": 0.0})), sample(pipe, guidance_scale=1.0))
+
+    def test_faulty_defaults(self, tmp_path):
+        with pytest.raises(ValueError, match="`guidance_rescale` must be .*, but is 2"):
+            make_pipeline(guidance={"guidance_rescale": 2})
+        make_pipeline().save_pretrained(tmp_path)
+        index = json.loads((tmp_path / "model_index.json").read_text())
+        (tmp_path / "model_index.json").write_text(json.dumps(index | {"guidance_scale": "much"}))
+        with pytest.raises(ValueError, match='model_index.json" is damaged, .*: `guidance_scale` must be'):
+            ViTokDiTPipeline.from_pretrained(tmp_path)
 
     def test_learned_variances_are_left_out_or_handed_to_ddpm(self):
         batch = {"labels": ("cat", "dog"), "guidance_scale": 3.0}

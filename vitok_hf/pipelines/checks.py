@@ -18,9 +18,12 @@ MAX_TOKENS = 2**22
 MAX_GUIDANCE_SCALE = 1e6
 
 
-def check_guidance(scale: Any, interval: Any, rescale: Any) -> None:
-    check_number("guidance_scale", scale, 0.0, MAX_GUIDANCE_SCALE)  # up to 1 is no guidance
-    check_number("guidance_rescale", rescale, 0.0, 1.0)
+def check_guidance(guidance_scale: Any, guidance_rescale: Any, interval: Any = (0.0, 1.0)) -> None:
+    """`None` stands for a default."""
+    if guidance_scale is not None:
+        check_number("guidance_scale", guidance_scale, 0.0, MAX_GUIDANCE_SCALE)  # up to 1 is no guidance
+    if guidance_rescale is not None:
+        check_number("guidance_rescale", guidance_rescale, 0.0, 1.0)
     wanted = "two fractions of the schedule, 0 <= start <= stop <= 1"
     if not isinstance(interval, (tuple, list)) or len(interval) != 2:
         refuse("guidance_interval", wanted, interval)

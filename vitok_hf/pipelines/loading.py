@@ -11,6 +11,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from ..loading.strict import check_entries, check_private_entries, has_type, read_object
 from ..models import AutoencoderViTok, ViTokDiTModel
+from .checks import check_guidance
 from .labels import check_id2label
 from .schedulers import check_scheduler_config, check_scheduler_works
 
@@ -26,7 +27,7 @@ def check_folder(folder: str | os.PathLike, constructor: Callable) -> None:
     config, parameters = read_object(path), {*inspect.signature(constructor).parameters} - {"self"}
     check_private_entries({"_class_name": None} | config, path)
     check_entries(config, config.keys() - parameters, sorted(parameters), path)
-    for name in sorted(parameters - {"id2label"}):
+    for name in sorted(KINDS):
         value = config.get(name)
         if not isinstance(value, list) or not has_type(value, list[str | None]) or len(value) != 2:
             raise ValueError(f'"{path}" must have library and class of "{name}", but has {value!r}.')
@@ -38,6 +39,7 @@ def check_folder(folder: str | os.PathLike, constructor: Callable) -> None:
             )
     with named(path):
         check_id2label(config.get("id2label"))
+        check_guidance(config.get("guidance_scale"), config.get("guidance_rescale"))
     library, name = config["scheduler"]
     path = Path(folder, "scheduler", "scheduler_config.json")
     if name is not None and os.path.lexists(path):

@@ -11,7 +11,7 @@ USAGE = """import vitok_hf  # pip install vitok-hf
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
 pipe = DiffusionPipeline.from_pretrained("{repo_id}")
-output = pipe(class_labels={labels}, guidance_scale=4.0, num_inference_steps=50)
+output = pipe(class_labels={labels}, num_inference_steps=50)
 {show}"""
 SHOW_IMAGE = "output.images[0].show()"
 SHOW_VIDEO = 'from diffusers.utils import export_to_video\n\nexport_to_video(output.frames[0], "video.mp4", fps=8)'

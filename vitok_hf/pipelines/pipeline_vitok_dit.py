@@ -73,9 +73,11 @@ class ViTokDiTPipeline(CallsMixin, DiffusionPipeline):
         vae (`AutoencoderViTok`): Decodes the latents; its config has the statistics that they were normalised with.
         scheduler (`SchedulerMixin`): Of diffusers, DDIM in the paper.
         id2label (`dict[int, str]`, *optional*): Names of the classes, several with commas in between; saved along.
+        guidance_scale, guidance_rescale (`float`, *optional*): What calls take by default; saved along.
 
     Raises:
-        ValueError: If the latents of the two models do not fit, or `id2label` has an id that is no class.
+        ValueError: If the latents of the two models do not fit, `id2label` has an id that is no class, or guidance is
+            out of its range.
     """
 
     transformer: ViTokDiTModel
@@ -89,14 +91,18 @@ class ViTokDiTPipeline(CallsMixin, DiffusionPipeline):
         vae: AutoencoderViTok,
         scheduler: SchedulerMixin,
         id2label: dict[int, str] | dict[str, str] | None = None,
+        guidance_scale: float | None = None,
+        guidance_rescale: float | None = None,
     ):
         super().__init__()
         check_components(transformer, vae, scheduler)
+        guidance = {"guidance_scale": guidance_scale, "guidance_rescale": guidance_rescale}
+        check_guidance(**guidance)
         id2label = check_id2label(id2label)
         if transformer is not None:
             check_models(transformer.config, vae, id2label)
         self.register_modules(transformer=transformer, vae=vae, scheduler=scheduler)
-        self.register_to_config(id2label=id2label)
+        self.register_to_config(id2label=id2label, **guidance)
         self.labels = label_table(id2label)
         self.processor = VideoProcessor(do_resize=False)
 
@@ -138,6 +144,10 @@ class ViTokDiTPipeline(CallsMixin, DiffusionPipeline):
     def is_video(self) -> bool:
         """Whether the output is `frames`: the model was trained on clips, or a latent stands for several frames."""
         return self.transformer.config.sample_frames > 1 or self.vae.temporal_compression_ratio > 1
+
+    def _default(self, name: str, given: float | None, default: float) -> float:
+        """What a call was given, else what the pipeline was made with, else the default."""
+        return next(value for value in (given, self.config.get(name), default) if value is not None)
 
     def get_label_ids(self, labels: str | int | list[str | int] | torch.Tensor) -> list[int]:
         """Ids of classes given by name, by one of several names, or by id, one or a list.
@@ -289,12 +299,12 @@ class ViTokDiTPipeline(CallsMixin, DiffusionPipeline):
     def __call__(
         self,
         class_labels: str | int | list[str | int] | torch.Tensor | None = None,
-        guidance_scale: float = 4.0,
+        guidance_scale: float | None = None,
         num_inference_steps: int = 50,
         generator: torch.Generator | list[torch.Generator] | None = None,
         num_images_per_label: int = 1,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
-        guidance_rescale: float = 0.0,
+        guidance_rescale: float | None = None,
         latents: torch.Tensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
@@ -310,14 +320,15 @@ class ViTokDiTPipeline(CallsMixin, DiffusionPipeline):
         Args:
             class_labels: Names (`labels`) or ids of classes, one or a list. `None`: no class, and one sample times
                 `num_images_per_label`; there is nothing to guide then.
-            guidance_scale: Classifier-free guidance; up to 1 there is none, which takes half the time.
+            guidance_scale: Classifier-free guidance; up to 1 there is none, which takes half the time. By default that
+                of the pipeline, else 4.
             num_inference_steps: Steps of the scheduler.
             generator: One for all, or a list with one for each sample, which is then the same in any batch.
             num_images_per_label: Samples of each label, next to each other.
             guidance_interval: Fractions of the schedule between which guidance is on: the steps from
                 `round(start * n)` up to, not including, `round(stop * n)`. (0.1, 0.9) avoids over-saturation.
             guidance_rescale: From 0 to 1, how far the spread of a guided prediction is brought back to that of the
-                unguided one (arXiv 2305.08891, section 3.4).
+                unguided one (arXiv 2305.08891, section 3.4); by default that of the pipeline, else 0.
             latents: The noise to start from, standard normal, of `get_latent_shape`.
             output_type: `"pil"`, `"np"` or `"pt"`, in [0, 1], or `"latent"`: normalised, not decoded.
             return_dict: `False`: a tuple.
@@ -336,7 +347,9 @@ class ViTokDiTPipeline(CallsMixin, DiffusionPipeline):
         """
         if missing := [name for name, component in self.components.items() if component is None]:
             raise ValueError(f"The pipeline was loaded without {' and '.join(missing)}: load it whole to call it.")
-        check_guidance(guidance_scale, guidance_interval, guidance_rescale)
+        check_guidance(guidance_scale, guidance_rescale, guidance_interval)
+        scale = self._default("guidance_scale", guidance_scale, 4.0)
+        rescale = self._default("guidance_rescale", guidance_rescale, 0.0)
         check_int("num_images_per_label", num_images_per_label)
         check_output_type(output_type, has_decoder=self.vae.config.get("component") != "encoder")
         check_bool(return_dict=return_dict)
@@ -346,7 +359,7 @@ class ViTokDiTPipeline(CallsMixin, DiffusionPipeline):
         if not ids:
             raise ValueError("`class_labels` is empty: pass `None` for samples without a class.")
 
-        with self._begin_call(guidance_scale=guidance_scale, guidance_rescale=guidance_rescale) as call:
+        with self._begin_call(guidance_scale=scale, guidance_rescale=rescale) as call:
             scheduler, device = call.scheduler, self._execution_device
             sizes = {"num_frames": num_frames, "height": height, "width": width}
             check_scheduler(scheduler, eta, self.transformer.out_channels == 2 * self.transformer.config.in_channels)
