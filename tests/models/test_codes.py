@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from accelerate import cpu_offload, cpu_offload_with_hook
 from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 from torch._dynamo.testing import CompileCounter
 from torch.export import Dim
@@ -128,13 +129,69 @@ class TestTokens:
         picture = vae.decode(code, sizes=[(1, 16, 24)] * 2).sample
         assert_close(picture[:, :, 0], vae(x[:, :, 0]).sample)
         assert_close(picture, vae.decode(code, sizes=sizes_of_batch(x)).sample[:, :, :1])
-        assert vae.decode(code, sizes=[(16, 24)] * 2).sample.shape == x.shape  # of `sample_frames` frames
+        assert_close(vae.decode(code, sizes=[(16, 24)] * 2).sample, picture[:, :, 0])  # (H, W) is a picture
         longest = vae.encode([x[0], x[0, :, 0]], min_psnr=90.0).latent_dist.mode()
         assert [mode.shape for mode in longest] == [(4, 12), (4, 6)]
 
     def test_default_size(self):
+        causal = make("causal", sample_size=16)
+        assert causal.decode(torch.randn(1, 4, 3)).sample.shape == (1, 3, 5, 16, 16)  # of `sample_frames` frames
         vae = make("mask_latent")
         assert vae.decode(torch.randn(2, 4, 3)).sample.shape == (2, 3, 32, 32)
+
+
+class TestFaults:
+    """What was found by trying."""
+
+    @pytest.mark.parametrize("hook", [cpu_offload, cpu_offload_with_hook])
+    def test_offloaded_mask_token(self, hook):
+        vae, offloaded = make("tokens"), make("tokens")
+        hook(offloaded, execution_device=torch.device("cpu"))
+        x, code = make_input(vae), torch.randn(2, 4, 3)
+        assert_close(
+            offloaded.decode(code, sizes=[(16, 24)] * 2).sample, vae.decode(code, sizes=[(16, 24)] * 2).sample
+        )
+        assert_close(offloaded(x, num_tokens=3).sample, vae(x, num_tokens=3).sample)
+        assert len(offloaded.encode(x, min_psnr=500.0).latent_dist.mode()) == 2
+
+    @pytest.mark.parametrize("name", ["causal", "video"])
+    def test_streams_of_channel_prefixes(self, name):
+        vae = make(name, channel_counts=[2, 4])
+        code = vae.encode(make_input(vae), num_channels=2).latent_dist.mode()
+        assert_close(torch.cat(list(vae.decode_stream([code])), dim=2), vae.decode(code).sample)
+
+    @pytest.mark.parametrize(
+        "name, code, sizes, message",
+        [
+            ("channels", [(4, 2, 3)] * 2, [(500, 500)] * 2, "do not fit a list of latents"),
+            ("channels", (2, 4, 2, 3), [(3, 3)] * 2, "do not fit a list of latents"),
+            ("causal", (1, 4, 3), [(12, 16, 24)], r"`sizes\[0\]` must be 1 plus a multiple .* is 12: make it"),
+            ("tokens", (2, 3, 7), None, "with c 4, but has 3 channels"),
+            ("both", (2, 3, 7), None, r"with c one of \[.*4\], but has 3 channels"),
+            ("tokens", [()], None, r"`z\[0\]` must be a tensor of 2 or 3 or 4 dimensions"),
+        ],
+    )
+    def test_codes_that_do_not_fit(self, name, code, sizes, message):
+        z = torch.randn(code) if isinstance(code, tuple) else [torch.randn(shape) for shape in code]
+        with pytest.raises(ValueError, match=message):
+            make(name).decode(z, sizes=sizes)
+
+    def test_half_a_model(self):
+        with pytest.raises(ValueError, match="holds only its encoder"):
+            make("tokens", component="encoder").decode(torch.randn(1, 4, 3))
+
+    def test_fewer_tokens_than_any_count(self):
+        with pytest.raises(ValueError, match="from 1 to 1, but is 3: pass a list, for 1 tokens are fewer than 3"):
+            make("tokens", token_counts=[3, 6]).encode(torch.zeros(1, 3, 8, 8), num_tokens=3)
+
+    def test_search_keeps_no_graph(self):
+        vae, decode, grads = make("channels"), AutoencoderViTok._decode, []
+        monkeypatch.setattr(
+            AutoencoderViTok, "_decode", lambda *args: grads.append(torch.is_grad_enabled()) or decode(*args)
+        )
+        with torch.enable_grad():
+            codes = vae.encode(make_input(vae), min_psnr=20.0).latent_dist.mode()
+        assert grads and not any(grads) and codes[0].requires_grad
 
 
 class TestLatentTokens:

@@ -245,7 +245,8 @@ class AutoencoderViTok(
             num_channels: The first channels alone: one of `channel_counts`, or a list with one for each item.
             min_psnr: The shortest code of each item whose decoded mode is so near to it, in decibels (clipped to
                 [-1, 1], peak 2), else the longest: of `token_counts` or, where these or `num_tokens` are given, of
-                `channel_counts`. Takes log2 of their number of decoding passes.
+                `channel_counts`. Found by bisection, as PSNR rises with the length, in log2 of their number of
+                decoding passes.
 
         Returns:
             `AutoencoderKLOutput` whose `latent_dist` has `mode()` and `sample(generator)` of shape (B, c, H/p, W/p) or
@@ -328,6 +329,7 @@ class AutoencoderViTok(
         check_generator(generator)
         grids = None
         if self._has_codes:
+            self._tower("decoder")  # or says that there is none
             z, grids, sizes = self._make_whole(z, sizes)
         sample = self._decode("z", z, self._memory_settings(), sizes, grids)
         return DecoderOutput(sample=sample) if return_dict else (sample,)

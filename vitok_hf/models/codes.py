@@ -11,11 +11,23 @@ from functools import partial
 from typing import Any, TypeAlias
 
 import torch
+from accelerate.utils import align_module_device
+from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 from torch.nn import functional as F
 
 from ..checks import check_int, check_number, check_tensor
-from ..clips import Expected, check_clips, check_size_list, item_sizes, size_of, sizes_of, to_batches
+from ..clips import (
+    Expected,
+    check_clips,
+    check_num_frames,
+    check_size_list,
+    check_sizes,
+    item_sizes,
+    size_of,
+    sizes_of,
+    to_batches,
+)
 from .compat import ViTokConfig
 from .posterior import PosteriorList, ViTokPosterior
 from .rotary import Grid
@@ -108,10 +120,23 @@ class CodesMixin:
     def _has_codes(self) -> bool:
         return any(self.config[name] is not None for name in ("channel_counts", "token_counts", "num_latent_tokens"))
 
+    @property
+    def _sample_frames(self) -> int:
+        return max(self.config.sample_frames, self.config.num_frames(1))
+
+    @property
+    def _mask_token(self) -> torch.Tensor | None:
+        """That of the decoder, fetched if it is offloaded."""
+        token = None if self.decoder is None else self.decoder.mask_token
+        if token is not None and token.is_meta:
+            with align_module_device(self.decoder):
+                return self.decoder.mask_token
+        return token
+
     def _grid(self, size: Sequence[int]) -> Grid:
-        """(t, h, w) in tokens of a clip, (T, H, W); of (H, W), one of `sample_frames` frames."""
+        """(t, h, w) in tokens of a clip, (T, H, W); (H, W) is a picture, or, if there are none, of `sample_frames`."""
         config, p = self.config, self.config.patch_size
-        frames = size[0] if len(size) == 3 else max(config.sample_frames, config.num_frames(1))
+        frames = size[0] if len(size) == 3 else 1 if config.causal else self._sample_frames
         return (config.num_latent_frames(frames), -(-size[-2] // p), -(-size[-1] // p))
 
     def count_tokens(self, size: Sequence[int]) -> int:
@@ -132,8 +157,10 @@ class CodesMixin:
         count = value if torch.compiler.is_compiling() else check_int(name, value)  # a number without a value
         is_any = is_for_one and name == "num_tokens"
         if count > longest or (count not in allowed and not is_any):
-            wanted = f"from 1 to {longest}" if is_any else f"one of {[n for n in allowed if n <= longest]}"
-            raise ValueError(f"`{name}` must be {wanted}, but is {count}.")
+            fitting = [n for n in allowed if n <= longest]
+            wanted = f"from 1 to {longest}" if is_any or not fitting else f"one of {fitting}"
+            remedy = "" if is_any or fitting else f": pass a list, for {longest} tokens are fewer than {allowed[0]}"
+            raise ValueError(f"`{name}` must be {wanted}, but is {count}{remedy}.")
         return count
 
     def _counts(self, name: str, counts: Counts, x: Clips) -> list[int] | None:
@@ -163,10 +190,11 @@ class CodesMixin:
         cuts = [cut(*item) for item in zip(items, *every)]
         return PosteriorList(cuts, lambda batches: [batch.squeeze(0) for batch in batches])
 
+    @apply_forward_hook
     def _fill(self, x: Clips, latents: Clips, num_tokens: Counts, num_channels: Counts) -> Clips:
         """The latents of `x`, of which each item keeps so many tokens and channels."""
         kept = self._counts("num_tokens", num_tokens, x), self._counts("num_channels", num_channels, x)
-        mask_token = None if self.decoder is None else self.decoder.mask_token
+        mask_token = self._mask_token
         if isinstance(latents, torch.Tensor):
             return fill(latents, mask_token, *kept)
         batches, give_back = to_batches(latents)
@@ -177,6 +205,7 @@ class CodesMixin:
         ]
         return give_back(filled)
 
+    @apply_forward_hook
     def _make_whole(self, z: Clips, sizes: Any) -> tuple[Clips, list[Grid] | None, Any]:
         """What `_decode` takes: whole codes on a grid, the grids of the pixels of 1-D codes, and sizes to crop to.
 
@@ -193,14 +222,22 @@ class CodesMixin:
             raise ValueError(f"`sizes` of a batch must be equal, but are {sizes}: pass a list of codes.")
         names = ["z"] if is_batch else [f"z[{index}]" for index in range(len(z))]
         for name, item in zip(names, [z] if is_batch else z):
-            check_tensor(name, item)
+            check_tensor(name, item, (3, 4, 5) if is_batch else (2, 3, 4))
         batches, give_back = to_batches(z)
-        all_sizes = [tuple(size) for size in sizes or [(side, side)] * len(batches)]
+        default = (side, side) if self.is_image_model else (self._sample_frames, side, side)
+        all_sizes = [tuple(size) for size in sizes or [default] * len(batches)]
+        for index, size in enumerate(all_sizes):
+            if len(size) == 3 and not self.is_image_model:
+                q, lead = self.config.temporal_patch_size, self.config.lead_frames
+                check_num_frames(f"The number of frames of `sizes[{index}]`", size[0], q, lead)
         if self.config.num_latent_tokens is not None and any(batch.ndim > 3 for batch in batches):
             raise ValueError(
                 f"`z` has shape {tuple(batches[0].shape)}, but the codes of this model are sequences, (B, "
                 f"{self.config.latent_channels}, {self.config.num_latent_tokens}): `ViTokDiTPipeline` makes these."
             )
+        if sizes is not None and (on_grid := [index for index, batch in enumerate(batches) if batch.ndim > 3]):
+            grids = [all_sizes[index][-2:] for index in on_grid]
+            check_sizes(grids, [batches[index][0] for index in on_grid], self.config.patch_size)
         whole = [self._add_channels(batch) for batch in batches]
         whole = [
             self._add_tokens(name, batch, size) if batch.ndim == 3 else batch
@@ -221,6 +258,9 @@ class CodesMixin:
         config, length, count = self.config, self.count_tokens(size), z.shape[2]
         if config.token_counts is None and config.num_latent_tokens is None:
             raise ValueError(f"`{name}` is a sequence, but the codes of this model are on grids: pass (B, c, h, w).")
+        if z.shape[1] != config.latent_channels:
+            wanted = f"one of {config.channel_counts}" if config.channel_counts else str(config.latent_channels)
+            raise ValueError(f"`{name}` must be (B, c, tokens) with c {wanted}, but has {z.shape[1]} channels.")
         if not 0 < count <= length or (count < length and config.token_counts is None):
             wanted = f"1 to {length}" if config.token_counts else str(length)
             raise ValueError(
@@ -228,15 +268,16 @@ class CodesMixin:
                 "the `sizes` that it was encoded from."
             )
         if count < length:
-            z = fill(F.pad(z, (0, length - count)), self.decoder.mask_token, [count] * z.shape[0], None)
+            z = fill(F.pad(z, (0, length - count)), self._mask_token, [count] * z.shape[0], None)
         grid = (1, 1, length) if config.num_latent_tokens else self._grid(size)
-        has_time = len(size) == 3 or not self.is_image_model
+        has_time = len(size) == 3 or not (self.is_image_model or config.causal)
         return z.unflatten(2, grid if has_time else grid[1:])
 
+    @torch.no_grad()
     def _shortest(self, x: Clips, posterior: Posterior, name: str, min_psnr: float, other: Counts) -> list[int]:
         """The least number of `name` for each item with which its decoded mode reaches `min_psnr`, else the largest.
 
-        Found by bisection, all items of the batch at once.
+        Found by bisection, all items of the batch at once: PSNR is taken to rise with the length.
         """
         sizes, modes = item_sizes(x), posterior.mode()
         counts = self.config.token_counts if name == "num_tokens" else self.config.channel_counts

@@ -187,6 +187,7 @@ class MemoryMixin:
     _encode: Callable
     _decode: Callable
     _posterior: Callable
+    _add_channels: Callable
 
     @property
     def _pixel_steps(self) -> Steps:
@@ -318,7 +319,9 @@ class MemoryMixin:
             Frames, (B, C, T, h * p, w * p), that follow one another in time.
         """
         settings, steps = self._stream_settings(max_cached_frames), ((1, 1, 1), self._pixel_steps)
-        return self._stream(lambda window: self._decode("pieces", window, settings), pieces, settings, steps)
+        return self._stream(
+            lambda window: self._decode("pieces", self._add_channels(window), settings), pieces, settings, steps
+        )
 
     def _stream_settings(self, max_cached_frames: int | None) -> MemorySettings:
         """Those of a call, with a cache of its own if the model is causal."""
