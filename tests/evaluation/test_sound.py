@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from tests.conftest import make_vae
 from vitok_hf.data.video import iterate_timed_frames
 from vitok_hf.evaluation import sound as sound_module
+from vitok_hf.evaluation.reconstruct_files import reconstruct_file
 from vitok_hf.evaluation.visuals import VideoWriter
 
 
@@ -79,6 +81,15 @@ def test_packets_are_copied_at_their_times(tmp_path, name, codec, start, late):
     assert [second for second, _ in packets] == pytest.approx(times, abs=1.1e-3)  # Matroska has milliseconds
     assert times[0] == pytest.approx(float(late), abs=0.05)
     assert len(list(iterate_timed_frames(tmp_path / "y.mp4"))) == 16
+
+
+def test_reconstructions_and_comparisons_have_the_sound(tmp_path):
+    write_film(tmp_path / "x.mp4", "aac")
+    reconstruct_file(make_vae("causal"), tmp_path / "x.mp4", str(tmp_path / "y"))
+    for name in ("reconstruction", "comparison"):
+        ours, theirs = packets_of(tmp_path / f"y_{name}.mp4"), packets_of(tmp_path / "x.mp4")
+        assert [data for _, data in ours] == [data for _, data in theirs]
+        assert len(list(iterate_timed_frames(tmp_path / f"y_{name}.mp4"))) == 16
 
 
 @pytest.mark.parametrize("name, codec, rate, late", [("x.avi", "adpcm_ms", 44100, 0), ("x.mkv", "pcm_u8", 6000, 0.25)])
