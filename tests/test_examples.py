@@ -78,6 +78,10 @@ class TestReconstruct:
             run_example("reconstruct.py", "--input", ".", "--model", model, "--output_dir", ".")
         assert (tmp_path / "a_reconstruction.png").read_bytes() == before
 
+    def test_settings_that_do_not_fit_end_the_command(self, run_example, model):
+        with pytest.raises(ValueError, match="`max_cached_frames` is 3, but videos through models not causal go"):
+            run_example("reconstruct.py", "--model", model, "--max_cached_frames", 3)
+
     def test_results_are_no_inputs(self, run_example, model, tmp_path):
         Image.new("RGB", (16, 16), "red").save(tmp_path / "a.png")
         for _ in range(2):
@@ -85,7 +89,7 @@ class TestReconstruct:
             assert out.count("PSNR") == 1
         assert len(list(tmp_path.rglob("*.png"))) == 3
 
-    @pytest.mark.parametrize("architecture", ["v1", "video"])
+    @pytest.mark.parametrize("architecture", ["v1", "video", "causal"])
     def test_video(self, run_example, tmp_path, architecture):
         write_video(tmp_path / "ramp.mp4")
         make_vae(architecture, sample_size=16).save_pretrained(tmp_path / "model")
@@ -97,6 +101,7 @@ class TestReconstruct:
         assert len(frames) == 50 and frames[0].shape == (48, 128, 3)
         assert abs(frames[30][:, :60].mean() - 150) < 4  # the original is on the left
         assert (tmp_path / "out" / "ramp_reconstruction.mp4").stat().st_size > 0
+        assert Image.open(tmp_path / "out" / "ramp_frames.png").size == (8 * 64, 2 * 48)
 
     def test_video_of_a_variable_rate(self, run_example, tmp_path):
         times = [Fraction(0), *(3 + Fraction(index, 25) for index in range(4))]

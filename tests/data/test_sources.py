@@ -248,6 +248,14 @@ class TestTars:
         assert (clips_of[0].name, clips_of[0].is_video) == (f"{path}/a.mp4", True)
         assert pictures_of[1].name == f"{path}/b" and "no member ends in .apng, .avi," in str(pictures_of[1].source)
 
+    def test_pictures_beside_clips(self, tmp_path, video, pictures):
+        with tarfile.open(tmp_path / "x.tar", "w") as tar:
+            for name, file in (("a.mp4", video), ("b.png", pictures[0])):
+                tar.add(file, name)
+        view = CropView([(16, 16, 1.0)], 6 * 4 * 256, Clip(4, with_pictures=True))
+        dataset = make_dataset(view, SourceSettings(train_shards=[str(tmp_path / "x.tar")]))
+        assert sorted(run.shape for run in next(iter(dataset)).pixels) == [(3, 3, 1, 16, 16), (3, 3, 4, 16, 16)]
+
     def test_hidden_members(self, tmp_path, pictures):
         """Of archives made by macOS, and by "tar -c .", whose names begin with a dot."""
         names = ["__MACOSX/a/x.png", "./__MACOSX/y.png", "a/._x.png", ".cache/z.png", "a/.ipynb_checkpoints/x.png"]

@@ -172,14 +172,14 @@ class TestTimes:
 
 def decoded_times(path: Path, start: float, monkeypatch) -> list[float]:
     """Of the frames that leave the decoder for one frame from second `start` on."""
-    decode, times = video_module._Video.decode, []
+    decode, times = video_module.Video.decode, []
 
     def record(self, packets):
         for item in decode(self, packets):
             times.append(item[0])
             yield item
 
-    monkeypatch.setattr(video_module._Video, "decode", record)
+    monkeypatch.setattr(video_module.Video, "decode", record)
     load_clip(path, start, 1)
     monkeypatch.undo()
     return times

@@ -58,6 +58,17 @@ class TestCrops:
             torch.testing.assert_close(steps, torch.full((2, 3), 2.0), rtol=0, atol=0.5)
         assert cut(CropView([(16, 16, 1.0)], 4 * 256), video)[0].pixels[0].shape == (4, 3, 1, 16, 16)  # single frames
 
+    def test_pictures_beside_clips_are_a_run_of_one_frame(self, tmp_path, video):
+        write_noise(tmp_path, 3)
+        view = CropView([(16, 32, 1.0)], 12 * 4 * 16 * 32, Clip(4, with_pictures=True))
+        for index in range(4):
+            batch = cut(view, f"{video}:1", f"{tmp_path}:2")[index]
+            clips, pictures = sorted(batch.pixels, key=lambda run: -run.shape[2])
+            assert clips.shape[1:] == (3, 4, 16, 32) and pictures.shape[1:] == (3, 1, 16, 32)
+            assert batch.num_items == 12
+        with pytest.raises(ValueError, match="holds no file that ends in .avi"):
+            cut(CropView([(16, 32, 1.0)], 4 * 512, Clip(4)), tmp_path)
+
     @pytest.mark.parametrize(
         "sizes, pixels, message",
         [
@@ -132,6 +143,18 @@ class TestNativePictures:
     def test_clips(self, video):
         view = self.view(clip=Clip(4), token_size=(2, 16), max_tokens=50)  # 2 * 12 tokens a clip of 64 x 48
         assert [run.shape for run in cut(view, video)[0].pixels] == [(2, 3, 4, 48, 64)]
+
+    def test_pictures_beside_clips_have_fewer_tokens(self, tmp_path, video):
+        write_noise(tmp_path, 3, (64, 48))
+        view = self.view(clip=Clip(5, with_pictures=True), token_size=(4, 16), max_tokens=120)
+        seen = set()
+        for index in range(4):  # 24 tokens a clip, 12 a picture
+            runs = cut(view, video, tmp_path)[index].pixels
+            counts = {run.shape[2]: len(run) for run in runs}
+            assert {run.shape[1:2] + run.shape[3:] for run in runs} == {(3, 48, 64)} and set(counts) <= {1, 5}
+            assert 120 - 24 < 24 * counts.get(5, 0) + 12 * counts.get(1, 0) <= 120
+            seen |= set(counts)
+        assert seen == {1, 5}
 
     @pytest.mark.parametrize(
         "overrides, message",

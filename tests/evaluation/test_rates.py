@@ -9,7 +9,7 @@ from PIL import Image
 from tests.conftest import ASSETS, TINY
 from vitok_hf import AutoencoderViTok
 from vitok_hf.data.held_out import load_evaluation_images
-from vitok_hf.evaluation.reconstruct_files import reconstruct_file
+from vitok_hf.evaluation.reconstruct_files import CodecSettings, reconstruct_file
 from vitok_hf.evaluation.reconstruction import reconstruct
 
 
@@ -32,7 +32,7 @@ def vae():
 )
 def test_reconstruct(vae, tmp_path, lengths, numbers):
     Image.open(ASSETS / "astronaut.png").resize((32, 32)).save(tmp_path / "x.png")
-    line = reconstruct_file(vae, tmp_path / "x.png", str(tmp_path / "x"), lengths=lengths)
+    line = reconstruct_file(vae, tmp_path / "x.png", str(tmp_path / "x"), CodecSettings(lengths=lengths))
     assert f"  {numbers} numbers  " in line
 
 

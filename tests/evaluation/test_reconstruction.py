@@ -9,9 +9,8 @@ from tests.conftest import ASSETS, make_vae
 from vitok_hf.clips import pad_to_size, to_float, to_uint8
 from vitok_hf.data.held_out import load_evaluation_images
 from vitok_hf.data.video import iterate_timed_frames
-from vitok_hf.evaluation import reconstruct_files
-from vitok_hf.evaluation.reconstruction import comparison, reconstruct, save_comparison
-from vitok_hf.evaluation.visuals import VideoWriter
+from vitok_hf.evaluation.reconstruction import StreamCodec, comparison, reconstruct, save_comparison
+from vitok_hf.evaluation.visuals import ContactSheet, VideoWriter
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +39,31 @@ class TestReconstruct:
             reconstruct(vae, images)
 
 
+class TestStreamCodec:
+    @pytest.mark.parametrize("seen", [None, 2])
+    def test_clips_of_any_whole_latent_frames_are_as_the_whole(self, seen):
+        vae = make_vae("causal")
+        video = torch.randint(0, 256, (1, 3, 35, 13, 24), dtype=torch.uint8)  # of 9 latent frames the last lacks 2
+        codec = StreamCodec(vae, None, seen)
+        parts = [codec(clip) for clip in video.split([1, 16, 8, 10], dim=2)]
+        assert [part.shape[2] for part in parts] == [1, 16, 8, 10]
+        if seen:
+            vae.enable_sliding_window(frames=seen)
+        whole = reconstruct(vae, video)
+        assert (torch.cat(parts, dim=2).int() - whole.int()).abs().max() <= 1  # rounding
+        vae.disable_sliding_window()
+        differs = (whole.int() - reconstruct(vae, video).int()).abs().max() > 1
+        assert differs == (seen is not None)
+
+    def test_latents_are_changed_between(self):
+        vae, noted = make_vae("causal"), []
+        video = torch.randint(0, 256, (1, 3, 9, 16, 24), dtype=torch.uint8)
+        codec = StreamCodec(vae, lambda latents: noted.append(latents.shape) or latents * 0)
+        parts = [codec(clip) for clip in video.split([5, 4], dim=2)]
+        assert noted == [(1, 4, 2, 2, 3), (1, 4, 1, 2, 3)]
+        assert torch.equal(torch.cat(parts, dim=2), reconstruct(vae, video, torch.zeros_like))
+
+
 def test_comparison_of_clips(images):
     clips = images[:, :, 0].unfold(0, 2, 2).permute(0, 1, 4, 2, 3)  # (2, 3, 2, 64, 64)
     grid = comparison(clips, 255 - clips)
@@ -65,6 +89,38 @@ def test_half_written_videos_do_not_stay(tmp_path, num_frames):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("height, width", [(17, 24), (18, 23), (17, 23), (18, 24)])
+def test_videos_keep_their_size(tmp_path, height, width):
+    frames = torch.full((3, height, width, 3), 30, dtype=torch.uint8)
+    frames[:, -1] = frames[:, :, -1] = 200  # the last row and column are there
+    with VideoWriter(tmp_path / "x.mp4", Fraction(8)) as writer:
+        writer.write(frames)
+    shown = [frame.astype(int) for _, frame in iterate_timed_frames(tmp_path / "x.mp4")]
+    assert len(shown) == 3 and shown[0].shape == (height, width, 3)
+    assert abs(shown[2] - frames[2].numpy()).mean() < 6
+
+
+@pytest.mark.parametrize(
+    "count, shown",
+    [(1, [0]), (3, [0, 1, 2]), (36, range(0, 36, 5)), (1023, [0, 128, 288, 416, 576, 704, 864, 992])],
+    ids=["1", "3", "36", "1023"],
+)
+def test_contact_sheets(tmp_path, count, shown):
+    """Of 1023 frames, every 32nd is kept."""
+    sheet, numbers = ContactSheet(), torch.arange(count)
+    colours = torch.stack([numbers // 256, numbers % 256, torch.zeros_like(numbers)]).to(torch.uint8)
+    frames = colours[None, :, :, None, None].expand(-1, -1, -1, 300, 600)
+    for clip in frames.split(7, dim=2):
+        sheet.add(clip, 255 - clip)
+    assert len(sheet.pairs) < 64 and sheet.pairs[0].nbytes == 2 * 128 * 256 * 3
+    sheet.save(tmp_path / "x.png")
+    pixels = np.asarray(Image.open(tmp_path / "x.png"))
+    assert pixels.shape == (2 * 128, len(shown) * 256, 3)
+    originals, reconstructions = pixels[5, 5::256], pixels[133, 5::256]
+    assert [256 * int(high) + int(low) for high, low, _ in originals] == list(shown)
+    assert np.array_equal(reconstructions, 255 - originals)
+
+
 @pytest.mark.parametrize("seconds", [None, [0.0, 3.0, 3.04, 3.04]])
 def test_videos_show_frames_at_their_times(tmp_path, monkeypatch, seconds):
     monkeypatch.chdir(tmp_path)
@@ -73,30 +129,3 @@ def test_videos_show_frames_at_their_times(tmp_path, monkeypatch, seconds):
             writer.write(torch.zeros(4, 16, 16, 3, dtype=torch.uint8)[part], seconds and seconds[part])
     times = [second for second, _ in iterate_timed_frames("a:b.mp4")]
     assert times == pytest.approx(seconds or [0.0, 0.125, 0.25, 0.375], abs=2e-4)
-
-
-class TestFiles:
-    @pytest.mark.parametrize("sample_frames, latent_frames", [(1, 2 + 2 + 2), (9, 3 + 2)])
-    def test_videos_of_any_length_go_through_causal_models(self, tmp_path, sample_frames, latent_frames):
-        vae, count = make_vae("causal", sample_frames=sample_frames), 12
-        frames = torch.randint(0, 256, (1, 3, count, 16, 24), dtype=torch.uint8)
-        with VideoWriter(tmp_path / "x.mp4", Fraction(8)) as writer:
-            writer.write(frames[0].permute(1, 2, 3, 0))
-        line = reconstruct_files.reconstruct_file(vae, tmp_path / "x.mp4", str(tmp_path / "y"))
-        assert f"{count} frames" in line and f"{latent_frames * 4 * 2 * 3} numbers" in line
-        assert len(list(iterate_timed_frames(tmp_path / "y_reconstruction.mp4"))) == count
-
-    @pytest.mark.parametrize(
-        "given, limit, radius", [(None, 2**16, None), (None, 10, 16), (2, 2**16, 2), (0, 10, None)]
-    )
-    def test_attention_of_large_pictures_is_local(self, tmp_path, monkeypatch, given, limit, radius):
-        monkeypatch.setattr(reconstruct_files, "MAX_TOKENS", limit)
-        vae, images = make_vae("v1"), torch.randint(0, 256, (1, 3, 1, 64, 72), dtype=torch.uint8)
-        Image.fromarray(images[0, :, 0].permute(1, 2, 0).numpy()).save(tmp_path / "x.png")
-        line = reconstruct_files.reconstruct_file(vae, tmp_path / "x.png", str(tmp_path / "x"), given)
-        assert ("window of radius" in line) == (radius is not None)
-        other = make_vae("v1")
-        if radius is not None:
-            other.enable_sliding_window(radius)
-        saved = torch.from_numpy(np.asarray(Image.open(tmp_path / "x_reconstruction.png")).copy())
-        assert torch.equal(saved, reconstruct(other, images)[0, :, 0].permute(1, 2, 0))

@@ -79,6 +79,8 @@ class TestConfig:
         assert args.stage == 1 + ("stage2" in path.stem)
         if args.variant is not None:
             kwargs = {} if args.latent_channels is None else {"latent_channels": args.latent_channels}
+            assert args.causal is ("causal" in path.stem)
+            kwargs |= {"causal": True} if args.causal else {}
             AutoencoderViTok.from_variant(args.variant, **{"encoder_num_layers": 1, "decoder_num_layers": 1} | kwargs)
 
     def test_recipes_of_the_paper(self):
@@ -88,6 +90,7 @@ class TestConfig:
             ("s-b-16-stage2", 256, 1),
             ("s-b-4x8-stage1", 256, 16),
             ("s-b-4x8-stage2", 128, 16),
+            ("s-b-4x8-causal-stage1", 256, 17),
         ):
             args = parse("--config", ASSETS.parent / "configs" / f"{name}.yaml", "--train_data_dir", "x")
             assert 8 * args.train_batch_size == items and args.max_train_steps == 100_000

@@ -101,6 +101,12 @@ class TestResume:
             with pytest.raises(ValueError, match=message):
                 AutoencoderTrainer(stage2(**before | change, resume_from_checkpoint="latest"))
 
+    def test_causal_and_other_models_are_told_apart(self, arguments):
+        """The weights of one fit the other."""
+        AutoencoderTrainer(arguments(causal=True)).save()
+        with pytest.raises(ValueError, match="`causal` is False, but checkpoint-0 was written with True"):
+            AutoencoderTrainer(arguments(resume_from_checkpoint="latest"))
+
     @pytest.mark.parametrize("regional", [False, True])
     def test_models_that_accelerate_compiles(self, stage2, monkeypatch, regional):
         """Checkpoints have the names of models that are not compiled, and are resumed with and without."""

@@ -23,6 +23,25 @@ class TestStartingPoints:
         with pytest.raises(ValueError, match='config.json" has entries that do not exist, .*patchsize'):
             autoencoder_trainer.load_model(arguments(TINY | {"patchsize": 4}))
 
+    def test_causal_models(self, arguments, tmp_path):
+        load, video = autoencoder_trainer.load_model, TINY | {"temporal_patch_size": 4}
+        for args in (
+            arguments(variant="w32_d1_h2/4x8x4", causal=True),
+            arguments(video | {"sample_frames": 5}, causal=True),
+        ):
+            assert load(args).config.causal
+        assert not load(arguments(video | {"sample_frames": 4})).config.causal
+        with pytest.raises(ValueError, match="`sample_frames` must be 1 plus .* but is 16: make it 13 or 17"):
+            load(arguments(video | {"sample_frames": 16}, causal=True))
+        folder = tmp_path / "model"
+        AutoencoderViTok(**video, sample_frames=4).save_pretrained(folder)
+        with pytest.raises(ValueError, match='`causal` is True, but ".*model" is not causal'):
+            load(arguments(pretrained_model_name_or_path=str(folder), causal=True))
+        AutoencoderViTok.from_pretrained(folder, causal=True, sample_frames=17).save_pretrained(folder)  # as it says
+        for causal in (False, True):
+            config = load(arguments(pretrained_model_name_or_path=str(folder), causal=causal)).config
+            assert config.causal and config.sample_frames == 17
+
     def test_author_layout(self, arguments, tmp_path):
         from tests.conftest import GOLDEN
 

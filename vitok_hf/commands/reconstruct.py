@@ -1,5 +1,7 @@
 """Sends pictures or videos through an autoencoder: reconstructions, comparisons side by side, PSNR and SSIM.
 
+Videos, of any length, keep their size, times and sound, and get a sheet of frames, originals above reconstructions.
+
     vitok reconstruct                                               # a bundled checkpoint on a shipped photograph
     vitok reconstruct --input holiday.jpg film.mp4 folder/ --model MODEL --output_dir out
 
@@ -30,6 +32,8 @@ def parse(argv: list[str], program: str) -> argparse.Namespace:
         "attend to blocks of so many tokens a side and those around; 0: to all; default: 16 if there are over 65,536"
     )
     parser.add_argument("--window_radius", type=int, help=text)
+    text = "of a video, latent frames that a causal model sees at most; 0: all; default: those of its sample_frames"
+    parser.add_argument("--max_cached_frames", type=int, help=text)
     parser.add_argument("--output_dir", type=Path, default=Path("reconstructions"))
     return parser.parse_args(argv)
 
@@ -39,7 +43,7 @@ def run(args: argparse.Namespace) -> None:
     from accelerate import PartialState
 
     from ..data.files import read_each
-    from ..evaluation.reconstruct_files import name_targets, reconstruct_file
+    from ..evaluation.reconstruct_files import CodecSettings, name_targets, reconstruct_file
     from ..models import AutoencoderViTok
     from ..precision import choose_dtype
 
@@ -54,8 +58,9 @@ def run(args: argparse.Namespace) -> None:
     print(f"{args.model}: {parameters:.1f} M parameters; {values} values become {config.latent_channels}, {ratio:g}:1")
     lengths = {name: getattr(args, name) for name in ("num_channels", "num_tokens", "min_psnr")}
     lengths = {name: value for name, value in lengths.items() if value is not None}
-    options = args.window_radius, lengths
-    failures = read_each(files, lambda target: print(reconstruct_file(vae, files[target], target, *options)))
+    settings = CodecSettings(args.window_radius, args.max_cached_frames, lengths)
+    settings.check(vae)
+    failures = read_each(files, lambda target: print(reconstruct_file(vae, files[target], target, settings)))
     print(f"Reconstructions and comparisons (original left) are in {args.output_dir}/")
     if failures:
         sys.exit("\n".join([f"{len(failures)} of {len(files)} files failed:", *failures]))

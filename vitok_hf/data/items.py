@@ -48,10 +48,19 @@ class Choice(NamedTuple):
 
 @dataclass(frozen=True)
 class Clip:
-    """What is read of videos: `num_frames` frames, `fps` a second, or with `None` every frame."""
+    """What is read of videos: `num_frames` frames, `fps` a second, or with `None` every frame.
+
+    `with_pictures` lets pictures through beside clips, as clips of one frame, which causal models take.
+    """
 
     num_frames: int = 1
     fps: float | None = None
+    with_pictures: bool = False
+
+    @property
+    def least_frames(self) -> int:
+        """Those of what is read: 1, if it may be a picture."""
+        return 1 if self.with_pictures else self.num_frames
 
     def load(self, item: Item | Decoded, rng: np.random.Generator | None = None) -> np.ndarray:
         """(T, H, W, 3) uint8: a picture with T = 1, or a clip from a random second of a video, or its first.

@@ -69,16 +69,16 @@ def make_dataset(view: CropView | NativeView, sources: SourceSettings, seed: int
         ValueError: If there are none, or no weights are positive.
         ImportError: If the package that reads them is not installed.
     """
-    num_frames = view.clip.num_frames
+    num_frames, least_frames = view.clip.num_frames, view.clip.least_frames
     if sources.train_shards:
-        return StreamBatches(TarStream(sources.train_shards, num_frames), view, seed, sources.shuffle_buffer)
+        return StreamBatches(TarStream(sources.train_shards, least_frames), view, seed, sources.shuffle_buffer)
     items: list = sources.train_data_dir
     if sources.dataset_name:
         column = sources.dataset_config_name, sources.dataset_split, sources.data_column, num_frames
         if sources.streaming:
             return StreamBatches(HubStream(sources.dataset_name, *column), view, seed, sources.shuffle_buffer)
         items = [HubRows(sources.dataset_name, *column)]
-    mixed = MixedSources(items, num_frames)
+    mixed = MixedSources(items, least_frames)
     return DrawnBatches(DecodedPictures(mixed, sources.cache_gib * 2**30), mixed.draw, view, seed)
 
 

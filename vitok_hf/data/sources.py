@@ -52,7 +52,7 @@ def parse_source(source: str) -> tuple[str, float | None]:
 
 
 class FolderFiles:
-    """The pictures and videos in a folder and its subfolders, or one file; for clips, the videos only."""
+    """The pictures and videos in a folder and its subfolders, or one file; for clips alone, the videos."""
 
     def __init__(self, path: str | Path, num_frames: int = 1):
         self.files = FileList(iterate_files(path, suffixes_for(num_frames)))
@@ -72,7 +72,7 @@ class MixedSources:
         sources: Folders or files, each with an optional weight ("DIR:0.5", unless a folder has this whole name), or
             sequences of `Item`s; the weight is the share of the pictures and videos that come from there, 1 if only
             others have one; if none has, all files are as likely.
-        num_frames: Frames of a clip.
+        num_frames: Frames that an item must have: more than 1, and videos alone count.
 
     Raises:
         ValueError: If a source is empty or no weights are positive.
@@ -219,12 +219,12 @@ def is_shown(member: str) -> bool:
 class TarStream:
     """Tar shards in the layout of WebDataset: members of one sample follow each other and share the name's stem.
 
-    Of each sample, the first member whose name ends as a picture or video does is taken; for clips, a video. Members
-    that systems hide ("__MACOSX/._x.jpg") are left out.
+    Of each sample, the first member whose name ends as a picture or video does is taken; for clips alone, a video.
+    Members that systems hide ("__MACOSX/._x.jpg") are left out.
 
     Args:
         patterns: Paths or addresses for `webdataset`, with ranges and lists in braces: "shards/{000..012}.tar".
-        num_frames: Frames of a clip.
+        num_frames: Frames that an item must have: more than 1, and videos alone count.
 
     Raises:
         ImportError: If the package `webdataset` is not installed.

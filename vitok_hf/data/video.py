@@ -10,6 +10,7 @@ from contextlib import closing, contextmanager, suppress
 from functools import lru_cache
 from itertools import chain, dropwhile
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -29,7 +30,7 @@ IDR = re.compile(rb"\x00\x00\x01[\x05\x25\x45\x65]")  # marks an h264 key frame 
 ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}  # FFmpeg's own leave the transparency out
 
 
-class _Video:
+class Video:
     """The pictures of an open file. Times are in seconds since the first of them."""
 
     def __init__(self, source: Source):
@@ -182,11 +183,15 @@ class _Video:
 
     def times(self) -> list[float]:
         """When each of the pictures that follow is shown, in order, and at last when the last of them ends."""
-        packets = [packet for packet in self.container.demux(self.stream) if packet.size and not packet.is_discard]
-        if not packets:
+        stamps: list[Any] = []
+        duration = 0  # of the last packet
+        for packet in self.container.demux(self.stream):
+            if packet.size and not packet.is_discard:
+                stamps.append(packet.dts if self.is_avi else packet.pts)
+                duration = packet.duration or 0
+        if not stamps:
             return []
-        step = (packets[-1].duration or 0) * self.tick or 1 / self.rate
-        stamps = [packet.dts if self.is_avi else packet.pts for packet in packets]
+        step = duration * self.tick or 1 / self.rate
         if not self.has_times or None in stamps:
             return [index * step for index in range(len(stamps) + 1)]
         times = sorted(map(self.seconds, stamps))
@@ -219,9 +224,9 @@ def _upright(pixels: np.ndarray, frame: av.VideoFrame) -> np.ndarray:
 
 
 @contextmanager
-def _open_video(source: Source, name: str | None) -> Iterator[_Video]:
+def _open_video(source: Source, name: str | None) -> Iterator[Video]:
     with errors_name(name or describe(source), "video"):
-        video = _Video(source)
+        video = Video(source)
         with closing(video):
             yield video
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ..clips import to_runs
+from ..clips import Runs, to_runs
 from .batches import Batch, Draw
 from .items import Clip, Decoded, Item
 from .media import resize, resize_and_crop
@@ -28,6 +28,11 @@ def parse_size(size: str) -> tuple[int, int, float]:
 def to_pixels(clips: Sequence[np.ndarray]) -> torch.Tensor:
     """Clips (T, H, W, 3) of one size -> (B, 3, T, H, W)."""
     return torch.from_numpy(np.stack(clips)).permute(0, 4, 1, 2, 3).contiguous()
+
+
+def make_runs(clips: Sequence[np.ndarray]) -> Runs:
+    """Clips (T, H, W, 3) of any sizes -> a run for each size."""
+    return to_runs([to_pixels([clip])[0] for clip in clips])[0]
 
 
 def resize_clip(clip: np.ndarray, size: tuple[int, int], box: tuple[float, float, float, float]) -> np.ndarray:
@@ -51,7 +56,8 @@ class CropView:
     Args:
         sizes: (height, width, share of the batches).
         pixels_per_batch: A batch has as many crops as fit into this number of pixels, times frames, but at least one.
-        clip: What is read of videos; of one frame, it mixes with pictures.
+        clip: What is read of videos; of one frame, it mixes with pictures. Beside longer clips, pictures are a run of
+            their own, and each takes the place of a clip.
         flip: Flip half of the crops left to right.
     """
 
@@ -72,7 +78,7 @@ class CropView:
         total = sum(share for _, _, share in self.sizes)
         height, width, _ = self.sizes[rng.choice(len(self.sizes), p=[share / total for _, _, share in self.sizes])]
         batch_size = max(1, self.pixels_per_batch // (height * width * self.clip.num_frames))
-        return Batch([to_pixels([self._crop(rng, draw, height, width) for _ in range(batch_size)])]), False
+        return Batch(make_runs([self._crop(rng, draw, height, width) for _ in range(batch_size)])), False
 
     def _crop(self, rng: np.random.Generator, draw: Draw, height: int, width: int) -> np.ndarray:
         while True:
@@ -117,10 +123,10 @@ class NativeView:
                 f"{self.tokens(side, side)} tokens: raise `max_tokens` or lower `max_pixels`."
             )
 
-    def tokens(self, height: int, width: int) -> int:
-        """Tokens of a picture or clip of this size; partial tokens count."""
-        q, p = self.token_size
-        return math.ceil(height / p) * math.ceil(width / p) * math.ceil(self.clip.num_frames / q)
+    def tokens(self, height: int, width: int, num_frames: int | None = None) -> int:
+        """Tokens of a picture or clip of this size, by default with the frames of a clip; partial tokens count."""
+        (q, p), frames = self.token_size, self.clip.num_frames if num_frames is None else num_frames
+        return math.ceil(height / p) * math.ceil(width / p) * math.ceil(frames / q)
 
     def native_size(self, height: int, width: int) -> tuple[int, int]:
         """(height, width) at which a picture is shown: of at most `max_pixels`, no side below a token's.
@@ -141,17 +147,17 @@ class NativeView:
 
     def __call__(self, seed: tuple[int, ...], draw: Draw) -> tuple[Batch, bool]:
         rng, room, left_over = np.random.default_rng(seed), self.max_tokens, False
-        pictures: list[torch.Tensor] = []  # (3, T, H, W)
+        pictures: list[np.ndarray] = []  # (T, H, W, 3)
         while room > 0:
             clip, _ = draw(rng, lambda item: self.clip.load(item, rng))  # (T, h, w, 3)
             height, width = self.native_size(*clip.shape[1:3])
-            room -= self.tokens(height, width)
+            room -= self.tokens(height, width, len(clip))
             if left_over := room < 0:
                 break
             if clip.shape[1:3] != (height, width):
                 clip = resize_clip(clip, (width, height), (0, 0, clip.shape[2], clip.shape[1]))
-            pictures += to_pixels([mirror(clip, self.flip and rng.random() < 0.5)])
-        return Batch(to_runs(pictures)[0]), left_over
+            pictures.append(mirror(clip, self.flip and rng.random() < 0.5))
+        return Batch(make_runs(pictures)), left_over
 
 
 @dataclass(frozen=True)

@@ -1,3 +1,4 @@
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,24 @@ from einops import rearrange
 from PIL import Image
 
 from ..clips import fold_frames, pad_to_size, to_float, to_uint8, unfold_frames
+from ..disk import atomic_file
+from ..models import AutoencoderViTok
 from .autoencoders import Change, fit_shape, run_autoencoder
 from .metrics import frame_values, psnr, ssim
+
+
+def _to_pixels(vae: ModelMixin, images: torch.Tensor, size: tuple[int, int, int]) -> torch.Tensor:
+    """uint8 -> what the model takes, padded to (T, H, W)."""
+    return pad_to_size(to_float(images.to(vae.device)), size).to(vae.dtype)
+
+
+def _to_images(vae: ModelMixin, sample: torch.Tensor) -> torch.Tensor:
+    """What the model gives -> uint8."""
+    if not sample.isfinite().all():  # as black or white pixels they would count like others
+        raise ValueError(
+            f"{type(vae).__name__} gives numbers that are not finite in {vae.dtype}: take float32, or bfloat16."
+        )
+    return to_uint8(sample)
 
 
 @torch.no_grad()
@@ -40,19 +57,50 @@ def reconstruct(
     fitted = fit_shape(vae, images.shape)
     takes_clips = len(fitted) == 5
     size = (fitted[2] if takes_clips else frames, fitted[-2], fitted[-1])
-    pixels = pad_to_size(to_float(images.to(vae.device)), size).to(vae.dtype)
+    pixels = _to_pixels(vae, images, size)
     sample = run_autoencoder(vae, pixels if takes_clips else fold_frames(pixels), change_latents, lengths)
     if sample.shape != fitted:
         raise ValueError(
             f"{type(vae).__name__} gives {tuple(sample.shape)} for {fitted}: it has sizes or numbers of frames of its "
             "own; bring the pictures to what it gives."
         )
-    if not sample.isfinite().all():  # as black or white pixels they would count like others
-        raise ValueError(
-            f"{type(vae).__name__} gives numbers that are not finite in {vae.dtype}: take float32, or bfloat16."
-        )
-    sample = to_uint8(sample if takes_clips else unfold_frames(sample, frames))
+    sample = _to_images(vae, sample if takes_clips else unfold_frames(sample, frames))
     return sample[:, :, :frames, :height, :width].to(images.device)
+
+
+class StreamCodec:
+    """Reconstructs the clips of a video by a causal model, which has seen those before: together, as the whole.
+
+    Args:
+        vae: A causal ViTok. Its window, of rows and columns, is the one that it has now.
+        change_latents: As of `reconstruct`.
+        max_cached_frames: Latent frames that a token sees at most; `None`: all, in memory that grows with the video.
+    """
+
+    def __init__(
+        self, vae: AutoencoderViTok, change_latents: Change | None = None, max_cached_frames: int | None = None
+    ):
+        self.vae, self.lead = vae, vae.config.lead_frames
+        self.pieces: deque[torch.Tensor] = deque()
+        latents = vae.encode_stream(iter(self.pieces.popleft, None), max_cached_frames)
+        latents = latents if change_latents is None else map(change_latents, latents)
+        self.samples = vae.decode_stream(latents, max_cached_frames)
+
+    @torch.no_grad()
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        """Reconstructions, uint8 of the shape of `images`, (B, 3, T, H, W), the frames that follow in the video.
+
+        All clips but the last must end where a latent frame ends. Sizes that do not fit are padded and cropped back.
+        """
+        frames, height, width = images.shape[2:]
+        fitted = frames + -(frames + self.lead) % self.vae.temporal_compression_ratio
+        *_, fitted_height, fitted_width = fit_shape(self.vae, images.shape)
+        self.pieces.append(_to_pixels(self.vae, images, (fitted, fitted_height, fitted_width)))
+        self.lead, samples = 0, []
+        while fitted > 0:
+            samples.append(_to_images(self.vae, next(self.samples)))
+            fitted -= samples[-1].shape[2]
+        return torch.cat(samples, dim=2)[:, :, :frames, :height, :width].to(images.device)
 
 
 @torch.no_grad()
@@ -94,7 +142,13 @@ def comparison(images: torch.Tensor, reconstructions: torch.Tensor) -> np.ndarra
     return side_by_side(images, reconstructions).flatten(0, 1).numpy()
 
 
+def save_picture(path: str | Path, pixels: np.ndarray) -> None:
+    """Saves (H, W, 3) uint8 as PNG, whole or not at all."""
+    with atomic_file(path) as temporary:
+        Image.fromarray(pixels).save(temporary, format="PNG")
+
+
 def save_comparison(path: str | Path, images: torch.Tensor, reconstructions: torch.Tensor) -> None:
-    """Saves what `comparison` makes."""
+    """Saves what `comparison` makes as PNG."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(comparison(images, reconstructions)).save(path)
+    save_picture(path, comparison(images, reconstructions))

@@ -1,5 +1,7 @@
 """Pictures and videos to look at: original, reconstruction, and where it is wrong."""
 
+import math
+from collections import deque
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -7,18 +9,22 @@ from pathlib import Path
 import av
 import numpy as np
 import torch
+from einops import rearrange
 from PIL import Image
 from torch.nn import functional as F
 
 from ..data.held_out import Codec, EvaluationData
-from ..data.media import evenly_spaced
+from ..data.media import evenly_spaced, resize
 from ..disk import replace_durably, temporary_name
-from .reconstruction import side_by_side
+from .reconstruction import save_picture, side_by_side
 from .results import Result
+from .sound import copy_sound
 
 
 ERROR_GAIN = 4
 CLOCK = Fraction(1, 90000)  # seconds; a multiple of the usual rates, 30000/1001 among them
+MAX_THUMBNAILS = 64
+THUMBNAIL_SIZE = 256  # pixels, the longer side at most
 
 
 def error_map(images: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
@@ -61,24 +67,25 @@ def save_examples(folder: str | Path, data: EvaluationData, codec: Codec, psnr: 
 class VideoWriter:
     """Writes (T, H, W, 3) uint8 frames to an mp4 file, which is there when the `with` block ends without an error.
 
-    h264 wants even sides: odd ones get a row or column more. Frames are shown at `rate` a second, or from the seconds
-    on that `write` is told.
+    Frames are shown at `rate` a second, or from the seconds on that `write` is told. The sound is that of the file
+    `sound_of`, if it has any. Odd sides are kept, without subsampled colours, which h264 has of even ones alone.
     """
 
-    def __init__(self, path: str | Path, rate: Fraction):
+    def __init__(self, path: str | Path, rate: Fraction, sound_of: Path | None = None):
         self.path, self.temporary = Path(path), temporary_name(Path(path))
         self.rate, self.stamp, self.count = rate, -1, 0
         self.container = av.open(f"file:{self.temporary}", "w", format="mp4")  # else "a:b.mp4" names a protocol
         self.stream = self.container.add_stream("libx264", rate=rate, options={"crf": "14"})
-        self.stream.pix_fmt = "yuv420p"
         self.stream.codec_context.time_base = CLOCK
+        self.sound = copy_sound(sound_of, self.container)
+        self.next_sound = next(self.sound, math.inf)  # seconds
 
     def write(self, frames: torch.Tensor, seconds: Sequence[float | Fraction] | None = None) -> None:
-        odd = [(0, 0), *((0, side % 2) for side in frames.shape[1:3]), (0, 0)]
-        pictures = np.pad(frames.numpy(), odd, mode="edge")
+        pictures = frames.numpy()
         if not self.stream.codec_context.is_open:
             context = self.stream.codec_context
             self.stream.height, self.stream.width = pictures.shape[1:3]
+            self.stream.pix_fmt = "yuv444p" if self.stream.height % 2 or self.stream.width % 2 else "yuv420p"
             # BT.601, limited range, as converted here: without the tags, players guess by the size
             context.colorspace = 6
             context.color_range = 1
@@ -89,19 +96,57 @@ class VideoWriter:
             frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
             self.stamp = max(self.stamp + 1, round(second / CLOCK))  # never twice the same
             frame.pts, frame.time_base = self.stamp, CLOCK
-            self.container.mux(self.stream.encode(frame))
+            self._mux(self.stream.encode(frame))
+
+    def _mux(self, packets: Sequence[av.Packet]) -> None:
+        """With the sound up to there, so that neither waits for the other in memory."""
+        for packet in packets:
+            self.container.mux(packet)
+            while self.next_sound <= packet.dts * packet.time_base:
+                self.next_sound = next(self.sound, math.inf)
 
     def __enter__(self) -> "VideoWriter":
         return self
 
     def __exit__(self, error_type: type | None, *_) -> None:
-        if error_type is None:
-            self.container.mux(self.stream.encode())
-        self.container.close()
-        if error_type is None:
-            replace_durably(self.temporary, self.path)
-        else:
+        try:
+            if error_type is None:
+                self._mux(self.stream.encode())
+                deque(self.sound, maxlen=0)  # what is left of it
+            self.sound.close()
+            self.container.close()
+            if error_type is None:
+                replace_durably(self.temporary, self.path)
+        finally:
             self.temporary.unlink(missing_ok=True)  # it is made with the first frame
+
+
+class ContactSheet:
+    """Evenly spaced frames of a video of any length, small, originals above reconstructions.
+
+    Of no more than `MAX_THUMBNAILS`, every other one goes when there are so many, and the next ones are as far apart.
+    """
+
+    def __init__(self) -> None:
+        self.count, self.step = 0, 1  # frames so far, and from one that is kept to the next
+        self.pairs: list[np.ndarray] = []  # (2, h, w, 3) each
+
+    def add(self, images: torch.Tensor, reconstructions: torch.Tensor) -> None:
+        """The next frames of the video, (1, 3, T, H, W) uint8."""
+        for pair in torch.cat([images, reconstructions]).permute(2, 0, 3, 4, 1):  # (2, H, W, 3)
+            if self.count % self.step == 0:
+                height, width = pair.shape[1:3]
+                scale = min(1.0, THUMBNAIL_SIZE / max(height, width))
+                size = max(1, round(scale * width)), max(1, round(scale * height))
+                self.pairs.append(np.stack([resize(x, size, (0, 0, width, height)) for x in pair.numpy()]))
+            if len(self.pairs) == MAX_THUMBNAILS:
+                self.pairs, self.step = self.pairs[::2], 2 * self.step
+            self.count += 1
+
+    def save(self, path: str | Path, columns: int = 8) -> None:
+        """As PNG; of fewer frames than columns, all."""
+        pairs = [self.pairs[index] for index in evenly_spaced(len(self.pairs), columns)]
+        save_picture(path, rearrange(pairs, "t two h w c -> (two h) (t w) c"))
 
 
 def plot_rates(path: Path, results: Sequence[Result]) -> None:

@@ -183,6 +183,9 @@ class AutoencoderArguments(AdversarySettings, LossSettings, TransformerArguments
     pretrained_model_name_or_path: str | None = argument(
         None, "Start from this model: folder, Hub id or bundled name; also the author's ViTok-v2 weights."
     )
+    causal: bool = argument(
+        False, "No latent frame sees those after it, the first is of one frame; pictures are mixed with clips."
+    )
     latent_channels: int | None = argument(None, "Latent channels, where the variant leaves them open.", minimum=1)
     channel_counts: list[int] = argument([], "Numbers of the first channels that are codes, too, as 2 4 8 16.")
     token_counts: list[int] = argument([], "Numbers of the first tokens that are codes, too, as 32 64 128 256.")

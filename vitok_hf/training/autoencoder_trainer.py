@@ -40,10 +40,18 @@ def load_model(args: AutoencoderArguments) -> AutoencoderViTok:
         vae = AutoencoderViTok.from_pretrained(
             args.pretrained_model_name_or_path, variant=args.variant, dtype=torch.float32
         )
+        if args.causal and not vae.config.causal:
+            remedy = "`AutoencoderViTok.from_pretrained(..., causal=True, sample_frames=17).save_pretrained(...)`"
+            raise ValueError(
+                f'`causal` is True, but "{args.pretrained_model_name_or_path}" is not causal: its encoder was trained '
+                f"to see all frames. Leave it out, or start from its weights in a causal model, {remedy}."
+            )
         vae.set_counts(**counts)
         return vae
     overrides = {name: getattr(args, name) for name in ("latent_channels", "num_latent_tokens")}
     overrides = counts | {name: value for name, value in overrides.items() if value is not None}
+    if args.causal:
+        overrides["causal"] = True
     if args.variant is not None:
         return AutoencoderViTok.from_variant(args.variant, **overrides)
     assert args.model_config is not None  # one of the three is given
@@ -112,6 +120,7 @@ class AutoencoderTrainer(Trainer[AutoencoderArguments, AutoencoderViTok]):
     def fixed_settings(self) -> dict[str, object]:
         args = self.args
         settings = {name: getattr(args, name) for name in ("stage", "freeze_encoder", "lora_rank")}
+        settings["causal"] = self.config.causal  # of weights that fit both
         return super().fixed_settings() | settings | {"lecam_weight": "positive" if args.lecam_weight > 0.0 else 0.0}
 
     def objects(self) -> dict[str, Any]:
@@ -125,7 +134,7 @@ class AutoencoderTrainer(Trainer[AutoencoderArguments, AutoencoderViTok]):
 
     def _make_dataset(self, resolution: int) -> DrawnBatches | StreamBatches:
         args, config = self.args, self.config
-        clip = Clip(config.sample_frames, args.fps)
+        clip = Clip(config.sample_frames, args.fps, with_pictures=config.causal)
         if args.max_tokens is None:
             sizes = [parse_size(size) for size in args.crop_sizes or [str(resolution)]]
             for side in {side for size in sizes for side in size[:2]}:
