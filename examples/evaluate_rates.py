@@ -3,11 +3,12 @@ r"""Codes of every length: pictures, and what a length for each picture saves.
     python examples/evaluate_rates.py --model my-dial --data_dir data/test/film data/test/photos data/test/emoji \
         --min_psnr 26 28 30 32 --output_dir rates
 
-Prints, for each `--min_psnr`, the mean length that `encode(min_psnr=...)` takes, the share of the pictures that reach
-it, the PSNR of the mean squared error over all of them, and the length, the same for all, that has the same error: it
-lies on straight lines between the model's lengths (error in decibels against their logarithm). Saves histograms.png of
-the lengths; and pictures with their reconstructions, from the shortest code to the longest: samples.png, some of each
-folder, and extremes.png, the three easiest and the three hardest of all.
+Prints, for each `--min_psnr`, the mean of the shortest lengths that reach it, which `encode(min_psnr=...)` takes where
+PSNR rises with the length; the share of the pictures that reach it; the PSNR of the mean squared error over them all;
+and the length, the same for all, that has the same error: it lies on straight lines between the model's lengths
+(error in decibels against their logarithm). Saves histograms.png of the lengths; and pictures with reconstructions,
+from the shortest code to the longest: samples.png, some of each folder, and extremes.png, the three easiest and the
+three hardest of all.
 """
 
 from pathlib import Path
@@ -68,21 +69,26 @@ def main():
     add_dtype(parser)
     parser.add_argument("--output_dir", type=Path, default=Path("rates"))
     args = parser.parse_args()
+    if args.limit < 1 or not np.isfinite(args.min_psnr).all():
+        parser.error(f"--limit must be at least 1, but is {args.limit}, and --min_psnr finite: {args.min_psnr}")
 
     dtype = getattr(torch, choose_dtype(args.dtype))
     vae = AutoencoderViTok.from_pretrained(args.model, dtype=dtype).to(PartialState().default_device)
-    name = "num_tokens" if vae.config.token_counts else "num_channels"
-    lengths = vae.config.token_counts or vae.config.channel_counts
-    if not lengths:
+    counts, size = vae.config.token_counts or vae.config.channel_counts, (args.resolution, args.resolution)
+    if not counts:
         parser.error(f"{args.model} has codes of one length: its config has neither channel_counts nor token_counts")
+    name, whole = "num_channels", vae.config.latent_channels
+    if vae.config.token_counts:
+        name, whole = "num_tokens", vae.count_tokens(size)
+    lengths = [count for count in counts if count < whole] + [whole]
     args.output_dir.mkdir(parents=True, exist_ok=True)
     print("| data | min_psnr | mean length | reached | PSNR | equal length | saved |\n|---|---|---|---|---|---|---|")
     rows, strips = [], []
     for path in args.data_dir:
         images = load_evaluation_images(path, args.resolution, args.limit)
         samples = [
-            torch.cat([reconstruct(vae, batch, lengths={name: length}) for batch in images.split(8)])
-            for length in lengths
+            torch.cat([reconstruct(vae, batch, lengths=cut) for batch in images.split(8)])
+            for cut in [{name: length} for length in lengths[:-1]] + [None]
         ]
         rows.append(torch.cat([frame_values(psnr, sample, images) for sample in samples], dim=1).cpu().numpy())
         strips.append(side_by_side(images, *samples))

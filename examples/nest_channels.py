@@ -73,8 +73,11 @@ def main():
     args = parser.parse_args()
 
     vae = AutoencoderViTok.from_pretrained(args.model, dtype=torch.float32).to(PartialState().default_device)
-    if not vae.config.variational or vae.config.num_latent_tokens or not vae.is_image_model:
-        parser.error(f"{args.model} must be a variational autoencoder of pictures, with codes on grids")
+    has_tokens = vae.config.num_latent_tokens or vae.config.token_counts
+    if not vae.config.variational or has_tokens or not vae.is_image_model:
+        parser.error(f"{args.model} must be a variational autoencoder of pictures, without token counts")
+    if args.num_batches < 1:
+        parser.error(f"--num_batches must be at least 1, but is {args.num_batches}")
     dataset = make_dataset(CropView([(128, 128, 1.0)], 2**20, flip=False), SourceSettings(args.train_data_dir))
     nest(vae, args.channel_counts, measure(vae, iterate_pixels(dataset, args.num_batches)))
     vae.register_to_config(_name_or_path=args.output_dir.name)

@@ -71,8 +71,15 @@ def test_scripts(tmp_path, run_example):
     assert (tmp_path / "rates" / "histograms.png").is_file()
     with pytest.raises(ValueError, match="`channel_counts` must end with `latent_channels`, 4"):
         run_example("nest_channels.py", "--model", "vae", "--channel_counts", 2, *data, "--output_dir", "x")
-    AutoencoderViTok(**TINY | {"variational": False}).save_pretrained(tmp_path / "plain")
+    for change in ({"variational": False}, {"token_counts": [2]}):
+        AutoencoderViTok(**TINY | change).save_pretrained(tmp_path / "plain")
+        with pytest.raises(SystemExit):
+            run_example("nest_channels.py", "--model", "plain", *counts, *data, "--output_dir", "x")
+    masked = run_example(
+        "evaluate_rates.py", "--model", "plain", "--data_dir", "train", *options
+    )  # 16 tokens a picture
+    assert "| train | 1 | 2.00 | 100% |" in masked and "| train | 99 | 16.00 | 0% |" in masked
     with pytest.raises(SystemExit):
-        run_example("nest_channels.py", "--model", "plain", *counts, *data, "--output_dir", "x")
+        run_example("evaluate_rates.py", "--model", "nested", "--data_dir", "train", "--min_psnr", "nan")
     with pytest.raises(SystemExit):
         run_example("evaluate_rates.py", "--model", "vae", "--data_dir", "train")

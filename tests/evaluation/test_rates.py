@@ -4,10 +4,12 @@ import csv
 
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from PIL import Image
 
 from tests.conftest import ASSETS, TINY
 from vitok_hf import AutoencoderViTok
+from vitok_hf.commands import start
 from vitok_hf.data.held_out import load_evaluation_images
 from vitok_hf.evaluation.reconstruct_files import CodecSettings, reconstruct_file
 from vitok_hf.evaluation.reconstruction import reconstruct
@@ -34,6 +36,20 @@ def test_reconstruct(vae, tmp_path, lengths, numbers):
     Image.open(ASSETS / "astronaut.png").resize((32, 32)).save(tmp_path / "x.png")
     line = reconstruct_file(vae, tmp_path / "x.png", str(tmp_path / "x"), CodecSettings(lengths=lengths))
     assert f"  {numbers} numbers  " in line
+
+
+def test_what_fails_is_named(tmp_path):
+    AutoencoderViTok(**TINY | {"channel_counts": [1, 4]}).save_pretrained(tmp_path / "vae")
+    picture, options = str(ASSETS / "astronaut.png"), ["--output_dir", str(tmp_path / "out"), "--dtype", "float32"]
+    with pytest.raises(SystemExit) as caught:
+        start("reconstruct", ["--input", picture, "--model", str(tmp_path / "vae"), "--num_channels", "3", *options])
+    assert f"{picture}: `num_channels` must be one of [1, 4], but is 3" in str(caught.value)
+
+
+def test_autoencoders_without_lengths():
+    vae = AutoencoderKL(block_out_channels=(4,), norm_num_groups=4).eval()
+    with pytest.raises(ValueError, match="num_channels cut the codes of a ViTok, but this is a AutoencoderKL"):
+        reconstruct(vae, load_evaluation_images(ASSETS, 32, 1), lengths={"num_channels": 2})
 
 
 def test_reconstruct_by_sequences(tmp_path):

@@ -275,6 +275,13 @@ class TestConversion:
         make_vae("v1").save_pretrained(tmp_path / "v1")
         with pytest.raises(ValueError, match="no ViTok-v2 architecture: parallel_blocks"):
             convert("--to_vitok_v2", tmp_path / "v1", tmp_path / "back")
+        for name, value in (("channel_counts", [2, 4]), ("token_counts", [2]), ("num_latent_tokens", 2)):
+            make_vae("v2", **{name: value}).save_pretrained(tmp_path / name)
+            with pytest.raises(ValueError, match=f"no ViTok-v2 architecture: {name} differ"):
+                convert("--to_vitok_v2", tmp_path / name, tmp_path / "back")
+        make_vae("v2", causal=True, temporal_patch_size=2, sample_frames=3).save_pretrained(tmp_path / "causal")
+        with pytest.raises(ValueError, match="no ViTok-v2 architecture: causal differ"):
+            convert("--to_vitok_v2", tmp_path / "causal", tmp_path / "back")
         with pytest.raises(ValueError, match="exists already"):
             convert(GOLDEN, tmp_path / "v1", "--variant", VARIANT)
         with pytest.raises(ValueError, match="Give the folder to write to"):

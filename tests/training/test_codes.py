@@ -96,6 +96,8 @@ class TestArguments:
             AutoencoderTrainer(arguments(channel_counts=[1, 2]))
 
     def test_pretrained_models_get_counts_but_no_sequences(self, stage2):
+        with pytest.raises(ValueError, match="`lora_rank` 2 saves an adapter alone, without channel_counts"):
+            AutoencoderTrainer(stage2(channel_counts=[2, 4], lora_rank=2))
         trainer = AutoencoderTrainer(stage2(channel_counts=[2, 4]))
         assert trainer.vae.config.channel_counts == [2, 4]
         with pytest.raises(ValueError, match="`num_latent_tokens` 8 cannot be changed"):

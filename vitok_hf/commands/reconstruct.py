@@ -60,7 +60,15 @@ def run(args: argparse.Namespace) -> None:
     lengths = {name: value for name, value in lengths.items() if value is not None}
     settings = CodecSettings(args.window_radius, args.max_cached_frames, lengths)
     settings.check(vae)
-    failures = read_each(files, lambda target: print(reconstruct_file(vae, files[target], target, settings)))
+
+    def reconstruct(target: str) -> None:
+        try:
+            print(reconstruct_file(vae, files[target], target, settings))
+        except ValueError as error:
+            name = str(files[target])
+            raise ValueError(str(error) if name in str(error) else f"{name}: {error}") from error
+
+    failures = read_each(files, reconstruct)
     print(f"Reconstructions and comparisons (original left) are in {args.output_dir}/")
     if failures:
         sys.exit("\n".join([f"{len(failures)} of {len(files)} files failed:", *failures]))

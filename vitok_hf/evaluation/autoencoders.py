@@ -108,6 +108,10 @@ def run_autoencoder(
     With `change_latents`, what it makes of the modes is decoded. `lengths` are arguments of the `encode` of a ViTok
     that say how short its codes are: `num_tokens`, `num_channels`, `min_psnr`.
     """
+    if lengths and not isinstance(vae, AutoencoderViTok):
+        raise ValueError(
+            f"{', '.join(lengths)} cut the codes of a ViTok, but this is a {type(vae).__name__}: leave them out."
+        )
     is_sequence = isinstance(vae, AutoencoderViTok) and vae.config.num_latent_tokens is not None
     if lengths or (is_sequence and change_latents is not None):
         codes = vae.encode(pixels, **lengths or {}).latent_dist.mode()

@@ -136,6 +136,8 @@ def write_vitok_v2(
     with init_empty_weights():
         model = autoencoder_class.from_config(autoencoder_class.load_config(origin))
     foreign = [name for name in V2_BOOLEANS if model.config[name] != V2_ARCHITECTURE.get(name, False)]
+    new = ("channel_counts", "token_counts", "num_latent_tokens", "causal")  # of which the layout does not tell
+    foreign += [name for name in new if model.config[name]]
     if foreign:
         raise ValueError(f"{source} has no ViTok-v2 architecture: {', '.join(foreign)} differ.")
     _, files = read_index(origin, variant=None)

@@ -43,6 +43,9 @@ Posterior: TypeAlias = ViTokPosterior | PosteriorList
 FILL = 1.0
 
 
+CODE_FIELDS = ("channel_counts", "token_counts", "num_latent_tokens")  # of the config
+
+
 def check_counts(config: ViTokConfig) -> None:
     """Raises `ValueError` for entries of a config by which its codes cannot be cut."""
     for name, last in (("channel_counts", config.latent_channels), ("token_counts", config.num_latent_tokens)):
@@ -118,7 +121,7 @@ class CodesMixin:
 
     @property
     def _has_codes(self) -> bool:
-        return any(self.config[name] is not None for name in ("channel_counts", "token_counts", "num_latent_tokens"))
+        return any(self.config[name] is not None for name in CODE_FIELDS)
 
     @property
     def _sample_frames(self) -> int:

@@ -46,6 +46,11 @@ def load_model(args: AutoencoderArguments) -> AutoencoderViTok:
                 f'`causal` is True, but "{args.pretrained_model_name_or_path}" is not causal: its encoder was trained '
                 f"to see all frames. Leave it out, or start from its weights in a causal model, {remedy}."
             )
+        if args.lora_rank is not None and any(vae.config[name] != value for name, value in counts.items()):
+            raise ValueError(
+                f"`lora_rank` {args.lora_rank} saves an adapter alone, without {', '.join(counts)}: leave one out, or "
+                "start from a model that was saved after `set_counts`."
+            )
         vae.set_counts(**counts)
         return vae
     overrides = {name: getattr(args, name) for name in ("latent_channels", "num_latent_tokens")}
