@@ -362,14 +362,16 @@ class ViTokTower(nn.Module):
     ) -> list[torch.Tensor]:
         """Runs of equal sequences, (n, L, in_features), and the grid of each run -> (n, L, out_features)."""
         packing = make_packing(sequences, grids, window_radius, self.num_latent_tokens, causal)
-        is_stream = causal is not None and causal.cache is not None  # a block that runs twice would fill it twice
+        # A block that runs twice would fill the cache twice, and compiled ones are compiled anew for each layer of it.
+        is_stream = causal is not None and causal.cache is not None
         hidden_states = self._embed(sequences, grids)
         rotary_emb = self.rotary_embedding(hidden_states, packing)
         for block in self.transformer_blocks:
             if self.gradient_checkpointing and torch.is_grad_enabled() and not is_stream:
                 hidden_states = self._gradient_checkpointing_func(block, hidden_states, rotary_emb, packing)
             else:
-                hidden_states = block(hidden_states, rotary_emb, packing)
+                call = block._call_impl if is_stream else block
+                hidden_states = call(hidden_states, rotary_emb, packing)
         hidden_states = self.norm_out(hidden_states)
         if not self.num_latent_tokens:
             return unpack(self.proj_out(hidden_states), packing)
