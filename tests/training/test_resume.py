@@ -107,6 +107,12 @@ class TestResume:
         with pytest.raises(ValueError, match="`causal` is False, but checkpoint-0 was written with True"):
             AutoencoderTrainer(arguments(resume_from_checkpoint="latest"))
 
+    def test_lengths_of_codes_are_not_forgotten(self, arguments):
+        AutoencoderTrainer(arguments(channel_counts=[1, 4])).save()
+        AutoencoderTrainer(arguments(channel_counts=[1, 4], resume_from_checkpoint="latest"))
+        with pytest.raises(ValueError, match=r"`channel_counts` is None, but checkpoint-0 was written with \[1, 4\]"):
+            AutoencoderTrainer(arguments(resume_from_checkpoint="latest"))
+
     @pytest.mark.parametrize("regional", [False, True])
     def test_models_that_accelerate_compiles(self, stage2, monkeypatch, regional):
         """Checkpoints have the names of models that are not compiled, and are resumed with and without."""

@@ -125,7 +125,9 @@ class AutoencoderTrainer(Trainer[AutoencoderArguments, AutoencoderViTok]):
     def fixed_settings(self) -> dict[str, object]:
         args = self.args
         settings = {name: getattr(args, name) for name in ("stage", "freeze_encoder", "lora_rank")}
-        settings["causal"] = self.config.causal  # of weights that fit both
+        settings |= {
+            name: self.config[name] for name in ("causal", "channel_counts", "token_counts")
+        }  # weights fit all
         return super().fixed_settings() | settings | {"lecam_weight": "positive" if args.lecam_weight > 0.0 else 0.0}
 
     def objects(self) -> dict[str, Any]:
