@@ -38,12 +38,30 @@ def test_reconstruct(vae, tmp_path, lengths, numbers):
     assert f"  {numbers} numbers  " in line
 
 
-def test_what_fails_is_named(tmp_path):
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--num_channels", "3"], r"`num_channels` must be one of \[1, 4\], but is 3"),
+        (["--num_tokens", "3"], "the model has no `token_counts`"),
+        (["--min_psnr", "nan"], "`min_psnr` must be"),
+        (["--min_psnr", "30", "--num_channels", "1"], "which `num_channels` fix: leave one of them out"),
+    ],
+)
+def test_what_no_file_can_have_is_said_once(tmp_path, options, message):
     AutoencoderViTok(**TINY | {"channel_counts": [1, 4]}).save_pretrained(tmp_path / "vae")
-    picture, options = str(ASSETS / "astronaut.png"), ["--output_dir", str(tmp_path / "out"), "--dtype", "float32"]
+    paths = ["--input", str(ASSETS), "--model", str(tmp_path / "vae"), "--output_dir", str(tmp_path / "out")]
+    with pytest.raises(ValueError, match=message):
+        start("reconstruct", [*paths, *options])
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_fails_is_named(tmp_path):
+    AutoencoderViTok(**TINY | {"token_counts": [2, 4]}).save_pretrained(tmp_path / "vae")
+    Image.new("RGB", (8, 8)).save(tmp_path / "small.png")
+    paths = ["--input", str(tmp_path / "small.png"), "--model", str(tmp_path / "vae")]
     with pytest.raises(SystemExit) as caught:
-        start("reconstruct", ["--input", picture, "--model", str(tmp_path / "vae"), "--num_channels", "3", *options])
-    assert f"{picture}: `num_channels` must be one of [1, 4], but is 3" in str(caught.value)
+        start("reconstruct", [*paths, "--num_tokens", "2", "--output_dir", str(tmp_path / "out")])
+    assert f"{tmp_path / 'small.png'}: `num_tokens` must be from 1 to 1, but is 2" in str(caught.value)
 
 
 def test_autoencoders_without_lengths():

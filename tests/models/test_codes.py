@@ -362,10 +362,14 @@ class TestErrors:
             ("channels", {"num_tokens": 3}, "`num_tokens` is 3, but the model has no `token_counts`"),
             ("tokens", {"num_tokens": 2}, r"`num_tokens` must be one of \[1, 3, 6\], but is 2"),
             ("tokens", {"num_tokens": [2, 7]}, "`num_tokens` must be from 1 to 6, but is 7"),
-            ("tokens", {"num_tokens": 0}, "`num_tokens` must be an integer from 1"),
-            ("tokens", {"num_tokens": 3, "min_psnr": 30.0}, "leave one out"),
+            ("tokens", {"num_tokens": 0}, r"`num_tokens` must be one of \[1, 3, 6\], but is 0"),
+            (
+                "tokens",
+                {"num_tokens": 3, "min_psnr": 30.0},
+                "chooses the length, which `num_tokens` fix: leave one of them out",
+            ),
             ("both", {"min_psnr": math.nan}, "`min_psnr` must be a number from 0"),
-            ("latent", {"min_psnr": 30.0}, "`min_psnr` 30 chooses"),
+            ("latent", {"min_psnr": 30.0}, "the codes of this model have one length"),
         ],
     )
     def test_encode(self, name, arguments, message):

@@ -27,7 +27,11 @@ def parse(argv: list[str], program: str) -> argparse.Namespace:
     add_dtype(parser)
     parser.add_argument("--num_channels", type=int, help="cut the codes to so many channels")
     parser.add_argument("--num_tokens", type=int, help="cut the codes to so many tokens")
-    parser.add_argument("--min_psnr", type=float, help="take of each picture the shortest code that reaches it, in dB")
+    parser.add_argument(
+        "--min_psnr",
+        type=float,
+        help="take of each picture, or clip of a video, the shortest code that reaches it, in dB, else the longest",
+    )
     text = (
         "attend to blocks of so many tokens a side and those around; 0: to all; default: 16 if there are over 65,536"
     )
@@ -54,8 +58,13 @@ def run(args: argparse.Namespace) -> None:
     config = vae.config
     values = config.in_channels * config.temporal_patch_size * config.patch_size**2
     parameters = sum(parameter.numel() for parameter in vae.parameters()) / 1e6
-    ratio = values / config.latent_channels
-    print(f"{args.model}: {parameters:.1f} M parameters; {values} values become {config.latent_channels}, {ratio:g}:1")
+    channels = args.num_channels or config.latent_channels
+    ratio = (
+        f"{values} values become {channels}, {values / channels:g}:1"
+        if config.num_latent_tokens is None
+        else "1-D codes"
+    )
+    print(f"{args.model}: {parameters:.1f} M parameters; {ratio}")
     lengths = {name: getattr(args, name) for name in ("num_channels", "num_tokens", "min_psnr")}
     lengths = {name: value for name, value in lengths.items() if value is not None}
     settings = CodecSettings(args.window_radius, args.max_cached_frames, lengths)

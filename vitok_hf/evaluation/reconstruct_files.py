@@ -46,7 +46,8 @@ class CodecSettings:
     lengths: dict[str, Any] = field(default_factory=dict)
 
     def check(self, vae: AutoencoderViTok) -> None:
-        """Raises `ValueError` for `max_cached_frames` that the model cannot have."""
+        """Raises `ValueError` for lengths and `max_cached_frames` that the model cannot have."""
+        vae.check_lengths(**self.lengths)
         frames = self.max_cached_frames
         if frames is None:
             return

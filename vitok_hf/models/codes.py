@@ -16,7 +16,7 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import nn
 from torch.nn import functional as F
 
-from ..checks import check_int, check_number, check_tensor
+from ..checks import LARGEST, check_int, check_number, check_tensor
 from ..clips import (
     Expected,
     check_clips,
@@ -157,9 +157,11 @@ class CodesMixin:
         field = "token_counts" if name == "num_tokens" else "channel_counts"
         if (allowed := self.config[field]) is None:
             raise ValueError(f"`{name}` is {value}, but the model has no `{field}` in its config: leave it out.")
-        count = value if torch.compiler.is_compiling() else check_int(name, value)  # a number without a value
+        count = (
+            value if torch.compiler.is_compiling() else check_int(name, value, low=-LARGEST)
+        )  # a number without one
         is_any = is_for_one and name == "num_tokens"
-        if count > longest or (count not in allowed and not is_any):
+        if not 0 < count <= longest or (count not in allowed and not is_any):
             fitting = [n for n in allowed if n <= longest]
             wanted = f"from 1 to {longest}" if is_any or not fitting else f"one of {fitting}"
             remedy = "" if is_any or fitting else f": pass a list, for {longest} tokens are fewer than {allowed[0]}"
@@ -300,6 +302,28 @@ class CodesMixin:
                     low[index], high[index] = (low[index], place) if enough else (place + 1, high[index])
         return [option[place] for option, place in zip(options, low)]
 
+    def _searched(self, num_tokens: Counts, num_channels: Counts, min_psnr: float) -> str:
+        """Which of the two `min_psnr` chooses."""
+        given = (("num_tokens", num_tokens, "token_counts"), ("num_channels", num_channels, "channel_counts"))
+        for name, count, field in given:
+            if count is None and self.config[field] is not None:
+                return name
+        if self.config.token_counts is None and self.config.channel_counts is None:
+            raise ValueError(f"`min_psnr` is {min_psnr}, but the codes of this model have one length: leave it out.")
+        names = " and ".join(f"`{name}`" for name, count, _ in given if count is not None)
+        raise ValueError(f"`min_psnr` {min_psnr:g} chooses the length, which {names} fix: leave one of them out.")
+
+    def check_lengths(
+        self, num_tokens: int | None = None, num_channels: int | None = None, min_psnr: float | None = None
+    ) -> None:
+        """Raises `ValueError` for arguments of `encode` with which it takes no picture."""
+        for name, count in (("num_tokens", num_tokens), ("num_channels", num_channels)):
+            if count is not None:
+                longest = self.config.latent_channels if name == "num_channels" else LARGEST
+                self._check_count(name, count, longest, is_for_one=True)
+        if min_psnr is not None:
+            self._searched(num_tokens, num_channels, check_number("min_psnr", min_psnr, 0.0, 1000.0))
+
     def _choose(
         self, x: Clips, posterior: Posterior, num_tokens: Counts, num_channels: Counts, min_psnr: float | None
     ) -> tuple[Counts, Counts]:
@@ -307,20 +331,7 @@ class CodesMixin:
         if min_psnr is None:
             return num_tokens, num_channels
         min_psnr = check_number("min_psnr", min_psnr, 0.0, 1000.0)
-        free = [
-            name
-            for name, count, allowed in zip(
-                ("num_tokens", "num_channels"),
-                (num_tokens, num_channels),
-                (self.config.token_counts, self.config.channel_counts),
-            )
-            if count is None and allowed is not None
-        ]
-        if not free:
-            raise ValueError(
-                f"`min_psnr` {min_psnr:g} chooses `num_tokens` or `num_channels`: leave one out, of a model with "
-                "`token_counts` or `channel_counts` in its config."
-            )
-        if free[0] == "num_tokens":
-            return self._shortest(x, posterior, free[0], min_psnr, num_channels), num_channels
-        return num_tokens, self._shortest(x, posterior, free[0], min_psnr, num_tokens)
+        name = self._searched(num_tokens, num_channels, min_psnr)
+        if name == "num_tokens":
+            return self._shortest(x, posterior, name, min_psnr, num_channels), num_channels
+        return num_tokens, self._shortest(x, posterior, name, min_psnr, num_tokens)
