@@ -47,17 +47,15 @@ class CodecSettings:
 
     def check(self, vae: AutoencoderViTok) -> None:
         """Raises `ValueError` for lengths and `max_cached_frames` that the model cannot have."""
-        vae.check_lengths(**self.lengths)
         frames = self.max_cached_frames
-        if frames is None:
-            return
-        if frames < 0:
+        if frames is not None and frames < 0:
             raise ValueError(f"`max_cached_frames` must be at least 1, or 0 for all, but is {frames}.")
-        if not vae.config.causal or self.lengths:
+        if frames is not None and (not vae.config.causal or self.lengths):
             reason = f"with {', '.join(self.lengths)} go" if vae.config.causal else "through models not causal go"
             raise ValueError(
                 f"`max_cached_frames` is {frames}, but videos {reason} clip by clip, without a cache: leave it out."
             )
+        vae.check_lengths(**self.lengths)
 
 
 class MeasuredFile:
