@@ -256,6 +256,15 @@ def test_benchmark_dit(run_example):
     assert "x floor" in out.split("ViTokDiT ")[1] and "1.00 x as fast" in out.split("DiTTransformer2DModel ")[1]
 
 
+def test_benchmark_of_streams(run_example, monkeypatch):
+    monkeypatch.setattr("studies.baselines.make_peer", lambda name: make_vae("causal", temporal_patch_size=4))
+    variant = ("--variant", "w32_d1_h2-w32_d1_h2/4x8x4", "--max_cached_frames", 2)
+    out = run_example("benchmark_streams.py", *variant, "--size", 16, "--frames", 1, 20)
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines()[2:]]
+    assert [row[1] for row in rows] == ["1", "21", "1", "21", "4", "20", "1", "21"]
+    assert all(0 <= float(row[2]) <= float(row[3]) < 10 for row in rows)
+
+
 class TestExportOnnx:
     @pytest.mark.parametrize("architecture, opset", [("v2", 20), ("video", 23), ("causal", 23)])
     @torch.no_grad()
