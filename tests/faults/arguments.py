@@ -286,7 +286,8 @@ def number_entries() -> Iterator[Entry]:
     yield Entry("get_latent_shape", "height", lambda n: pipe().get_latent_shape(2, height=n), INTS,
                 accepts={"None": None})  # fmt: skip
     for name in ("guidance_scale", "guidance_rescale"):
-        yield Entry("pipe", name, lambda value, name=name: draw(**{name: value}), NUMBERS | {"-0.5": -0.5})
+        yield Entry("pipe", name, lambda value, name=name: draw(**{name: value}), NUMBERS | {"-0.5": -0.5},
+                    accepts={"None": None})  # fmt: skip
     yield Entry("pipe", "eta", lambda value: draw(eta=value), NUMBERS | {"1.1": 1.1}, accepts={"None": None})
     x = pixels(2, 4, 2, 3)
     yield Entry("dit", "timestep", lambda t: transformer()(x, t, torch.tensor([0, 1])).sample, TIMESTEPS,
