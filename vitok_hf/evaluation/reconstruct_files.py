@@ -101,7 +101,7 @@ class MeasuredFile:
         if not self.is_stream:
             return lambda clip: reconstruct(vae, clip, self._note, settings.lengths)
         seen = settings.max_cached_frames
-        seen = vae.config.num_latent_frames(max(1, vae.config.sample_frames)) if seen is None else seen
+        seen = vae.config.num_latent_frames(vae.config.sample_frames) if seen is None else seen
         return StreamCodec(vae, self._note, seen or None)
 
     def reconstruct(self, frames: Sequence[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -39,9 +39,8 @@ Posterior: TypeAlias = ViTokPosterior | PosteriorList
 
 
 # One standard deviation of the prior from its mean: the decoder sees how many channels there are, and its first norm
-# divides by about as much for all lengths. Zeros lose 0.5 to 1.3 dB (examples/results/scaling_study).
+# divides by about as much for all lengths. Zeros lose 0.5 to 1.4 dB (examples/results/codes).
 FILL = 1.0
-
 
 CODE_FIELDS = ("channel_counts", "token_counts", "num_latent_tokens")  # of the config
 
@@ -157,9 +156,9 @@ class CodesMixin:
         field = "token_counts" if name == "num_tokens" else "channel_counts"
         if (allowed := self.config[field]) is None:
             raise ValueError(f"`{name}` is {value}, but the model has no `{field}` in its config: leave it out.")
-        count = (
-            value if torch.compiler.is_compiling() else check_int(name, value, low=-LARGEST)
-        )  # a number without one
+        count = value
+        if not torch.compiler.is_compiling():  # else it is a number without a value
+            count = check_int(name, value, low=-LARGEST, wanted=f"one of {allowed}")
         is_any = is_for_one and name == "num_tokens"
         if not 0 < count <= longest or (count not in allowed and not is_any):
             fitting = [n for n in allowed if n <= longest]

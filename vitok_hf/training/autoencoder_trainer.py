@@ -125,9 +125,8 @@ class AutoencoderTrainer(Trainer[AutoencoderArguments, AutoencoderViTok]):
     def fixed_settings(self) -> dict[str, object]:
         args = self.args
         settings = {name: getattr(args, name) for name in ("stage", "freeze_encoder", "lora_rank")}
-        settings |= {
-            name: self.config[name] for name in ("causal", "channel_counts", "token_counts")
-        }  # weights fit all
+        # The weights of a model fit others that differ in these.
+        settings |= {name: self.config[name] for name in ("causal", "channel_counts", "token_counts")}
         return super().fixed_settings() | settings | {"lecam_weight": "positive" if args.lecam_weight > 0.0 else 0.0}
 
     def objects(self) -> dict[str, Any]:
@@ -209,8 +208,8 @@ class AutoencoderTrainer(Trainer[AutoencoderArguments, AutoencoderViTok]):
     def _draw_lengths(self, targets: list[Runs]) -> list[Lengths]:
         """For each batch, how many tokens and channels its pictures keep, of models whose codes can be cut.
 
-        Drawn for all batches at once: half of the pictures keep all, the others each shorter length as often. Pictures
-        with fewer tokens keep all.
+        Drawn for all batches at once: half of the pictures have the longest length of the list, the others each other
+        one as often. Pictures with fewer tokens keep all.
         """
         lengths: list[Lengths] = [{} for _ in targets]
         if self.config.token_counts is None and self.config.channel_counts is None:
