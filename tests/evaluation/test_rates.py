@@ -55,13 +55,14 @@ def test_what_no_file_can_have_is_said_once(tmp_path, options, message):
     assert not (tmp_path / "out").exists()
 
 
-def test_what_fails_is_named(tmp_path):
+def test_what_fails_is_named(tmp_path, capsys):
     AutoencoderViTok(**TINY | {"token_counts": [2, 4]}).save_pretrained(tmp_path / "vae")
     Image.new("RGB", (8, 8)).save(tmp_path / "small.png")
     paths = ["--input", str(tmp_path / "small.png"), "--model", str(tmp_path / "vae")]
     with pytest.raises(SystemExit) as caught:
         start("reconstruct", [*paths, "--num_tokens", "2", "--output_dir", str(tmp_path / "out")])
     assert f"{tmp_path / 'small.png'}: `num_tokens` must be from 1 to 1, but is 2" in str(caught.value)
+    assert "Reconstructions" not in capsys.readouterr().out  # there are none
 
 
 def test_autoencoders_without_lengths():

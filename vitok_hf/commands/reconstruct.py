@@ -78,6 +78,7 @@ def run(args: argparse.Namespace) -> None:
             raise ValueError(str(error) if name in str(error) else f"{name}: {error}") from error
 
     failures = read_each(files, reconstruct)
-    print(f"Reconstructions and comparisons (original left) are in {args.output_dir}/")
+    if len(failures) < len(files):
+        print(f"Reconstructions and comparisons (original left) are in {args.output_dir}/")
     if failures:
         sys.exit("\n".join([f"{len(failures)} of {len(files)} files failed:", *failures]))
