@@ -68,6 +68,21 @@ def denormalize_latents(latents: torch.Tensor, vae: ModelMixin) -> torch.Tensor:
     return (latents.float() / factor * std + mean).to(latents.dtype)
 
 
+def latent_spread(vae: ModelMixin) -> torch.Tensor:
+    """The standard deviation of the latents by the statistics in the config, (c,) or, one for all, (1,).
+
+    Raises:
+        ValueError: If the config has none.
+    """
+    std, factor = vae.config.get("latents_std"), vae.config.get("scaling_factor") or 1.0
+    if std is None and factor == 1.0:
+        raise ValueError(
+            f"The config of the {type(vae).__name__} has no statistics of its latents: write what "
+            "`compute_latent_statistics` measures, `vae.register_to_config(**statistics.to_config())`."
+        )
+    return torch.tensor([1.0] if std is None else list(std), dtype=torch.float32) / factor
+
+
 @dataclass
 class LatentStatistics:
     """Mean and standard deviation of each latent channel and of all, and the counts that they come from."""
@@ -172,7 +187,7 @@ def summarize_latents(batches: Iterable[tuple[torch.Tensor, torch.Tensor | None]
 def encode_mode(vae: ModelMixin, pixels: torch.Tensor) -> torch.Tensor:
     """The latents of any diffusers autoencoder: the mode of its `latent_dist`, or its `latent` or `latents`."""
     _check_autoencoder(vae)
-    return _mode(vae.encode(pixels))
+    return mode_of(vae.encode(pixels))
 
 
 def _check_autoencoder(vae: Any) -> None:
@@ -180,7 +195,8 @@ def _check_autoencoder(vae: Any) -> None:
         refuse("vae", "an autoencoder with an `encode`", vae)
 
 
-def _mode(output: BaseOutput) -> torch.Tensor:
+def mode_of(output: BaseOutput) -> torch.Tensor:
+    """The latents in what `encode` of an autoencoder gives."""
     if hasattr(output, "latent_dist"):
         return output.latent_dist.mode()
     return output.latent if hasattr(output, "latent") else output.latents
@@ -221,7 +237,7 @@ def compute_latent_statistics(
             elif not isinstance(batch, torch.Tensor) or batch.numel():
                 output = vae.encode(prepare(batch))
                 std = getattr(getattr(output, "latent_dist", None), "std", None)
-                yield add_row(_mode(output)), None if std is None else add_row(std)
+                yield add_row(mode_of(output)), None if std is None else add_row(std)
 
     _check_autoencoder(vae)
     iterates = hasattr(batches, "__iter__") or hasattr(batches, "__getitem__")

@@ -21,6 +21,7 @@ from . import add_dtype, make_parser
 
 
 if TYPE_CHECKING:
+    import torch
     from diffusers.models.modeling_utils import ModelMixin
 
     from ..evaluation.evaluator import ReconstructionEvaluator, Row
@@ -37,6 +38,13 @@ def make_evaluation_parser(program: str, description: str | None) -> argparse.Ar
         "--variant", help="of the weights (fp16), or the architecture of the author's ViTok-v2 weights"
     )
     add_dtype(parser)
+    parser.add_argument(
+        "--teacher", help="an autoencoder whose latents the models have learnt: rows of both, and of each half of both"
+    )
+    parser.add_argument("--teacher_subfolder", help="folder inside it, as vae")
+    parser.add_argument(
+        "--pipeline", help="ViTokDiTPipeline, of which 16 pictures are compared, with each model for its autoencoder"
+    )
     rates = "codes that are cut, a row for each number, and a curve in rates.png"
     parser.add_argument("--num_channels", nargs="+", type=int, default=[], help=rates)
     parser.add_argument("--num_tokens", nargs="+", type=int, default=[], help="likewise")
@@ -66,6 +74,8 @@ def make_evaluation_parser(program: str, description: str | None) -> argparse.Ar
 def check_data(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse.Namespace:
     if bool(args.data_dir) == bool(args.dataset_name):
         parser.error("give either --data_dir or --dataset_name")
+    if args.teacher is not None and (args.num_channels or args.num_tokens):
+        parser.error("--teacher is of whole codes: leave --num_channels and --num_tokens out")
     return args
 
 
@@ -94,8 +104,16 @@ def cuts(args: argparse.Namespace) -> list[tuple[str, dict[str, int]]]:
 
 
 def model_rows(args: argparse.Namespace, evaluator: "ReconstructionEvaluator") -> "Iterator[Row]":
+    import torch
+
+    from ..evaluation.autoencoders import load_autoencoder
+    from ..evaluation.drift import drift_rows
     from ..evaluation.evaluator import autoencoder_row
 
+    if args.teacher is not None:
+        teacher = load_autoencoder(args.teacher, args.teacher_subfolder, dtype=getattr(torch, args.dtype))
+        yield from drift_rows(args.teacher, teacher, load_models(args), evaluator.device)
+        return
     for name, vae in load_models(args):
         for cut, lengths in cuts(args):
             yield autoencoder_row(name + cut, vae.to(evaluator.device), evaluator.shapes, lengths)
@@ -143,3 +161,18 @@ def run(
         )
         if accelerator.is_main_process:
             print(f"{name}, {len(data)} {'clips' if args.num_frames > 1 else 'pictures'}\n\n{table}", flush=True)
+    if args.pipeline is not None and accelerator.is_main_process:
+        print_pipeline_drift(args, accelerator.device)
+
+
+def print_pipeline_drift(args: argparse.Namespace, device: "torch.device") -> None:
+    import torch
+
+    from ..evaluation.drift import pipeline_drift
+    from ..pipelines.pipeline_vitok_dit import ViTokDiTPipeline
+
+    pipe = ViTokDiTPipeline.from_pretrained(args.pipeline, dtype=getattr(torch, args.dtype)).to(device)
+    pipe.set_progress_bar_config(disable=True)
+    for name, vae in load_models(args):
+        difference = pipeline_drift(pipe, vae.to(device))
+        print(f"{args.pipeline}: {difference:.2f} dB between its pictures and those decoded by {name}, of 16 seeds")

@@ -10,7 +10,8 @@ from diffusers import AutoencoderRAE
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
-from ..latents import encode_mode
+from ..clips import fold_frames, unfold_frames
+from ..latents import mode_of
 from ..loading import check_place, load_strictly, resolve_bundled
 from ..loading.vitok_v2 import is_vitok_v2
 from ..models import AutoencoderViTok
@@ -97,16 +98,31 @@ def fit_shape(vae: ModelMixin, shape: Sequence[int]) -> tuple[int, ...]:
     return (batch * frames, channels, *size)
 
 
+def encode_moments(vae: ModelMixin, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Modes and standard deviations of the posteriors of pixels in [-1, 1]; the latter `None` if there are none."""
+    output = vae.encode((pixels + 1.0) / 2.0 if isinstance(vae, AutoencoderRAE) else pixels)  # which takes [0, 1]
+    return mode_of(output), getattr(getattr(output, "latent_dist", None), "std", None)
+
+
+def decode_latents(vae: ModelMixin, latents: torch.Tensor) -> torch.Tensor:
+    """Pixels in [-1, 1]; those of clips frame by frame, if the model is one of single pictures."""
+    if latents.ndim == 5 and not takes_videos(vae):
+        return unfold_frames(decode_latents(vae, fold_frames(latents)), latents.shape[2])
+    sample = vae.decode(latents).sample
+    return sample * 2.0 - 1.0 if isinstance(vae, AutoencoderRAE) else sample
+
+
 def run_autoencoder(
     vae: ModelMixin,
     pixels: torch.Tensor,
     change_latents: Change | None = None,
     lengths: dict[str, Any] | None = None,
+    decoder: ModelMixin | None = None,
 ) -> torch.Tensor:
     """Decoded modes of the posteriors of pixels in [-1, 1], a shape of `fit_shape`; the same shape and range.
 
     With `change_latents`, what it makes of the modes is decoded. `lengths` are arguments of the `encode` of a ViTok
-    that say how short its codes are: `num_tokens`, `num_channels`, `min_psnr`.
+    that say how short its codes are: `num_tokens`, `num_channels`, `min_psnr`. `decoder` decodes, if given.
     """
     if lengths and not isinstance(vae, AutoencoderViTok):
         raise ValueError(
@@ -118,9 +134,9 @@ def run_autoencoder(
         codes = codes if change_latents is None else change_latents(codes)
         sample = vae.decode(codes, sizes=[tuple(pixels.shape[2:])] * len(pixels)).sample
         return sample if isinstance(sample, torch.Tensor) else torch.stack(sample)
-    if isinstance(vae, AutoencoderViTok) and change_latents is None:
+    if isinstance(vae, AutoencoderViTok) and change_latents is None and decoder is None:
         return vae(pixels).sample  # the forward of a prepared model, as in training
-    is_rae = isinstance(vae, AutoencoderRAE)  # takes and gives [0, 1]
-    latents = encode_mode(vae, (pixels + 1.0) / 2.0 if is_rae else pixels)
-    sample = vae.decode(latents if change_latents is None else change_latents(latents)).sample
-    return sample * 2.0 - 1.0 if is_rae else sample
+    latents, _ = encode_moments(vae, pixels)
+    return decode_latents(
+        vae if decoder is None else decoder, latents if change_latents is None else change_latents(latents)
+    )

@@ -18,7 +18,7 @@ from .metrics import frame_values, psnr, ssim
 
 
 def _to_pixels(vae: ModelMixin, images: torch.Tensor, size: tuple[int, int, int]) -> torch.Tensor:
-    """uint8 -> what the model takes, padded to (T, H, W)."""
+    """uint8 -> pixels in [-1, 1], padded to (T, H, W)."""
     return pad_to_size(to_float(images.to(vae.device)), size).to(vae.dtype)
 
 
@@ -31,12 +31,21 @@ def _to_images(vae: ModelMixin, sample: torch.Tensor) -> torch.Tensor:
     return to_uint8(sample)
 
 
+def fit_pixels(vae: ModelMixin, images: torch.Tensor) -> torch.Tensor:
+    """uint8 (B, 3, T, H, W) -> what the model takes, a shape of `fit_shape`."""
+    fitted = fit_shape(vae, images.shape)
+    if len(fitted) == 5:
+        return _to_pixels(vae, images, (fitted[2], fitted[3], fitted[4]))
+    return fold_frames(_to_pixels(vae, images, (images.shape[2], fitted[2], fitted[3])))
+
+
 @torch.no_grad()
 def reconstruct(
     vae: ModelMixin,
     images: torch.Tensor,
     change_latents: Change | None = None,
     lengths: dict[str, Any] | None = None,
+    decoder: ModelMixin | None = None,
 ) -> torch.Tensor:
     """Reconstructions of uint8 pictures or clips from the mode of the posterior.
 
@@ -46,6 +55,7 @@ def reconstruct(
             column or frame, and cropped back.
         change_latents: What is done to the latents before they are decoded, for example quantizing them.
         lengths: How short the codes of a ViTok are, arguments of its `encode`.
+        decoder: An autoencoder of the same factors that decodes, in place of `vae`.
 
     Returns:
         uint8 of the shape of `images`, on its device.
@@ -54,17 +64,14 @@ def reconstruct(
         ValueError: If the model gives another size than it took, or numbers that are not finite.
     """
     frames, height, width = images.shape[2:]
-    fitted = fit_shape(vae, images.shape)
-    takes_clips = len(fitted) == 5
-    size = (fitted[2] if takes_clips else frames, fitted[-2], fitted[-1])
-    pixels = _to_pixels(vae, images, size)
-    sample = run_autoencoder(vae, pixels if takes_clips else fold_frames(pixels), change_latents, lengths)
-    if sample.shape != fitted:
+    pixels = fit_pixels(vae, images)
+    sample = run_autoencoder(vae, pixels, change_latents, lengths, decoder)
+    if sample.shape != pixels.shape:
         raise ValueError(
-            f"{type(vae).__name__} gives {tuple(sample.shape)} for {fitted}: it has sizes or numbers of frames of its "
-            "own; bring the pictures to what it gives."
+            f"{type(vae).__name__} gives {tuple(sample.shape)} for {tuple(pixels.shape)}: it has sizes or numbers of "
+            "frames of its own; bring the pictures to what it gives."
         )
-    sample = _to_images(vae, sample if takes_clips else unfold_frames(sample, frames))
+    sample = _to_images(vae, sample if sample.ndim == 5 else unfold_frames(sample, frames))
     return sample[:, :, :frames, :height, :width].to(images.device)
 
 
@@ -105,9 +112,13 @@ class StreamCodec:
 
 @torch.no_grad()
 def evaluate_reconstruction(
-    vae: ModelMixin, images: torch.Tensor, batch_size: int = 4, lengths: dict[str, Any] | None = None
+    vae: ModelMixin,
+    images: torch.Tensor,
+    batch_size: int = 4,
+    lengths: dict[str, Any] | None = None,
+    decoder: ModelMixin | None = None,
 ) -> tuple[dict[str, float], torch.Tensor]:
-    """Mean PSNR (dB) and SSIM over the frames of (N, 3, T, H, W) uint8, and its reconstruction.
+    """Mean PSNR (dB) and SSIM over the frames of (N, 3, T, H, W) uint8, and its reconstruction; see `reconstruct`.
 
     In a run of several processes, which must all call it, each reconstructs its share; all get the whole result.
     """
@@ -115,7 +126,9 @@ def evaluate_reconstruction(
     rounds = -(-len(images) // state.num_processes)  # as many for every process
     mine = torch.arange(rounds) * state.num_processes + state.process_index
     images, whole = images[mine % len(images)], images
-    reconstructions = torch.cat([reconstruct(vae, batch, lengths=lengths) for batch in images.split(batch_size)])
+    reconstructions = torch.cat(
+        [reconstruct(vae, batch, None, lengths, decoder) for batch in images.split(batch_size)]
+    )
 
     def collect(values: torch.Tensor) -> torch.Tensor:
         values = gather(values.to(state.device)).unflatten(0, (state.num_processes, rounds))

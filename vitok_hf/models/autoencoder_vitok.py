@@ -153,15 +153,7 @@ class AutoencoderViTok(
 
     def _init_weights(self):
         for tower in self.children():
-            for name, parameter in tower.named_parameters():
-                if name.endswith("bias"):
-                    nn.init.zeros_(parameter)
-                elif parameter.ndim == 2:
-                    # Every block adds two branches to the residual stream: keep its variance independent of depth.
-                    ends_branch = name.endswith(("to_out.0.weight", "ff.net.2.weight"))
-                    nn.init.xavier_uniform_(
-                        parameter, (2 * len(tower.transformer_blocks)) ** -0.5 if ends_branch else 1.0
-                    )
+            tower.init_weights()
         if self.config.channel_counts and self.config.variational and self.encoder is not None:
             # Narrow at first: the last channels would give in to the divergence before the decoder makes use of them.
             nn.init.constant_(self.encoder.proj_out.bias[self.config.latent_channels :], -4.0)  # log-variances
@@ -374,7 +366,10 @@ class AutoencoderViTok(
         generator: torch.Generator | list[torch.Generator] | None = None,
         num_tokens: int | list[int] | None = None,
         num_channels: int | list[int] | None = None,
-    ) -> ViTokOutput | tuple[torch.Tensor]:
+        latents: torch.Tensor | list[torch.Tensor] | None = None,
+        encode: bool = True,
+        decode: bool = True,
+    ) -> ViTokOutput | tuple[Any]:
         """Encodes and decodes `sample`, (B, C, H, W) or (B, C, T, H, W) in [-1, 1], or a list; see `encode`, `decode`.
 
         Args:
@@ -384,14 +379,21 @@ class AutoencoderViTok(
             generator: One, or a list of one for each item, of all runs.
             num_tokens, num_channels: What is kept of the codes, one number for all, or a list of one for each item, of
                 all runs.
+            latents: Another model's, of the same form, which are decoded. The output has the posterior's `parameters`.
+            encode: `False`: `sample` is not encoded, and only says how large `latents` are decoded.
+            decode: `False`: the output has the posterior's `parameters`, and no `sample`.
         """
-        check_bool(sample_posterior=sample_posterior, return_dict=return_dict)
+        check_bool(sample_posterior=sample_posterior, return_dict=return_dict, encode=encode, decode=decode)
+        if not encode and latents is None:
+            raise ValueError("`encode` is False and `latents` None: pass the latents to decode.")
         settings = self._memory_settings()
-        posterior = self._posterior(self._encode("sample", sample, settings))
-        kl = posterior.kl()
-        check_generator(generator, len(kl))
-        latents = posterior.sample(generator) if sample_posterior else posterior.mode()
+        posterior = self._posterior(self._encode("sample", sample, settings)) if encode else None
+        kl = None if posterior is None else posterior.kl()
+        parameters = None if posterior is None or (decode and latents is None) else posterior.parameters
+        if posterior is not None and kl is not None and latents is None:
+            check_generator(generator, len(kl))
+            latents = posterior.sample(generator) if sample_posterior else posterior.mode()
         if num_tokens is not None or num_channels is not None:
             latents = self._fill(sample, latents, num_tokens, num_channels)
-        decoded = self._decode(None, latents, settings, sizes_of(sample), self._grids(sample))
-        return ViTokOutput(sample=decoded, kl=kl) if return_dict else (decoded,)
+        decoded = self._decode(None, latents, settings, sizes_of(sample), self._grids(sample)) if decode else None
+        return ViTokOutput(sample=decoded, kl=kl, parameters=parameters) if return_dict else (decoded,)

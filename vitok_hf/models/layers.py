@@ -325,6 +325,15 @@ class ViTokTower(nn.Module):
         self.proj_out = nn.Linear(settings.hidden_size, out_features)
         self.gradient_checkpointing = False
 
+    def init_weights(self) -> None:
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(parameter)
+            elif parameter.ndim == 2:
+                # Every block adds two branches to the residual stream: keep its variance independent of depth.
+                ends_branch = name.endswith(("to_out.0.weight", "ff.net.2.weight"))
+                nn.init.xavier_uniform_(parameter, (2 * len(self.transformer_blocks)) ** -0.5 if ends_branch else 1.0)
+
     def _embed(self, sequences: list[torch.Tensor], grids: list[Grid]) -> torch.Tensor:
         """The packed hidden states. With latent tokens, these come first, and what has no input has its position."""
         if not self.num_latent_tokens:

@@ -93,6 +93,10 @@ class PosteriorList:
     def mode(self) -> list[torch.Tensor]:
         return self.give_back([posterior.mode() for posterior in self.posteriors])
 
+    @property
+    def parameters(self) -> list[torch.Tensor]:
+        return self.give_back([posterior.parameters for posterior in self.posteriors])
+
     def kl(self) -> torch.Tensor:
         """(N,), of all items."""
         return torch.cat([posterior.kl() for posterior in self.posteriors])
@@ -102,7 +106,9 @@ class PosteriorList:
 class ViTokOutput(DecoderOutput):
     """The reconstruction `sample`, and `kl`, (B,): the posterior's divergence, summed over all latents of an item.
 
-    For a list of items, `sample` is a list.
+    Where asked for, `parameters` are means and log-variances, (B, 2c, ...), or, without variances, (B, c, ...). For a
+    list of items, `sample` and `parameters` are lists.
     """
 
     kl: torch.Tensor | None = None
+    parameters: torch.Tensor | list[torch.Tensor] | None = None

@@ -172,7 +172,23 @@ class AdversarySettings:
 
 
 @dataclass
-class AutoencoderArguments(AdversarySettings, LossSettings, TransformerArguments):
+class TeacherSettings:
+    """An autoencoder whose latents a `Teacher` has another one learn."""
+
+    teacher_model_name_or_path: str | None = argument(
+        None, "Learn the latents of this autoencoder, of any class of diffusers: folder, Hub id or bundled name."
+    )
+    teacher_subfolder: str | None = argument(None, "Folder inside it, as vae for a pipeline.")
+    distill: str | None = argument(
+        None,
+        "encoder: give the teacher's latents; decoder: pictures from the teacher's latents; both. Default: both, in "
+        "stage 2 decoder.",
+    )
+    latent_weight: float = argument(1.0, "Weight of the squared error of latents, in spreads of the teacher.", above=0)
+
+
+@dataclass
+class AutoencoderArguments(TeacherSettings, AdversarySettings, LossSettings, TransformerArguments):
     """Settings of `AutoencoderTrainer`, the arguments of `vitok train`."""
 
     stage: int = argument(
@@ -223,8 +239,9 @@ class AutoencoderArguments(AdversarySettings, LossSettings, TransformerArguments
                 reason = "pictures are not cropped" if name == "crop_sizes" else "every batch has other sizes"
                 raise ValueError(f"`{name}` does not go with `max_tokens` {self.max_tokens}: {reason}; leave one out.")
         check_choice(self, "gan_loss", "hinge", "non_saturating")
+        self._check_teacher()
         if self.freeze_encoder is None:
-            self.freeze_encoder = self.stage == 2
+            self.freeze_encoder = self.stage == 2 if self.distill is None else self.distill == "decoder"
         pretrained = self.pretrained_model_name_or_path is not None
         if (self.model_config is not None) + (pretrained or self.variant is not None) != 1:
             raise ValueError(
@@ -233,12 +250,32 @@ class AutoencoderArguments(AdversarySettings, LossSettings, TransformerArguments
                 f'model_config "{self.model_config}", and pretrained_model_name_or_path '
                 f'"{self.pretrained_model_name_or_path}".'
             )
-        for name in ("freeze_encoder", "lora_rank"):
+        for name in ("freeze_encoder",) * (self.distill is None) + ("lora_rank",):
             if getattr(self, name) and not pretrained:
                 raise ValueError(f"`{name}` {getattr(self, name)} needs `pretrained_model_name_or_path`.")
         for name in ("latent_channels", "num_latent_tokens"):
             if pretrained and getattr(self, name) is not None:
                 raise ValueError(f"`{name}` {getattr(self, name)} cannot be changed in a pretrained model.")
+
+    def _check_teacher(self) -> None:
+        if self.teacher_model_name_or_path is None:
+            if self.distill is not None or self.teacher_subfolder is not None:
+                given = f'distill "{self.distill}" and teacher_subfolder "{self.teacher_subfolder}"'
+                raise ValueError(f"There is no `teacher_model_name_or_path`, but {given}: name the teacher.")
+            return
+        if self.distill is None:
+            self.distill = "decoder" if self.stage == 2 else "both"
+        check_choice(self, "distill", "encoder", "decoder", "both")
+        if self.stage == 2 and self.distill == "encoder":
+            raise ValueError('`distill` "encoder" trains no decoder, which stage 2 is for: take stage 1.')
+        if self.freeze_encoder is not None and self.freeze_encoder != (self.distill == "decoder"):
+            remedy = "leave it out"
+            raise ValueError(f'`freeze_encoder` is {self.freeze_encoder}, but `distill` "{self.distill}": {remedy}.')
+        for name in ("channel_counts", "token_counts", "num_latent_tokens"):
+            if getattr(self, name):
+                raise ValueError(
+                    f"`{name}` {getattr(self, name)} cuts codes, but those of a teacher are whole: leave it out."
+                )
 
 
 @dataclass

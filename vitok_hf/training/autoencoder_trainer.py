@@ -18,10 +18,12 @@ from ..evaluation.reconstruction import comparison, evaluate_reconstruction
 from ..latents import NO_STATISTICS
 from ..loading.strict import check_config_file, public_config, read_object
 from ..models import AutoencoderViTok
+from ..models.posterior import ViTokOutput
 from ..pipelines.model_card import ModelCard
 from .adversary import Adversary
 from .arguments import AutoencoderArguments
 from .losses import ReconstructionLoss
+from .teacher import Lesson, Teacher
 from .trained_model import prepare_blocks
 from .trainer import Trainer
 
@@ -88,9 +90,10 @@ class AutoencoderTrainer(Trainer[AutoencoderArguments, AutoencoderViTok]):
     """Both stages of the paper (section 3).
 
     Stage 1 trains encoder and decoder with reconstruction losses and the KL divergence; stage 2 the decoder, with a
-    GAN loss besides. Parts that are not trained need no gradients, and the optimiser does not see them. In `vae/` and,
-    with EMA, `vae_ema/`, checkpoints hold models for `from_pretrained`, or LoRA adapters for `load_lora_adapter`; the
-    result, averaged if there is an average, is in `output_dir`/vae.
+    GAN loss besides. With a teacher, the encoder learns its latents, and the decoder to decode these. Parts that are
+    not trained need no gradients, and the optimiser does not see them. In `vae/` and, with EMA, `vae_ema/`,
+    checkpoints hold models for `from_pretrained`, or LoRA adapters for `load_lora_adapter`; the result, averaged if
+    there is an average, is in `output_dir`/vae.
     """
 
     result = "vae"
@@ -98,10 +101,16 @@ class AutoencoderTrainer(Trainer[AutoencoderArguments, AutoencoderViTok]):
     def __init__(self, args: AutoencoderArguments):
         super().__init__(args)
         vae = load_model(args)
+        self.teacher = None if args.teacher_model_name_or_path is None else Teacher(args, vae)
+        if args.distill == "encoder":
+            vae.get_submodule("decoder").requires_grad_(False)
         if args.freeze_encoder:
             vae.get_submodule("encoder").requires_grad_(False)
         else:
             forget_statistics(vae)
+        if self.teacher is not None:
+            self.teacher.to(self.accelerator.device)
+            vae.register_to_config(**self.teacher.statistics)
         self.config = vae.config
         if args.lora_rank is not None:
             add_lora(vae, args)
@@ -109,7 +118,8 @@ class AutoencoderTrainer(Trainer[AutoencoderArguments, AutoencoderViTok]):
         resolution = args.resolution or self.config.sample_size
         dataset = self._make_dataset(resolution)  # before anything is downloaded
         with self.accelerator.local_main_process_first():  # which downloads networks for all
-            loss = ReconstructionLoss(args, self.config.patch_size, with_kl=not args.freeze_encoder)
+            with_kl = not args.freeze_encoder and self.teacher is None
+            loss = ReconstructionLoss(args, self.config.patch_size, with_kl)
         self.loss = loss.to(self.accelerator.device)
         self.add_model("vae", vae)
         self.adversary = None
@@ -124,7 +134,7 @@ class AutoencoderTrainer(Trainer[AutoencoderArguments, AutoencoderViTok]):
 
     def fixed_settings(self) -> dict[str, object]:
         args = self.args
-        settings = {name: getattr(args, name) for name in ("stage", "freeze_encoder", "lora_rank")}
+        settings = {name: getattr(args, name) for name in ("stage", "freeze_encoder", "lora_rank", "distill")}
         # The weights of a model fit others that differ in these.
         settings |= {name: self.config[name] for name in ("causal", "channel_counts", "token_counts")}
         return super().fixed_settings() | settings | {"lecam_weight": "positive" if args.lecam_weight > 0.0 else 0.0}
@@ -176,8 +186,9 @@ class AutoencoderTrainer(Trainer[AutoencoderArguments, AutoencoderViTok]):
             squares = torch.stack(of_batches).sum(dim=0)
         for target, batch_seeds, batch_lengths, share in zip(targets, seeds, lengths, shares):
             with trained.accumulate():
-                output = self._reconstruct(target, batch_seeds, batch_lengths)
-                loss, log = self.loss(output.sample, target, output.kl, *totals)
+                lesson = self._teach(target)
+                output = self._reconstruct(target, batch_seeds, batch_lengths, lesson)
+                loss, log = self._losses(output, target, lesson, totals)
                 if adversary is not None:
                     gan_loss, gan_log = adversary.generator_loss(output.sample, loss, self.step, share, squares)
                     loss, log = loss + gan_loss, log | gan_log
@@ -195,15 +206,31 @@ class AutoencoderTrainer(Trainer[AutoencoderArguments, AutoencoderViTok]):
     ) -> torch.Tensor:
         """What the adaptive weight of a step needs of each batch beforehand: all graphs take too much memory."""
         with torch.no_grad():
-            sample = self._reconstruct(target, seeds, lengths).sample
+            lesson = self._teach(target)
+            sample = self._reconstruct(target, seeds, lengths, lesson).sample
         fakes = [run.requires_grad_() for run in sample]
         loss, _ = self.loss(fakes, target, None, *totals)
         return adversary.gradient_squares(fakes, loss, share)
 
-    def _reconstruct(self, target: Runs, seeds: list[int], lengths: Lengths):
-        """From a sample of the posterior, cut to `lengths`; its noise has one seed for each picture."""
+    def _teach(self, target: Runs) -> Lesson | None:
+        return None if self.teacher is None else self.teacher.teach(target)
+
+    def _reconstruct(self, target: Runs, seeds: list[int], lengths: Lengths, lesson: Lesson | None) -> ViTokOutput:
+        """From a sample of the posterior, or the teacher's, cut to `lengths`; it has one seed for each picture."""
         generators = [torch.Generator(self.accelerator.device).manual_seed(seed) for seed in seeds]
+        if self.teacher is not None and lesson is not None:
+            return self.trained.model(target, **self.teacher.options(lesson, generators))
         return self.trained.model(target, sample_posterior=True, generator=generators, **lengths)
+
+    def _losses(
+        self, output: ViTokOutput, target: Runs, lesson: Lesson | None, totals: list[torch.Tensor]
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Of the reconstructions, if there are, and the latents, if there is a teacher: (loss, logs)."""
+        parts = [] if output.sample is None else [self.loss(output.sample, target, output.kl, *totals)]
+        if self.teacher is not None and lesson is not None and isinstance(output.parameters, list):
+            parts.append(self.teacher.loss(output.parameters, lesson, totals[0]))
+        losses, logs = zip(*parts)
+        return torch.stack(losses).sum(), {name: value for log in logs for name, value in log.items()}
 
     def _draw_lengths(self, targets: list[Runs]) -> list[Lengths]:
         """For each batch, how many tokens and channels its pictures keep, of models whose codes can be cut.
@@ -241,6 +268,11 @@ class AutoencoderTrainer(Trainer[AutoencoderArguments, AutoencoderViTok]):
     def measure(self, held_out: torch.Tensor) -> tuple[dict[str, float], np.ndarray]:
         """PSNR and SSIM, of codes of every length."""
         metrics, reconstructions = evaluate_reconstruction(self.vae, held_out)
+        if self.teacher is not None:
+            pairs = {"from_teacher": (self.teacher.vae, self.vae), "to_teacher": (self.vae, self.teacher.vae)}
+            for name, (encoder, decoder) in pairs.items():
+                values, _ = evaluate_reconstruction(encoder, held_out, decoder=decoder)
+                metrics |= {f"{metric}_{name}": value for metric, value in values.items()}
         for name, counts in (("num_tokens", self.config.token_counts), ("num_channels", self.config.channel_counts)):
             for count in counts or ():
                 if name == "num_channels" or count <= self.vae.count_tokens(held_out.shape[2:]):
