@@ -5,7 +5,7 @@ from importlib import import_module
 from pathlib import Path
 
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "AutoencoderViTok",
     "ViTokDiTModel",

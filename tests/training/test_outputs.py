@@ -1,6 +1,8 @@
 from pathlib import Path
 
+import pytest
 import torch
+from huggingface_hub import ModelCard
 
 from tests.conftest import ASSETS
 from tests.training.conftest import read_log, run
@@ -45,10 +47,14 @@ class TestPublishing:
         args = stage2(
             validation_data_dir=[str(ASSETS)], validation_resolution=16, validation_steps=6, num_validation_images=2
         )
-        run(args)
+        trainer = run(args)
         folder = Path(args.output_dir) / "vae"
         card = (folder / "README.md").read_text()
-        assert card.startswith("---\nlibrary_name: vitok_hf\n")
+        data = ModelCard.load(folder / "README.md").data
+        assert (data.library_name, data.pipeline_tag) == ("vitok_hf", "image-to-image")
+        values = {result.metric_type: result.metric_value for result in data.eval_results}
+        assert values["psnr"] == pytest.approx(trainer.metrics["assets_psnr"]) and "ssim" in values
+        assert {result.dataset_type for result in data.eval_results} == {"assets"}
         assert "| assets_psnr |" in card and "- `gan_weight`: 0.1" in card and "# run" in card
         assert "- `train_data_dir`: ['assets']" in card and "- `pretrained_model_name_or_path`: pretrained" in card
         assert str(tmp_path) not in card and str(ASSETS.parent) not in card

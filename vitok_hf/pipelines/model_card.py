@@ -1,10 +1,11 @@
 """The README.md of a model, with metadata that the Hub reads."""
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from huggingface_hub import EvalResult, ModelCardData
 from huggingface_hub import ModelCard as HubCard
-from huggingface_hub import ModelCardData
 
 
 USAGE = """import vitok_hf  # pip install vitok-hf
@@ -31,24 +32,38 @@ class ModelCard:
         kind: Tag of the model.
         description: What it is, in a sentence without its end.
         usage: Python that loads the model.
+        pipeline_tag: The Hub's name of the task.
         base_model: What the training started from, if it was no random model; if a Hub id, also in the metadata.
-        metrics: Held-out metrics by name.
+        dataset: Hub id of the training data, for the metadata.
+        held_out: Names of the held-out sets.
+        metrics: Held-out metrics, "SET_METRIC"; the finite ones also in the metadata, as `model-index`.
         settings: Those of the run that differ from the defaults.
+
+    The library of the metadata is vitok_hf, not diffusers: the Hub's snippet for that calls a pipeline with a prompt,
+    and without `import vitok_hf`; the tag "diffusers" lists the model there all the same.
     """
 
     name: str
     kind: str
     description: str
     usage: str
+    pipeline_tag: str | None = None
     base_model: str | None = None
+    dataset: str | None = None
+    held_out: list[str] = field(default_factory=list)
     metrics: dict[str, float] = field(default_factory=dict)
     settings: dict[str, object] = field(default_factory=dict)
 
     def write(self, folder: Path) -> None:
         """Writes `folder`/README.md."""
         data = ModelCardData(library_name="vitok_hf", tags=["vitok", self.kind, "diffusers"])
-        if self.base_model is not None and self.base_model.count("/") == 1 and not Path(self.base_model).exists():
+        data.pipeline_tag = self.pipeline_tag
+        if self.base_model is not None and is_hub_id(self.base_model):
             data.base_model = self.base_model
+        if self.dataset is not None and is_hub_id(self.dataset):
+            data.datasets = [self.dataset]
+        if results := self._results():
+            data.model_name, data.eval_results = self.name, results
         rows = "\n".join(f"| {metric} | {value:.4g} |" for metric, value in self.metrics.items())
         results = f"## Held-out quality\n\n| metric | value |\n|---|---|\n{rows}\n\n" if rows else ""
         settings = "\n".join(f"- `{setting}`: {value}" for setting, value in self.settings.items())
@@ -59,6 +74,24 @@ class ModelCard:
             "them.\n"
         )
         HubCard(f"---\n{data.to_yaml()}\n---\n\n{text}").save(folder / "README.md")
+
+    def _results(self) -> list[EvalResult]:
+        return [
+            EvalResult(
+                task_type=self.pipeline_tag or "other",
+                dataset_type=name,
+                dataset_name=f"{name} (held out)",
+                metric_type=metric.removeprefix(f"{name}_"),
+                metric_value=value,
+            )
+            for metric, value in self.metrics.items()
+            for name in self.held_out
+            if metric.startswith(f"{name}_") and math.isfinite(value)
+        ]
+
+
+def is_hub_id(name: str) -> bool:
+    return name.count("/") == 1 and not Path(name).exists()
 
 
 def add_usage(path: Path, repo_id: str, labels: list[str] | None, is_video: bool) -> None:

@@ -300,4 +300,5 @@ class AutoencoderTrainer(Trainer[AutoencoderArguments, AutoencoderViTok]):
         if adapter:
             lines.append(f'vae.load_lora_adapter("{name}", prefix=None, use_safetensors=True)')
         description = "ViTok, a vision-transformer autoencoder (arXiv 2501.09755)"
-        return ModelCard(name, "autoencoder", description, "\n".join(lines), base)
+        task = "image-to-image" if self.vae.is_image_model else "video-to-video"
+        return ModelCard(name, "autoencoder", description, "\n".join(lines), task, base, self.args.dataset_name)

@@ -84,4 +84,4 @@ class ClassifierTrainer(Trainer[ClassifierArguments, Classifier]):
             f'classifier = Classifier.load("{self.file}")',
         )
         description = f"A classifier of pictures (ResNet-18): {', '.join(self.classes)}"
-        return ModelCard(name, "classifier", description, "\n".join(lines))
+        return ModelCard(name, "classifier", description, "\n".join(lines), "image-classification")

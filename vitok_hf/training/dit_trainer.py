@@ -256,4 +256,5 @@ class DiTTrainer(Trainer[DiTArguments, ViTokDiTModel]):
     def model_card(self, name: str) -> ModelCard:
         description = "A class-conditional diffusion transformer on the latents of a ViTok (arXiv 2501.09755)"
         code = usage(name, self.classes[:1], self.vae.config.sample_frames > 1)
-        return ModelCard(name, "diffusion", description, code, self.args.vae_name_or_path)
+        task = "unconditional-image-generation"  # the Hub has none for classes
+        return ModelCard(name, "diffusion", description, code, task, self.args.vae_name_or_path)

@@ -310,7 +310,7 @@ class Trainer(ABC, Generic[A, M]):
                 self.write_model(temporary, state_dict)
                 metrics = {metric: x for metric, x in self.metrics.items() if "_ema_" in metric or not args.use_ema}
                 card = replace(self.model_card(path), metrics=metrics, settings=changed_settings(args))
-                card.write(temporary)
+                replace(card, held_out=[*self.held_out]).write(temporary)
         if args.push_to_hub and self.accelerator.is_main_process:
             logger.warning("Uploaded to %s.", push(folder, name, args.hub_token))
 
