@@ -8,6 +8,7 @@ from tests.conftest import ASSETS
 from tests.training.conftest import read_log, run
 from vitok_hf import AutoencoderViTok
 from vitok_hf.training.autoencoder_trainer import AutoencoderTrainer
+from vitok_hf.training.discriminator import Discriminator
 from vitok_hf.training.publishing import last_folder
 
 
@@ -68,6 +69,25 @@ class TestPublishing:
         run(arguments(push_to_hub=True, hub_model_id="someone/mine", hub_token="hf_x", max_train_steps=1))
         _, files = hub.snapshot("someone/mine")
         assert {"README.md", "config.json", "diffusion_pytorch_model.safetensors"} <= set(files)
+
+
+class TestDiscriminator:
+    def test_another_run_goes_on_with_it(self, stage2, tmp_path):
+        trainer = run(stage2())
+        folder, weights = trainer.output_dir / "discriminator", trainer.adversary.trained.unwrapped.state_dict()
+        again = AutoencoderTrainer(
+            stage2(discriminator_name_or_path=str(folder), discriminator_channels=8, output_dir=str(tmp_path / "next"))
+        )
+        found = again.adversary.trained.unwrapped.state_dict()
+        assert found.keys() == weights.keys() and all(torch.equal(found[name], weights[name]) for name in weights)
+        assert all(parameter.requires_grad for parameter in again.adversary.trained.unwrapped.parameters())
+        again.train()
+        assert not torch.equal(again.adversary.trained.unwrapped.logit.weight, weights["logit.weight"])
+
+    def test_of_other_channels(self, stage2, tmp_path):
+        Discriminator(16, channels=4, in_channels=1).save_pretrained(tmp_path / "grey")
+        with pytest.raises(ValueError, match='grey" sees 1 channels, but the pictures have 3: name another'):
+            AutoencoderTrainer(stage2(discriminator_name_or_path=str(tmp_path / "grey")))
 
 
 class TestTrackers:

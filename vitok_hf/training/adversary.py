@@ -8,6 +8,7 @@ import torch
 from accelerate import Accelerator
 
 from ..clips import Runs
+from ..loading import load_strictly
 from .arguments import AutoencoderArguments
 from .discriminator import Discriminator, LeCam, discriminator_loss, generator_loss, r1_penalty
 from .trained_model import M, TrainedModel
@@ -23,14 +24,32 @@ def frozen(model: M) -> Iterator[M]:
         model.requires_grad_(True)
 
 
+def load_discriminator(name_or_path: str, in_channels: int) -> Discriminator:
+    """What a run has left in its folder `discriminator`, to go on with, float32; also from the Hub.
+
+    Raises:
+        ValueError: If its weights do not fit its config, or it is for pictures of other channels.
+    """
+    discriminator = load_strictly(Discriminator.from_pretrained, name_or_path, dtype=torch.float32)
+    if discriminator.config.in_channels != in_channels:
+        raise ValueError(
+            f'`discriminator_name_or_path` "{name_or_path}" sees {discriminator.config.in_channels} channels, but the '
+            f"pictures have {in_channels}: name another, or leave it out."
+        )
+    return discriminator.train()
+
+
 class Adversary:
     """A discriminator in training, and the loss that it gives the decoder; pixels are in [-1, 1]."""
 
     def __init__(self, args: AutoencoderArguments, accelerator: Accelerator, resolution: int, in_channels: int):
         self.args, self.accelerator = args, accelerator
-        discriminator = Discriminator(
-            resolution, args.discriminator_channels, args.discriminator_minibatch_stddev, in_channels
-        )
+        if args.discriminator_name_or_path is None:
+            discriminator = Discriminator(
+                resolution, args.discriminator_channels, args.discriminator_minibatch_stddev, in_channels
+            )
+        else:
+            discriminator = load_discriminator(args.discriminator_name_or_path, in_channels)
         rate, warmup = args.discriminator_learning_rate, args.discriminator_warmup_steps
         settings = replace(args, learning_rate=rate, lr_warmup_steps=warmup)
         self.trained = TrainedModel(discriminator, accelerator, settings, replicated=True)

@@ -162,6 +162,9 @@ class AdversarySettings:
     adaptive_gan_weight: float | None = argument(
         None, "Scale the GAN loss by the ratio of gradients, reconstruction over GAN, of at most this.", minimum=0
     )
+    discriminator_name_or_path: str | None = argument(
+        None, "Start from this discriminator: `discriminator` of an earlier output_dir, or a Hub id. Default: random."
+    )
     discriminator_channels: int = argument(64, "Of the first block; doubled down to 4 x 4.", minimum=1)
     discriminator_minibatch_stddev: bool = argument(True, "It sees the variation in groups of 4 frames.")
     discriminator_learning_rate: float = argument(2e-5, "Peak learning rate of the discriminator.", minimum=0)

@@ -22,6 +22,7 @@ from ..models.posterior import ViTokOutput
 from ..pipelines.model_card import ModelCard
 from .adversary import Adversary
 from .arguments import AutoencoderArguments
+from .checkpointing import atomic_folder
 from .losses import ReconstructionLoss
 from .teacher import Lesson, Teacher
 from .trained_model import prepare_blocks
@@ -292,6 +293,14 @@ class AutoencoderTrainer(Trainer[AutoencoderArguments, AutoencoderViTok]):
             twin.save_lora_adapter(folder)
         else:
             twin.save_pretrained(folder)
+
+    def finish(self) -> None:
+        """Writes `output_dir`/discriminator, too, for those who go on training."""
+        if self.adversary is not None:
+            with atomic_folder(self.output_dir / "discriminator", self.accelerator) as temporary:
+                if self.accelerator.is_main_process:
+                    self.adversary.trained.unwrapped.save_pretrained(temporary)
+        super().finish()
 
     def model_card(self, name: str) -> ModelCard:
         base, adapter = self.args.pretrained_model_name_or_path, self.args.lora_rank is not None

@@ -3,6 +3,8 @@
 import math
 
 import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 from torch.nn import functional as F
 
@@ -71,7 +73,7 @@ class DiscriminatorBlock(nn.Module):
         return (hidden_states + self.shortcut(blur_downsample(x))) * 2**-0.5
 
 
-class Discriminator(nn.Module):
+class Discriminator(ModelMixin, ConfigMixin):
     """Discriminator of StyleGAN2 (Karras et al., 2020) with blur down-sampling, for pictures of any size.
 
     Halves pictures of `resolution` down to 4 x 4; what is left of other sizes is averaged to 4 x 4.
@@ -83,6 +85,7 @@ class Discriminator(nn.Module):
             in batches of another multiple.
     """
 
+    @register_to_config
     def __init__(
         self,
         resolution: int,
