@@ -62,8 +62,8 @@ class ModelCard:
             data.base_model = self.base_model
         if self.dataset is not None and is_hub_id(self.dataset):
             data.datasets = [self.dataset]
-        if results := self._results():
-            data.model_name, data.eval_results = self.name, results
+        if measured := self._results():
+            data.model_name, data.eval_results = self.name, measured
         rows = "\n".join(f"| {metric} | {value:.4g} |" for metric, value in self.metrics.items())
         results = f"## Held-out quality\n\n| metric | value |\n|---|---|\n{rows}\n\n" if rows else ""
         settings = "\n".join(f"- `{setting}`: {value}" for setting, value in self.settings.items())
