@@ -27,6 +27,7 @@ def parse(argv: list[str], program: str) -> argparse.Namespace:
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--shard_size", type=int, default=4096, help="files of a shard")
     parser.add_argument("--dtype", default="float16", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--bits", type=int, choices=[8, 4], help="store whole numbers of so many bits, not --dtype")
     parser.add_argument("--num_workers", type=int, default=1, help="processes that read files")
     parser.add_argument("--output_dir", type=Path, required=True)
     return parser.parse_args(argv)
@@ -58,6 +59,7 @@ def run(args: argparse.Namespace) -> None:
         batch_size=args.batch_size,
         shard_size=args.shard_size,
         dtype=getattr(torch, args.dtype),
+        bits=args.bits,
         num_workers=args.num_workers,
     )
     shards = index["shards"].values()

@@ -2,7 +2,7 @@
 
 `index.json` names the autoencoder, the classes and the shards with their checksums and those of the files that they
 hold, and has one itself. A shard is a safetensors file with `mean` and `std`, (N, 2, c, [t,] h, w), of the picture and
-its mirror image, and `labels`, (N,). It is written under a temporary name, and listed when it is complete, so that an
+its mirror image, and `labels`, (N,); of few bits, also `mean_grid` and `std_grid` (see `quantization`). It is written under a temporary name, and listed when it is complete, so that an
 interrupted run goes on after the last one, if files and settings are the same (see `claims`). What could not be read
 is tried again.
 """
@@ -31,6 +31,7 @@ from .claims import claim_folder, claimed_contents
 from .classes import LabelledFiles
 from .items import Clip
 from .media import evenly_spaced
+from .quantization import coarse_channels, dequantize, quantize
 from .views import SquareView, to_pixels
 
 
@@ -123,6 +124,20 @@ def encode_shard(
     return tensors | {"labels": torch.from_numpy(files.labels[read])}, skipped
 
 
+def round_to_bits(tensors: dict[str, torch.Tensor], bits: int) -> dict[str, torch.Tensor]:
+    """The tensors of a shard with its moments in so many bits; warns of channels for which these are too few."""
+    rounded = {"labels": tensors["labels"]}
+    for name in ("mean", "std"):
+        rounded[name], rounded[f"{name}_grid"] = quantize(tensors[name], bits)
+    if channels := coarse_channels(rounded["mean_grid"], tensors["std"]):
+        logger.warning(
+            "Rounding to %d bits moves the latents of channels %s by more than the standard deviation of their "
+            "posteriors: take more bits.",
+            *(bits, channels),
+        )
+    return rounded
+
+
 def write_latents(
     vae: AutoencoderViTok,
     name: str,
@@ -134,6 +149,7 @@ def write_latents(
     batch_size: int = 16,
     shard_size: int = 4096,
     dtype: torch.dtype = torch.float16,
+    bits: int | None = None,
     num_workers: int = 0,
 ) -> dict:
     """Writes the latents of all files, or those that an interrupted run left; returns the index.
@@ -149,6 +165,8 @@ def write_latents(
         batch_size: Files that are encoded at once, both flips.
         shard_size: Files of a shard.
         dtype: Type in which the latents are stored.
+        bits: 8 or 4: stored as whole numbers of so many bits, with a least value and a step for each channel of a
+            shard; `dtype` does not count then.
         num_workers: Processes that read files.
 
     Raises:
@@ -156,11 +174,14 @@ def write_latents(
             process writes to it.
     """
     folder, view = Path(folder), SquareView(resolution, batch_size, Clip(vae.config.sample_frames, fps))
+    if bits not in (None, 8, 4):
+        raise ValueError(f"`bits` must be 8, 4 or None, but is {bits!r}.")
     with locked(folder):
         remove_leftovers(folder)
         settings = {"format": FORMAT, "vae_sha256": fingerprint(vae), "classes": files.classes}
         settings |= {"resolution": resolution, "num_frames": view.clip.num_frames, "fps": fps}
-        settings |= {"dtype": str(dtype).removeprefix("torch."), "shard_size": shard_size}
+        stored = {"dtype": str(dtype).removeprefix("torch.")} if bits is None else {"bits": bits}
+        settings |= stored | {"shard_size": shard_size}
         index: dict[str, Any] = {"vae": name} | settings | {"num_shards": -(-len(files) // shard_size), "shards": {}}
         path, paths = folder / INDEX, list(files.files)
         if path.is_file():
@@ -175,7 +196,11 @@ def write_latents(
             if shard is not None and shard["files_sha256"] == digest and _is_kept(folder, shard):
                 if not read_squares(files, view, shard["skipped"])[0]:  # what could not be read, still cannot
                     continue
-            tensors, skipped = encode_shard(vae, files, view, part, dtype, num_workers)
+            tensors, skipped = encode_shard(
+                vae, files, view, part, dtype if bits is None else torch.float32, num_workers
+            )
+            if bits is not None and tensors is not None:
+                tensors = round_to_bits(tensors, bits)
             for reason in skipped.values():
                 logger.warning("Skipped what cannot be read: %s", reason)
             written = _write_shard(folder / f"latents-{number:05d}.safetensors", tensors)
@@ -234,10 +259,12 @@ class LatentCache:
             file, count = self._open(number), self.shards[number]["num_items"]
             labels = file.get_tensor("labels").numpy()
             shapes = {tuple(file.get_slice(name).get_shape()) for name in ("mean", "std")}
+            for name in ("mean", "std") if self.bits else ():
+                file.get_slice(f"{name}_grid")
         except SafetensorError:
             shapes, labels = set(), np.zeros(0)
         fits = labels.shape == (count,) and set(labels.tolist()) <= set(range(len(self.classes)))
-        if not fits or len(shapes) != 1 or shapes.pop()[:2] != (count, 2):
+        if not fits or len(shapes) != 1 or shapes.pop()[:2] != (count, 1 if self.bits == 4 else 2):
             raise ValueError(
                 f'"{self.folder / self.shards[number]["file"]}" does not hold {count} latents of {len(self.classes)} '
                 "classes, as the index says: delete both and run `vitok cache-latents` again."
@@ -249,6 +276,10 @@ class LatentCache:
 
     def __len__(self) -> int:
         return int(self.ends[-1])
+
+    @property
+    def bits(self) -> int | None:
+        return self.index.get("bits")
 
     @property
     def classes(self) -> list[str]:
@@ -266,9 +297,14 @@ class LatentCache:
         """
         number = int(np.searchsorted(self.ends, index, side="right"))
         shard, row = self._open(number), index - int(self.ends[number] - self.shards[number]["num_items"])
-        moments = torch.cat([shard.get_slice(name)[row : row + 1] for name in ("mean", "std")]).float()
+        moments = torch.cat([self._read_moment(shard, name, row) for name in ("mean", "std")])
         moments = moments.transpose(0, 1)  # (2, 2, c, [t,] h, w)
         return moments.unsqueeze(3) if moments.ndim == 5 else moments
+
+    def _read_moment(self, shard: Any, name: str, row: int) -> torch.Tensor:
+        """(1, 2, c, ...) float32."""
+        moment = shard.get_slice(name)[row : row + 1]
+        return moment.float() if self.bits is None else dequantize(moment, shard.get_tensor(f"{name}_grid"), self.bits)
 
     def iterate_moments(self, num_items: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Mean and standard deviation of evenly spaced items, (1, c, t, h, w) each, for measurements."""
