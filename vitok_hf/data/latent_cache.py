@@ -2,9 +2,9 @@
 
 `index.json` names the autoencoder, the classes and the shards with their checksums and those of the files that they
 hold, and has one itself. A shard is a safetensors file with `mean` and `std`, (N, 2, c, [t,] h, w), of the picture and
-its mirror image, and `labels`, (N,); of few bits, also `mean_grid` and `std_grid` (see `quantization`). It is written under a temporary name, and listed when it is complete, so that an
-interrupted run goes on after the last one, if files and settings are the same (see `claims`). What could not be read
-is tried again.
+its mirror image, and `labels`, (N,); of few bits, also `mean_grid` and `std_grid` (see `quantization`). It is written
+under a temporary name, and listed when it is complete, so that an interrupted run goes on after the last one, if files
+and settings are the same (see `claims`). What could not be read is tried again.
 """
 
 import hashlib

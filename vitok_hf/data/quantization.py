@@ -26,7 +26,7 @@ def dequantize(codes: torch.Tensor, grid: torch.Tensor, bits: int) -> torch.Tens
 def coarse_channels(grid: torch.Tensor, stds: torch.Tensor) -> list[int]:
     """Channels whose means, rounded to `grid`, are off by more than their posteriors' mean standard deviation.
 
-    `stds` are (N, 2, c, ...). Rounding errors are spread evenly over a step: their root mean square is step / sqrt(12).
+    `stds` are (N, 2, c, ...). Errors are even over a step: their root mean square is step / sqrt(12).
     """
     spread = stds.float().transpose(0, 2).flatten(1).mean(dim=1)
     return ((spread > 0.0) & (grid[1] * 12**-0.5 > spread)).nonzero().flatten().tolist()
