@@ -9,7 +9,7 @@ from mkdocs.structure.pages import Page
 
 
 ROOT = Path(__file__).parents[1]
-OUTSIDE = ("README.md", "LICENSE", "conversion/*.md", "examples/assets/*.md", "examples/results/*/*")
+OUTSIDE = ("README.md", "examples/assets/*.md", "examples/results/*/*")
 OUTSIDE += ("vitok_hf/assets/*.md", "vitok_hf/checkpoints/*/*.md", "vitok_hf/checkpoints/*/*.jpg")
 
 
