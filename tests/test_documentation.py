@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+import vitok_hf
 from tests.conftest import EXAMPLES
 from vitok_hf.commands import COMMANDS
 from vitok_hf.training.arguments import AutoencoderArguments, DiTArguments
@@ -156,5 +157,6 @@ def test_messages():
             assert part.strip() in code, part
 
 
-def test_all_commands_are_named():
+def test_all_that_is_public_is_named():
     assert all(f"vitok {name}" in "".join(PAGES.values()) for name in COMMANDS)
+    assert {*re.findall(r"^::: vitok_hf\.(\w+)$", PAGES["docs/api.md"], flags=re.MULTILINE)} == {*vitok_hf.__all__}
