@@ -25,7 +25,7 @@ PAGES = {
 # Blocks with this title do not run here; what they have and no others, is the reason.
 NOT_RUN = {"Needs the Hub": re.compile(r'from_pretrained\("[\w.-]+/[\w.-]+"')}
 LAUNCHER = {"config_file", "num_processes", "machine_rank", "main_process_ip"}  # of accelerate
-OTHERS = ("python3 -m venv", ". .venv/bin/activate", "python -m pytest", "mkdocs serve")
+OTHERS = ("python3 -m venv", ". .venv/bin/activate", "python -m pytest", "python -m http.server", "mkdocs serve")
 
 
 def blocks(text: str, language: str) -> list[tuple[str, str]]:
