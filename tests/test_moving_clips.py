@@ -116,7 +116,7 @@ class TestJudge:
 
 
 def test_from_drawings_to_samples(run_example, drawings, tmp_path):
-    """The commands of the README with tiny models and two steps."""
+    """The commands of docs/train_generator.md with tiny models and two steps."""
     run_example("prepare_moving_clips.py", "--drawings", drawings, "--output_dir", "clips", "--clips_per_class", 2)
     video = TINY | {"temporal_patch_size": 4, "sample_size": 64, "sample_frames": 8, "qk_norm": True}
     (tmp_path / "vae.json").write_text(json.dumps(video))

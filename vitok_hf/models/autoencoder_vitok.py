@@ -50,32 +50,32 @@ class AutoencoderViTok(
     thread is in a call: moving, casting, offloading, fusing, adapters, attention processors, `train`.
 
     Args:
-        in_channels (`int`, defaults to 3): Colour channels.
-        latent_channels (`int`, defaults to 16): Channels c of a latent.
-        patch_size (`int`, defaults to 16): Side p of a patch in pixels.
-        temporal_patch_size (`int`, defaults to 1): Frames q of a tubelet.
+        in_channels: Colour channels.
+        latent_channels: Channels c of a latent.
+        patch_size: Side p of a patch in pixels.
+        temporal_patch_size: Frames q of a tubelet.
         encoder_hidden_size, encoder_num_layers, encoder_num_attention_heads: Encoder, by default the paper's size S.
         decoder_hidden_size, decoder_num_layers, decoder_num_attention_heads: Decoder, by default the paper's size B.
-        mlp_ratio (`float`, defaults to 8/3): Inner width of the SwiGLU over the hidden size, rounded to 16 channels.
-        sample_size (`int`, defaults to 256): Pixels of the training resolution.
-        sample_frames (`int`, defaults to 1): Frames of a training clip; 1 for an image model.
-        scaling_factor, shift_factor (`float`, default to 1.0 and 0.0), latents_mean, latents_std (`list[float]`):
-            Statistics with which pipelines normalise latents, as in diffusers; not applied by `encode` and `decode`.
-        variational (`bool`, defaults to `True`): `False`: one set of latents per picture, no log-variance.
-        parallel_blocks (`bool`, defaults to `False`): Attention and MLP side by side on one norm (v2).
-        qk_norm (`bool`, defaults to `False`): RMSNorm on the queries and keys of each head (v2).
-        layer_scale_init (`float`, *optional*): Initial LayerScale of the residual branches; `None`: no LayerScale.
-        use_bias (`bool`, defaults to `False`): Biases in the linear layers of attention and MLP.
-        final_norm (`bool`, defaults to `True`): RMSNorm after the last block of each tower (v1).
-        latent_norm (`bool`, defaults to `False`): LayerNorm without weights on the latents of a token (v2).
-        channel_counts (`list[int]`, *optional*): Increasing, up to `latent_channels`: so many of the first channels
-            are a code, too (nested channels).
-        token_counts (`list[int]`, *optional*): Increasing: so many of the first tokens are a code, too (the appendix's
-            Masked ViTok); the decoder has a learned mask token for the rest.
-        num_latent_tokens (`int`, *optional*): Codes are sequences of so many tokens, (B, c, l), for pictures of any
-            size (the appendix's Latent ViTok); `None`: tokens on a grid.
-        causal (`bool`, defaults to `False`): No latent frame sees those after it, and the first is of one picture.
-        component (`str`, *optional*): `"encoder"` or `"decoder"`: that half alone; the other cannot be used.
+        mlp_ratio: Inner width of the SwiGLU over the hidden size, rounded to 16 channels.
+        sample_size: Pixels of the training resolution.
+        sample_frames: Frames of a training clip; 1 for an image model.
+        scaling_factor, shift_factor, latents_mean, latents_std: Statistics with which pipelines normalise latents, as
+            in diffusers; not applied by `encode` and `decode`.
+        variational: `False`: one set of latents per picture, no log-variance.
+        parallel_blocks: Attention and MLP side by side on one norm (v2).
+        qk_norm: RMSNorm on the queries and keys of each head (v2).
+        layer_scale_init: Initial LayerScale of the residual branches; `None`: no LayerScale.
+        use_bias: Biases in the linear layers of attention and MLP.
+        final_norm: RMSNorm after the last block of each tower (v1).
+        latent_norm: LayerNorm without weights on the latents of a token (v2).
+        channel_counts: Increasing, up to `latent_channels`: so many of the first channels are a code, too (nested
+            channels).
+        token_counts: Increasing: so many of the first tokens are a code, too (the appendix's Masked ViTok); the
+            decoder has a learned mask token for the rest.
+        num_latent_tokens: Codes are sequences of so many tokens, (B, c, l), for pictures of any size (the appendix's
+            Latent ViTok); `None`: tokens on a grid.
+        causal: No latent frame sees those after it, and the first is of one picture.
+        component: `"encoder"` or `"decoder"`: that half alone; the other cannot be used.
 
     Raises:
         ValueError: If a hidden size is not divisible by its number of heads, the head size cannot hold the rotary
@@ -181,12 +181,12 @@ class AutoencoderViTok(
             pretrained_model_name_or_path: A folder or Hub id in diffusers' layout; the name of a bundled checkpoint
                 (`vitok_hf.list_bundled()`), which needs no network; or a folder or Hub id with the author's
                 `encoder.safetensors` and `decoder.safetensors`.
-            component (`str`, *optional*): `"encoder"` or `"decoder"`: only that half is held in memory, and of the
-                author's weights only that half is downloaded.
-            variant (`str`, *optional*): As in diffusers (`"fp16"`). For the author's weights the architecture
-                (`"Ld4-Ld24/1x16x64"`), needed if the name of the repository or folder does not tell.
-            dtype (`torch.dtype` or `str`, *optional*): Also by name (`"bfloat16"`).
-            check_finite (`bool`, defaults to `True`): Look at all weights for values that are not finite.
+            component: `"encoder"` or `"decoder"`: only that half is held in memory, and of the author's weights only
+                that half is downloaded.
+            variant: As in diffusers (`"fp16"`). For the author's weights the architecture (`"Ld4-Ld24/1x16x64"`),
+                needed if the name of the repository or folder does not tell.
+            dtype: Also by name (`"bfloat16"`).
+            check_finite: Look at all weights for values that are not finite.
             kwargs: As in diffusers. Those that the author's weights can be loaded with are in `load_vitok_v2`.
 
         Raises:

@@ -93,15 +93,15 @@ class ViTokDiTModel(SavingMixin, ModelMixin, AttentionMixin, CacheMixin, ConfigM
     thread alone; moving, casting, offloading, fusing, adapters and `train` are for when no other thread is in a call.
 
     Args:
-        sample_size (`int`, defaults to 16): Side of the latents of training, in latents.
-        sample_frames (`int`, defaults to 1): Latent frames of a training clip; 1 for an image model.
-        in_channels (`int`, defaults to 16): Channels c of a latent.
-        out_channels (`int`, *optional*): By default `in_channels`; twice as many for a model that learns variances.
-        patch_size (`int`, defaults to 1): Side p of a token, in latents.
-        hidden_size, num_layers, num_attention_heads (`int`): By default those of DiT-XL.
-        mlp_ratio (`float`, defaults to 8/3): Inner width of the SwiGLU over the hidden size, rounded to 16 channels.
-        num_classes (`int`, defaults to 1000): 0 makes an unconditional model, which knows "no class" alone.
-        qk_norm (`bool`, defaults to `False`): RMSNorm on the queries and keys of each head.
+        sample_size: Side of the latents of training, in latents.
+        sample_frames: Latent frames of a training clip; 1 for an image model.
+        in_channels: Channels c of a latent.
+        out_channels: By default `in_channels`; twice as many for a model that learns variances.
+        patch_size: Side p of a token, in latents.
+        hidden_size, num_layers, num_attention_heads: By default those of DiT-XL.
+        mlp_ratio: Inner width of the SwiGLU over the hidden size, rounded to 16 channels.
+        num_classes: 0 makes an unconditional model, which knows "no class" alone.
+        qk_norm: RMSNorm on the queries and keys of each head.
 
     Raises:
         ValueError: If `hidden_size` is not divisible by `num_attention_heads`, the head size cannot hold the rotary

@@ -68,12 +68,12 @@ class ViTokDiTPipeline(CallsMixin, DiffusionPipeline):
     changes the models are not to be used while another thread is in a call.
 
     Args:
-        transformer (`ViTokDiTModel`): The denoiser. If it has twice as many channels out as in, the second half is
-            the variance that DDPM uses (`variance_type="learned_range"`), as in DiT; others leave it out.
-        vae (`AutoencoderViTok`): Decodes the latents; its config has the statistics that they were normalised with.
-        scheduler (`SchedulerMixin`): Of diffusers, DDIM in the paper.
-        id2label (`dict[int, str]`, *optional*): Names of the classes, several with commas in between; saved along.
-        guidance_scale, guidance_rescale (`float`, *optional*): What calls take by default; saved along.
+        transformer: The denoiser. If it has twice as many channels out as in, the second half is the variance that
+            DDPM uses (`variance_type="learned_range"`), as in DiT; others leave it out.
+        vae: Decodes the latents; its config has the statistics that they were normalised with.
+        scheduler: Of diffusers, DDIM in the paper.
+        id2label: Names of the classes, several with commas in between; saved along.
+        guidance_scale, guidance_rescale: What calls take by default; saved along.
 
     Raises:
         ValueError: If the latents of the two models do not fit, `id2label` has an id that is no class, or guidance is
