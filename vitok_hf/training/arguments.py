@@ -236,6 +236,8 @@ class AutoencoderArguments(AdversarySettings, LossSettings, TransformerArguments
         for name in ("freeze_encoder", "lora_rank"):
             if getattr(self, name) and not pretrained:
                 raise ValueError(f"`{name}` {getattr(self, name)} needs `pretrained_model_name_or_path`.")
+        if self.lora_alpha is not None and self.lora_rank is None:
+            raise ValueError(f"`lora_alpha` {self.lora_alpha} scales adapters, but there are none: set `lora_rank`.")
         for name in ("latent_channels", "num_latent_tokens"):
             if pretrained and getattr(self, name) is not None:
                 raise ValueError(f"`{name}` {getattr(self, name)} cannot be changed in a pretrained model.")
