@@ -125,7 +125,7 @@ class TestScripts:
 
     def test_packages_of_extras_that_are_not_installed(self, tmp_path):
         """All modules and scripts can be imported without them; what needs one names the extras."""
-        blocked = ("datasets", "lpips", "matplotlib", "onnxruntime", "peft", "scipy", "skimage")
+        blocked = ("datasets", "lpips", "matplotlib", "gradio", "onnxruntime", "peft", "scipy", "skimage")
         blocked += ("tensorboard", "torch_fidelity", "torchmetrics", "torchvision", "webdataset", "resvg_py")
         (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
         code = (

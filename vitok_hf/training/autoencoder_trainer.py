@@ -38,7 +38,7 @@ LORA_TARGETS = r".*\.(to_q|to_k|to_v|to_out\.0|ff\.net\.0\.proj|ff\.net\.2)"
 def load_model(args: AutoencoderArguments) -> AutoencoderViTok:
     """The model to start from, with float32 weights."""
     vae = _load_or_make(args)
-    if args.causal and vae.is_image_model:
+    if args.causal and vae.config.temporal_patch_size == vae.config.sample_frames == 1:
         name = args.pretrained_model_name_or_path or args.model_config or args.variant
         raise ValueError(
             f'`causal` is True, but "{name}" is a model of pictures, in which no frame follows another: leave it out, '
