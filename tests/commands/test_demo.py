@@ -72,7 +72,7 @@ class TestPictures:
         text = actions.describe("x.png", picture.file)
         numbers = 8 * 12 * lengths.get("num_channels", 4)
         assert f"{2 * numbers:,} bytes" in text and python_psnr(vae, cat, **lengths) in text
-        assert f"one for {3 * 60 * 90 / numbers:.1f} of" in text and "(90 x 60)" in text
+        assert f"one number for {3 * 60 * 90 / numbers:.1f} of" in text and "(90 x 60)" in text
 
     def test_other_autoencoders(self, cat):
         picture = actions.send_picture(other_vae(), cat, {})

@@ -95,7 +95,7 @@ def describe(name: str, file: MeasuredFile) -> str:
     ratio = 3 * height * width * frames / file.num_latents
     return (
         f"**{name}** ({size}): PSNR **{file.psnr / frames:.2f} dB**, SSIM {similarity}; its code is "
-        f"**{2 * file.num_latents:,} bytes** at 16 bits a number, one for {ratio:.1f} of the picture; "
+        f"**{2 * file.num_latents:,} bytes** at 16 bits a number, one number for {ratio:.1f} of the picture; "
         f"{file.seconds:.2f} seconds."
     )
 

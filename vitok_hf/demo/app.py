@@ -18,6 +18,7 @@ PHOTOGRAPH = Path(__file__).parents[1] / "assets" / "astronaut.png"
 LIMITS = {"concurrency_limit": 1, "concurrency_id": "models"}  # one at a time, in the order in which they came
 FONTS = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}  # those of the visitor
 MAX_PICTURES, MAX_SEED = 16, 2**31 - 1
+SHOWN = {"interactive": False, "buttons": ["download", "fullscreen"]}  # without one that shares on other servers
 NAMES = {"num_channels": "Channels", "num_tokens": "Tokens"}
 
 
@@ -79,9 +80,9 @@ def add_reconstruction(models: Models) -> None:
             lengths = add_lengths(models.vae)
         with gr.Column(scale=2, min_width=280):
             text = gr.Markdown(visible=False)
-            wipe = gr.ImageSlider(label="Original | reconstruction", format="png", interactive=False)
-            video = gr.Video(label="Original | reconstruction", visible=False, interactive=False)
-            sheet = gr.Image(label="Frames, reconstructions below", visible=False, interactive=False)
+            wipe = gr.ImageSlider(label="Original | reconstruction", format="png", **SHOWN)
+            video = gr.Video(label="Original | reconstruction", visible=False, interactive=False, buttons=["download"])
+            sheet = gr.Image(label="Frames, reconstructions below", visible=False, **SHOWN)
 
     @in_words
     def reconstruct(path: str | None, *counts: int) -> list[Any]:
@@ -116,10 +117,10 @@ def add_comparison(models: Models) -> None:
             sides = [add_lengths(vae, f" of {side}") for side, (name, vae) in zip(("A", "B"), pair)]
         with gr.Column(scale=2, min_width=280):
             text = gr.Markdown(visible=False)
-            wipe = gr.ImageSlider(label="A | B", format="png", interactive=False)
+            wipe = gr.ImageSlider(label="A | B", format="png", **SHOWN)
             with gr.Row():
                 labels = [f"Errors of {side} x 4" for side in ("A", "B")]
-                maps = [gr.Image(label=x, format="png", interactive=False, min_width=140) for x in labels]
+                maps = [gr.Image(label=x, format="png", **SHOWN, min_width=140) for x in labels]
 
     @in_words
     def compare(path: str | None, *counts: int) -> list[Any]:
@@ -147,13 +148,14 @@ def add_generation(pipe: ViTokDiTPipeline) -> None:
         with gr.Column(scale=1, min_width=280):
             label = gr.Dropdown(classes, value=classes[0][1], label="Class")
             count = gr.Slider(1, MAX_PICTURES, 4, step=1, label="Pictures")
-            steps = gr.Slider(1, 250, defaults["num_inference_steps"], step=1, label="Steps")
-            scale = gr.Slider(1, 10, defaults["guidance_scale"], step=0.1, label="Guidance (1: none)")
+            own_steps, own_scale = defaults["num_inference_steps"], defaults["guidance_scale"]
+            steps = gr.Slider(1, max(250, own_steps), own_steps, step=1, label="Steps")
+            scale = gr.Slider(min(1, own_scale), max(10, own_scale), own_scale, step=0.1, label="Guidance (1: none)")
             rescale = gr.Slider(0, 1, defaults["guidance_rescale"], step=0.05, label="Guidance rescale (0: none)")
             seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=MAX_SEED - MAX_PICTURES)
             button = gr.Button("Draw", variant="primary")
         with gr.Column(scale=2, min_width=280):
-            gallery = gr.Gallery(label="Pictures", columns=4, format="png", object_fit="contain", interactive=False)
+            gallery = gr.Gallery(label="Pictures", columns=4, format="png", object_fit="contain", **SHOWN)
 
     progress = gr.Progress()
 
@@ -163,7 +165,7 @@ def add_generation(pipe: ViTokDiTPipeline) -> None:
     ) -> Any:
         options = {"num_inference_steps": int(steps), "guidance_scale": scale, "guidance_rescale": rescale}
         return actions.draw(
-            *(pipe, class_id, int(number), seed, options), lambda done: progress((done, int(steps)), unit="steps")
+            *(pipe, class_id, int(number), seed or 0, options), lambda done: progress((done, int(steps)), unit="steps")
         )
 
     button.click(draw, [label, count, steps, scale, rescale, seed], gallery, api_name="generate", **LIMITS)
