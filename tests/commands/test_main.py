@@ -124,6 +124,11 @@ def test_packages_name_the_extra_of_the_command(monkeypatch, tmp_path, capsys):
     assert not (tmp_path / "onnx").exists()
 
 
+def test_batches_of_nothing():
+    with pytest.raises(ValueError, match="`batch_size` must be an integer from 1 to .*, but is 0"):
+        start("evaluate", ["--models", "none", "--data_dir", "none", "--batch_size", "0"])
+
+
 def test_default_of_reconstruct(monkeypatch, tmp_path, capsys):
     """A photograph of the package, in an empty folder."""
     monkeypatch.chdir(tmp_path)

@@ -166,6 +166,7 @@ def test_messages_name_what_a_wheel_has():
     for path in Path(vitok_hf.__file__).parent.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Constant) and isinstance(node.value, str):
-                if any(word in node.value for word in (".py", "examples/", "conversion.", "checkout")):
+                text = node.value.replace("app.py", "")  # a Space has one
+                if any(word in text for word in (".py", "examples/", "conversion.", "checkout")):
                     found.append(f"{path.name}:{node.lineno}: {node.value}")
     assert not found

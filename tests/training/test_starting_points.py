@@ -112,6 +112,7 @@ class TestArguments:
             ({"stage": 2}, "`freeze_encoder` True needs `pretrained_model_name_or_path`"),
             ({"lora_rank": 4}, "`lora_rank` 4 needs `pretrained_model_name_or_path`"),
             ({"lora_alpha": 4.0}, "`lora_alpha` 4.0 scales adapters, but there are none: set `lora_rank`"),
+            ({"pretrained_model_name_or_path": "x", "variant": "S-B/16"}, '"S-B/16" is an architecture with random'),
             ({"model_config": None}, "Name the model by `variant`"),
             ({"variant": "S-B/16", "model_config": "x"}, 'but variant is "S-B/16", model_config "x"'),
             ({"train_data_dir": []}, "Set exactly one of train_data_dir, dataset_name, train_shards"),

@@ -12,8 +12,6 @@ from typing import Any
 from huggingface_hub.errors import HTTPError
 from safetensors import SafetensorError
 
-from .. import __version__
-
 
 COMMANDS = {  # in the file of that name: what it does, and the extra with what it needs beyond the base requirements
     "reconstruct": ("send pictures or videos through an autoencoder", None),
@@ -47,7 +45,7 @@ def main(*argv: str) -> None:
     if name in ("-h", "--help"):
         print(HELP)
     elif name == "--version":
-        print(f"vitok {__version__}")
+        print(f"vitok {import_module('vitok_hf').__version__}")
     elif name not in COMMANDS:
         print(f'vitok: there is no command "{name}": choose from {", ".join(COMMANDS)}.', file=sys.stderr)
         sys.exit(2)

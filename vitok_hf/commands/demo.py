@@ -30,7 +30,7 @@ def parse(argv: list[str], program: str) -> argparse.Namespace:
     parser.add_argument("--server_name", help="address to listen at; default: this machine's own; 0.0.0.0: all")
     parser.add_argument("--server_port", type=int, help="default: the first that is free from 7860 on")
     parser.add_argument("--share", action="store_true", help="a public address, through Gradio's servers")
-    text = "write a Space of the Hub with this demo to a new folder (README.md, app.py, ...), and start nothing"
+    text = "write a Space of the Hub with this demo to a new folder, and start nothing"
     parser.add_argument("--space_dir", type=Path, help=text)
     return parser.parse_args(argv)
 
