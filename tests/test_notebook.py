@@ -12,9 +12,9 @@ NOTEBOOK = EXAMPLES / "vitok.ipynb"
 
 
 def shown(notebook) -> list[str]:
-    """The kinds of all that its cells show: "stdout", "image/jpeg", ..."""
+    """The kinds of all that its cells show: "stdout", "image/jpeg" (which have "text/plain" besides), ..."""
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
-    return [output.name if output.output_type == "stream" else [*output.data][-1] for output in outputs]
+    return [output.name if output.output_type == "stream" else min(output.data) for output in outputs]
 
 
 def printed(notebook) -> str:
