@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vitok_hf import AutoencoderViTok
 from vitok_hf.clips import fold_frames
-from vitok_hf.commands import run_command
+from vitok_hf.commands import make_parser, run_command
 from vitok_hf.training.discriminator import Discriminator
 
 
@@ -83,7 +83,7 @@ def count_activations(args: argparse.Namespace) -> int:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser("estimate_training.py", __doc__)
     parser.add_argument("--variant", default="S-B/16")
     parser.add_argument("--stage", type=int, default=1, choices=[1, 2])
     parser.add_argument("--resolution", type=int, default=256, help="side of the crops in pixels")

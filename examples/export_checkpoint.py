@@ -4,7 +4,6 @@ r"""Turns a training checkpoint into a folder to publish: latent statistics in t
         data/train/emoji:0.5 --output_dir my-vitok
 """
 
-import argparse
 from pathlib import Path
 
 import torch
@@ -12,14 +11,14 @@ from accelerate import PartialState
 from tqdm.auto import tqdm
 
 from vitok_hf import AutoencoderViTok, compute_latent_statistics
-from vitok_hf.commands import run_command
+from vitok_hf.commands import make_parser, run_command
 from vitok_hf.data.items import Clip
 from vitok_hf.data.loader import SourceSettings, iterate_pixels, make_dataset
 from vitok_hf.data.views import CropView
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser("export_checkpoint.py", __doc__)
     parser.add_argument("--model", required=True, help="what `from_pretrained` takes")
     parser.add_argument(
         "--train_data_dir", nargs="+", required=True, help="folders with optional weights, as in training"

@@ -9,7 +9,6 @@ inverse the decoder's first: they become uncorrelated, of mean 0 and variance 1,
 decoder needs them, and reconstructions stay as they are.
 """
 
-import argparse
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from accelerate import PartialState
 
 from vitok_hf import AutoencoderViTok
 from vitok_hf.clips import to_float
-from vitok_hf.commands import run_command
+from vitok_hf.commands import make_parser, run_command
 from vitok_hf.data.loader import SourceSettings, iterate_pixels, make_dataset
 from vitok_hf.data.views import CropView
 from vitok_hf.latents import NO_STATISTICS
@@ -64,7 +63,7 @@ def nest(vae: AutoencoderViTok, counts: list[int], tokens: list[torch.Tensor]) -
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser("nest_channels.py", __doc__)
     parser.add_argument("--model", required=True, help="what `from_pretrained` takes: variational, of pictures")
     parser.add_argument("--channel_counts", nargs="+", type=int, required=True, help="increasing")
     parser.add_argument("--train_data_dir", nargs="+", required=True, help="folders with optional weights")

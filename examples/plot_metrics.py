@@ -5,13 +5,12 @@
 `NAME=FILE` in --metrics puts the name before the keys of that file in the legend.
 """
 
-import argparse
 import json
 from pathlib import Path
 
 import numpy as np
 
-from vitok_hf.commands import run_command
+from vitok_hf.commands import make_parser, run_command
 
 
 def read_curves(path: Path, keys: list[str]) -> dict[str, np.ndarray]:
@@ -27,7 +26,7 @@ def read_curves(path: Path, keys: list[str]) -> dict[str, np.ndarray]:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser("plot_metrics.py", __doc__)
     parser.add_argument("--metrics", nargs="+", required=True, help="FILE or NAME=FILE")
     parser.add_argument("--keys", nargs="+", default=["loss"])
     parser.add_argument("--logarithmic", action="store_true", help="logarithmic values")

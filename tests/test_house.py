@@ -8,10 +8,8 @@ import vitok_hf
 
 ROOT = Path(vitok_hf.__file__).parent
 # Imports run down this list only; a file of the package itself is a floor of its own.
-FLOORS = (
-    "commands public training evaluation data pipelines models latents loading presets clips disk checks precision"
-)
-FLOORS = FLOORS.split()
+FLOORS = "commands demo public training evaluation data pipelines models latents loading presets clips disk checks"
+FLOORS = [*FLOORS.split(), "precision"]
 DISTRIBUTIONS = {"PIL": "Pillow", "yaml": "PyYAML"}  # where the name of what is imported is another
 
 

@@ -34,6 +34,13 @@ def show(value: Any) -> str:
         return f"a huge {type(value).__name__}"
 
 
+def plain(value: Any) -> Any:
+    """Numbers of numpy, alone or in lists, as those of Python, which JSON has."""
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    return value.item() if isinstance(value, np.generic) else value
+
+
 def refuse(name: str, wanted: str, value: Any) -> NoReturn:
     raise ValueError(f"`{name}` must be {wanted}, but is {show(value)}.")
 

@@ -7,8 +7,9 @@ import sys
 import pytest
 from PIL import Image
 
+import vitok_hf
 from tests.conftest import EXAMPLES
-from vitok_hf.commands import COMMANDS, main, start
+from vitok_hf.commands import COMMANDS, main, make_parser, start
 
 
 def run(code: str) -> subprocess.CompletedProcess:
@@ -22,6 +23,36 @@ def test_the_list(capsys):
     assert all(f"\n  {name} " in out for name in COMMANDS)
     files = {path.stem.replace("_", "-") for path in (EXAMPLES.parent / "vitok_hf" / "commands").glob("[a-z]*.py")}
     assert files - {"settings"} == set(COMMANDS)
+
+
+def test_version(capsys):
+    main("--version")
+    assert capsys.readouterr().out == f"vitok {vitok_hf.__version__}\n"
+
+
+def test_help_has_the_defaults():
+    parser = make_parser("x", None)
+    for name, default in {"steps": 0, "model": "tiny", "limit": None, "paths": [], "sizes": ["8x8"]}.items():
+        parser.add_argument(f"--{name}", default=default)
+    parser.add_argument("--rate", default=2.0, help="of frames")
+    parser.add_argument("--size", default=8, help="default: that of the model")
+    parser.add_argument("--share", action="store_true", help="a public address")
+    for _ in range(2):  # help may be asked for twice
+        lines = [line.split(maxsplit=2)[1:] for line in parser.format_help().split("options:")[1].splitlines() if line]
+    texts = {line[0]: line[1] if len(line) > 1 else "" for line in lines if line}
+    assert texts["STEPS"] == "default: 0" and texts["MODEL"] == "default: tiny" and texts["LIMIT"] == ""
+    assert (
+        texts["PATHS"] == "" and texts["SIZES"] == "default: ['8x8']" and texts["RATE"] == "of frames (default: 2.0)"
+    )
+    assert texts["SIZE"] == "default: that of the model" and "a public address" in parser.format_help()
+    assert "address (default" not in parser.format_help()
+
+
+@pytest.mark.parametrize("folder", ["examples", "vitok_hf/commands"])
+def test_all_parsers_have_them(folder):
+    for path in (EXAMPLES.parent / folder).glob("*.py"):
+        made = path.read_text().count("argparse.ArgumentParser(")
+        assert made == (path.name == "__init__.py"), path
 
 
 def test_unknown_command(capsys):
@@ -50,6 +81,7 @@ def test_help_needs_no_torch():
     )
     assert process.returncode == 0, process.stderr
     assert all(f"usage: vitok {name} " in process.stdout for name in COMMANDS)
+    assert "(default: 4096)" in process.stdout and "(default: None)" not in process.stdout
 
 
 def test_names_are_there_when_the_program_needs_them():
@@ -90,6 +122,11 @@ def test_packages_name_the_extra_of_the_command(monkeypatch, tmp_path, capsys):
     line = capsys.readouterr().err.splitlines()[-1]
     assert line.startswith("vitok export-onnx: ") and line.endswith('pip install "vitok-hf[onnx]" brings it')
     assert not (tmp_path / "onnx").exists()
+
+
+def test_batches_of_nothing():
+    with pytest.raises(ValueError, match="`batch_size` must be an integer from 1 to .*, but is 0"):
+        start("evaluate", ["--models", "none", "--data_dir", "none", "--batch_size", "0"])
 
 
 def test_default_of_reconstruct(monkeypatch, tmp_path, capsys):

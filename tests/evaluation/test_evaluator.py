@@ -97,6 +97,11 @@ class TestReconstructionEvaluator:
         small, large = (count_macs(vae, (1, 3, 1, *size)) / 1e9 for size in ((16, 24), (40, 32)))
         assert costs["GMACs"] == pytest.approx((2 * small + large) / 3) and large > 3 * small
 
+    @pytest.mark.parametrize("batch_size", [0, -1, 1.5])
+    def test_batches_of_nothing(self, batch_size):
+        with pytest.raises(ValueError, match=f"`batch_size` must be an integer from 1 .* but is {batch_size}"):
+            ReconstructionEvaluator(make_data(2), "assets", batch_size=batch_size)
+
     def test_other_pictures_have_another_checksum(self):
         checksums = {ReconstructionEvaluator(make_data(limit), "x").data_sha256 for limit in (None, None, 2)}
         assert len(checksums) == 2

@@ -1,9 +1,10 @@
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
-from tests.conftest import make_vae
+from tests.conftest import TINY, make_vae
 from tests.dit import make_pipeline
 from vitok_hf import AutoencoderViTok, ViTokDiTPipeline
 
@@ -97,3 +98,24 @@ class TestPickles:
         self.change(folder, lambda tensors, name: tensors[name].fill_(torch.inf))
         with pytest.raises(ValueError, match='bin" are not finite in'):
             self.load(folder)
+
+
+class TestNumbersOfNumpy:
+    """In configs, they become Python's: JSON has no others."""
+
+    def test_autoencoders(self, tmp_path):
+        numbers = {"latent_channels": np.int64(4), "mlp_ratio": np.float32(2.5), "variational": np.bool_(False)}
+        numbers |= {"latents_mean": [np.float64(0.5)] * 4, "channel_counts": (np.int32(2), np.int64(4))}
+        vae = AutoencoderViTok(**TINY | numbers)
+        vae.save_pretrained(tmp_path)
+        config = AutoencoderViTok.from_pretrained(tmp_path).config
+        assert config.latent_channels == 4 and config.mlp_ratio == 2.5 and config.variational is False
+        assert config.latents_mean == [0.5] * 4 and config.channel_counts == [2, 4]
+        assert {type(x) for x in vae.config.channel_counts} == {int} and type(vae.config.mlp_ratio) is float
+
+    def test_pipelines(self, tmp_path):
+        guidance = {"guidance_scale": np.float64(2.5), "guidance_rescale": np.float32(0.5)}
+        make_pipeline(guidance=guidance, num_layers=np.int64(1)).save_pretrained(tmp_path)
+        pipe = ViTokDiTPipeline.from_pretrained(tmp_path)
+        assert pipe.config.guidance_scale == 2.5 and pipe.config.guidance_rescale == 0.5
+        assert len(pipe.transformer.transformer_blocks) == 1

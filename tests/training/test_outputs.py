@@ -4,9 +4,11 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 
-from tests.conftest import ASSETS
+from tests.conftest import ASSETS, TINY
 from tests.training.conftest import read_log, run
 from vitok_hf import AutoencoderViTok
+from vitok_hf.evaluation.metrics import psnr
+from vitok_hf.evaluation.reconstruction import reconstruct
 from vitok_hf.training.autoencoder_trainer import AutoencoderTrainer
 from vitok_hf.training.discriminator import Discriminator
 from vitok_hf.training.publishing import last_folder
@@ -24,6 +26,18 @@ class TestEvaluation:
         for name in ("assets", "assets_ema"):
             assert (Path(args.output_dir) / "samples" / f"{name}_0000006.png").exists()
         assert trainer.vae.training
+
+    def test_pictures_for_causal_models(self, arguments, video):
+        """Of folders of pictures, clips of one frame; of those with videos, clips."""
+        config = TINY | {"temporal_patch_size": 4, "sample_frames": 5, "causal": True}
+        folders = [str(ASSETS), str(video.parent)]
+        args = arguments(config, validation_data_dir=folders, validation_resolution=16, max_train_steps=1, fps=5.0)
+        trainer = run(args)
+        shapes = [held_out.shape for held_out in trainer.held_out.values()]
+        assert shapes == [(4, 3, 1, 16, 16), (1, 3, 5, 16, 16)]
+        pictures = trainer.held_out["assets"]
+        expected = psnr(reconstruct(trainer.vae, pictures), pictures).mean().item()
+        assert trainer.metrics["assets_psnr"] == pytest.approx(expected, abs=1e-4)
 
     def test_the_average_is_better_than_the_weights_at_its_own_picture(self, arguments):
         """The metrics with the suffix are those of the averaged weights."""
@@ -64,6 +78,17 @@ class TestPublishing:
         scope = {}
         exec(usage, scope)
         assert isinstance(scope["vae"], AutoencoderViTok)
+
+    def test_models_whose_codes_can_be_cut(self, stage2):
+        """What their cards say runs, and cuts codes."""
+        args = stage2(channel_counts=[1, 4], token_counts=[2, 4], max_train_steps=1, crop_sizes=["16"])
+        run(args)
+        text = (Path(args.output_dir) / "vae" / "README.md").read_text()
+        code = text.split("```python\n")[1].split("```")[0]
+        assert "num_channels=1" in code and "# one of [2, 4]" in code
+        scope = {"x": torch.rand(2, 3, 16, 16) * 2 - 1}
+        exec(code.replace(code.split('from_pretrained("')[1].split('"')[0], f"{args.output_dir}/vae"), scope)
+        assert scope["sample"].shape == (2, 3, 16, 16) and len(scope["short"]) == 2
 
     def test_push_to_hub(self, arguments, hub):
         run(arguments(push_to_hub=True, hub_model_id="someone/mine", hub_token="hf_x", max_train_steps=1))

@@ -42,6 +42,14 @@ class TestStartingPoints:
             config = load(arguments(pretrained_model_name_or_path=str(folder), causal=causal)).config
             assert config.causal and config.sample_frames == 17
 
+    def test_causal_models_of_pictures(self, arguments, stage2):
+        name = "w32_d1_h2/1x8x4"
+        load, causal = autoencoder_trainer.load_model, TINY | {"causal": True}
+        for args in (arguments(variant=name, causal=True), arguments(causal=True), stage2(causal, causal=True)):
+            name = args.pretrained_model_name_or_path or args.model_config or args.variant
+            with pytest.raises(ValueError, match=f'`causal` is True, but "{name}" is a model of pictures'):
+                load(args)
+
     def test_author_layout(self, arguments, tmp_path):
         from tests.conftest import GOLDEN
 
@@ -103,6 +111,8 @@ class TestArguments:
         [
             ({"stage": 2}, "`freeze_encoder` True needs `pretrained_model_name_or_path`"),
             ({"lora_rank": 4}, "`lora_rank` 4 needs `pretrained_model_name_or_path`"),
+            ({"lora_alpha": 4.0}, "`lora_alpha` 4.0 scales adapters, but there are none: set `lora_rank`"),
+            ({"pretrained_model_name_or_path": "x", "variant": "S-B/16"}, '"S-B/16" is an architecture with random'),
             ({"model_config": None}, "Name the model by `variant`"),
             ({"variant": "S-B/16", "model_config": "x"}, 'but variant is "S-B/16", model_config "x"'),
             ({"train_data_dir": []}, "Set exactly one of train_data_dir, dataset_name, train_shards"),

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub.errors import HTTPError
 from safetensors import SafetensorError
@@ -20,11 +21,18 @@ COMMANDS = {  # in the file of that name: what it does, and the extra with what 
     "cache-latents": ("write the latents of pictures by class, for train-dit", "train"),
     "evaluate": ("measure how well autoencoders reconstruct", "eval"),
     "export-onnx": ("write an autoencoder as ONNX files, and check them", "onnx"),
+    "demo": ("show an autoencoder and a generator in the browser", "demo"),
     "convert": ("convert the author's ViTok-v2 weights to diffusers' layout, and back", None),
 }
-EXTRAS = 'if it belongs to an extra, pip install "vitok-hf[train]" (or eval, onnx, data) brings it'
+EXTRAS = 'if it belongs to an extra, pip install "vitok-hf[train]" (or eval, onnx, data, demo) brings it'
 HELP = "\n".join(
-    ["usage: vitok COMMAND ...", "", "Autoencoders for images and videos, and generators on their latents.", ""]
+    [
+        "usage: vitok COMMAND ...",
+        "       vitok --version",
+        "",
+        "Autoencoders for images and videos, and generators on their latents.",
+        "",
+    ]
     + [f"  {name:15}{text}" for name, (text, _) in COMMANDS.items()]
     + ["", "`vitok COMMAND --help` lists the settings of a command. What you can mend ends it with one line;"]
     + ["VITOK_TRACEBACK=1 in the environment shows the traceback."]
@@ -36,6 +44,8 @@ def main(*argv: str) -> None:
     name, *rest = argv or sys.argv[1:] or ["--help"]
     if name in ("-h", "--help"):
         print(HELP)
+    elif name == "--version":
+        print(f"vitok {import_module('vitok_hf').__version__}")
     elif name not in COMMANDS:
         print(f'vitok: there is no command "{name}": choose from {", ".join(COMMANDS)}.', file=sys.stderr)
         sys.exit(2)
@@ -52,9 +62,19 @@ def start(name: str, argv: list[str]) -> None:
     command.run(args)
 
 
-def make_parser(program: str, description: str | None) -> argparse.ArgumentParser:
-    formatter = argparse.RawDescriptionHelpFormatter
-    return argparse.ArgumentParser(program, description=description, formatter_class=formatter)
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Adds the default of each option that has one, unless its help says it."""
+
+    def add_argument(self, action: argparse.Action) -> None:
+        default, help = action.default, action.help or ""
+        is_none = default is None or default is False or default == [] or default == argparse.SUPPRESS
+        if action.option_strings and help != argparse.SUPPRESS and not is_none and "default" not in help:
+            action.help = f"{help} (default: %(default)s)" if help else "default: %(default)s"
+        super().add_argument(action)
+
+
+def make_parser(program: str, description: str | None, **options: Any) -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(program, description=description, formatter_class=HelpFormatter, **options)
 
 
 def add_dtype(parser: argparse.ArgumentParser) -> None:

@@ -126,6 +126,7 @@ def run(
     """A table for each data set, with the rows that `make_rows` gives for it."""
     from accelerate import Accelerator
 
+    from ..checks import check_int
     from ..data.files import short_names
     from ..data.held_out import EvaluationData, Protocol
     from ..data.sources import FolderFiles, HubRows
@@ -135,6 +136,7 @@ def run(
     from ..evaluation.tables import write_table
     from ..precision import choose_dtype
 
+    check_int("batch_size", args.batch_size)  # before networks are fetched
     args.dtype = choose_dtype(args.dtype)
     accelerator = Accelerator()
     protocol = Protocol(args.resolution or None, args.num_frames, args.fps)

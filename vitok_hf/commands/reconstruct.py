@@ -21,7 +21,8 @@ PHOTOGRAPH = Path(__file__).parents[1] / "assets" / "astronaut.png"
 
 def parse(argv: list[str], program: str) -> argparse.Namespace:
     parser = make_parser(program, __doc__)
-    parser.add_argument("--input", nargs="+", type=Path, default=[PHOTOGRAPH], help="pictures, videos, folders")
+    text = "pictures, videos, folders; default: a photograph of the package"
+    parser.add_argument("--input", nargs="+", type=Path, default=[PHOTOGRAPH], help=text)
     parser.add_argument("--model", default="vitok-tiny-f8x8", help="folder, Hub id or bundled name")
     parser.add_argument("--subfolder", help="folder of the model inside --model")
     add_dtype(parser)

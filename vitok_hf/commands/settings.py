@@ -6,9 +6,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, get_args, get_type_hints
 
-
-class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    pass
+from . import make_parser
 
 
 def to_bool(text: str) -> bool:
@@ -79,7 +77,7 @@ def parse_settings(settings_class: type, argv: list[str], program: str, descript
     Raises:
         ValueError: If the file has an unknown setting.
     """
-    parser = argparse.ArgumentParser(program, description=description, formatter_class=_Formatter, allow_abbrev=False)
+    parser = make_parser(program, description, allow_abbrev=False)
     add_settings(parser, settings_class)
     parser.add_argument("--config", help="YAML file with settings; the command line takes precedence.")
     known, _ = parser.parse_known_args(argv)

@@ -10,6 +10,7 @@ from functools import partial
 import torch
 from diffusers.models.modeling_utils import ModelMixin
 
+from ..checks import check_int
 from ..clips import sha256_each
 from ..data.held_out import Codec, EvaluationData
 from .costs import mean_costs, peak_memory, reset_peak_memory
@@ -56,6 +57,9 @@ class ReconstructionEvaluator:
         batch_size: Pictures or clips at a time.
         device: Where networks compute.
 
+    Raises:
+        ValueError: If `batch_size` is not at least 1.
+
     Attributes:
         shapes: (C, T, H, W) -> how many pictures or clips have it.
     """
@@ -69,7 +73,8 @@ class ReconstructionEvaluator:
         batch_size: int = 8,
         device: torch.device | str = "cpu",
     ):
-        self.data, self.data_name, self.batch_size, self.device = data, data_name, batch_size, device
+        self.data, self.data_name, self.device = data, data_name, device
+        self.batch_size = check_int("batch_size", batch_size)
         networks = networks or {}
         self.metrics: dict[str, Metric] = {"psnr": psnr, "ssim": ssim, "ms_ssim": ms_ssim}
         if "lpips" in networks:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from diffusers.models.modeling_utils import ModelMixin
 from tqdm.auto import tqdm
 
 from ..data.files import VIDEO_SUFFIXES, list_files, printable, suffix_of
@@ -18,7 +19,7 @@ from ..data.held_out import Codec
 from ..data.media import load_image
 from ..data.video import iterate_timed_frames, probe_rate, probe_video
 from ..models import AutoencoderViTok
-from .autoencoders import padded_frames
+from .autoencoders import padded_frames, spatial_ratio
 from .metrics import SSIM_MIN_SIZE, frame_values, psnr, ssim
 from .reconstruction import StreamCodec, reconstruct, save_comparison, save_picture, side_by_side
 from .visuals import ContactSheet, VideoWriter
@@ -61,11 +62,12 @@ class CodecSettings:
 class MeasuredFile:
     """Sends the frames of a file through an autoencoder, clip by clip, and notes PSNR, SSIM and seconds.
 
-    A causal model has seen the clips before, as if they were one.
+    A causal model has seen the clips before, as if they were one. Pictures go through any autoencoder of diffusers.
     """
 
-    def __init__(self, vae: AutoencoderViTok, settings: CodecSettings):
-        settings.check(vae)
+    def __init__(self, vae: ModelMixin, settings: CodecSettings = CodecSettings()):
+        if isinstance(vae, AutoencoderViTok):
+            settings.check(vae)
         self.vae, self.settings = vae, settings
         self.codec: Codec | None = None
         self.seconds, self.size, self.num_latents = 0.0, (0, 0), 0
@@ -91,6 +93,8 @@ class MeasuredFile:
     def _make_codec(self, num_tokens: int) -> Codec:
         """For frames of so many tokens."""
         vae, settings, radius = self.vae, self.settings, self.settings.window_radius
+        if not isinstance(vae, AutoencoderViTok):
+            return lambda clip: reconstruct(vae, clip, self._note, settings.lengths)
         if radius is None:
             is_large = num_tokens > MAX_TOKENS and vae.config.num_latent_tokens is None
             radius = WINDOW_RADIUS if is_large else 0
@@ -108,7 +112,7 @@ class MeasuredFile:
         """Frames (H, W, 3) uint8 -> the clip, (1, 3, T, H, W), and its reconstruction."""
         clip = torch.from_numpy(np.stack(frames)).permute(3, 0, 1, 2)[None]
         if self.codec is None:
-            self.codec = self._make_codec(clip[0, 0, 0].numel() // self.vae.spatial_compression_ratio**2)
+            self.codec = self._make_codec(clip[0, 0, 0].numel() // spatial_ratio(self.vae) ** 2)
         began = time.perf_counter()
         reconstruction = self.codec(clip)  # on the CPU, hence complete
         self.seconds += time.perf_counter() - began

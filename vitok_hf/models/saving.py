@@ -15,6 +15,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils.torch_utils import is_compiled_module
 from torch import nn
 
+from ..checks import plain
 from ..loading.strict import check_config_file, check_shards, check_values, public_config, read_header
 
 
@@ -55,6 +56,10 @@ class SavingMixin(PeftAdapterMixin):
     Adding an adapter and loading weights unfuse the projections, whose weights are copies. Whoever changes weights in
     place fuses them again.
     """
+
+    def register_to_config(self, **kwargs: Any) -> None:
+        """As in diffusers; numbers of numpy become Python's."""
+        super().register_to_config(**{name: plain(value) for name, value in kwargs.items()})
 
     @classmethod
     def load_config(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:

@@ -15,7 +15,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from diffusers.video_processor import VideoProcessor
 from PIL import Image
 
-from ..checks import check_bool, check_finite, check_generator, check_int, check_tensor, refuse
+from ..checks import check_bool, check_finite, check_generator, check_int, check_tensor, plain, refuse
 from ..latents import denormalize_latents
 from ..loading import resolve_bundled
 from ..loading.strict import reading, to_dtype
@@ -35,6 +35,9 @@ from .labels import check_id2label, label_table, to_label_ids
 from .loading import check_folder
 from .model_card import add_usage
 from .schedulers import check_scheduler, max_steps, takes_variance, warn_of_clipping
+
+
+GUIDANCE = {"guidance_scale": 4.0, "guidance_rescale": 0.0}  # of calls, where the pipeline has none of its own
 
 
 def rescale_guidance(guided: torch.Tensor, conditional: torch.Tensor, rescale: float) -> torch.Tensor:
@@ -96,7 +99,7 @@ class ViTokDiTPipeline(CallsMixin, DiffusionPipeline):
     ):
         super().__init__()
         check_components(transformer, vae, scheduler)
-        guidance = {"guidance_scale": guidance_scale, "guidance_rescale": guidance_rescale}
+        guidance = {"guidance_scale": plain(guidance_scale), "guidance_rescale": plain(guidance_rescale)}
         check_guidance(**guidance)
         id2label = check_id2label(id2label)
         if transformer is not None:
@@ -145,9 +148,9 @@ class ViTokDiTPipeline(CallsMixin, DiffusionPipeline):
         """Whether the output is `frames`: the model was trained on clips, or a latent stands for several frames."""
         return self.transformer.config.sample_frames > 1 or self.vae.temporal_compression_ratio > 1
 
-    def _default(self, name: str, given: float | None, default: float) -> float:
+    def _default(self, name: str, given: float | None) -> float:
         """What a call was given, else what the pipeline was made with, else the default."""
-        return next(value for value in (given, self.config.get(name), default) if value is not None)
+        return next(value for value in (given, self.config.get(name), GUIDANCE[name]) if value is not None)
 
     def get_label_ids(self, labels: str | int | list[str | int] | torch.Tensor) -> list[int]:
         """Ids of classes given by name, by one of several names, or by id, one or a list.
@@ -348,8 +351,8 @@ class ViTokDiTPipeline(CallsMixin, DiffusionPipeline):
         if missing := [name for name, component in self.components.items() if component is None]:
             raise ValueError(f"The pipeline was loaded without {' and '.join(missing)}: load it whole to call it.")
         check_guidance(guidance_scale, guidance_rescale, guidance_interval)
-        scale = self._default("guidance_scale", guidance_scale, 4.0)
-        rescale = self._default("guidance_rescale", guidance_rescale, 0.0)
+        scale = self._default("guidance_scale", guidance_scale)
+        rescale = self._default("guidance_rescale", guidance_rescale)
         check_int("num_images_per_label", num_images_per_label)
         check_output_type(output_type, has_decoder=self.vae.config.get("component") != "encoder")
         check_bool(return_dict=return_dict)

@@ -236,6 +236,8 @@ class AutoencoderArguments(TeacherSettings, AdversarySettings, LossSettings, Tra
     num_validation_images: int = argument(32, "Held-out pictures a folder.", minimum=1)
 
     def __post_init__(self):
+        from ..presets import V1_PATTERN
+
         super().__post_init__()
         for name in ("crop_sizes", "compile"):
             if self.max_tokens is not None and getattr(self, name):
@@ -256,6 +258,13 @@ class AutoencoderArguments(TeacherSettings, AdversarySettings, LossSettings, Tra
         for name in ("freeze_encoder",) * (self.distill is None) + ("lora_rank",):
             if getattr(self, name) and not pretrained:
                 raise ValueError(f"`{name}` {getattr(self, name)} needs `pretrained_model_name_or_path`.")
+        if pretrained and V1_PATTERN.fullmatch(self.variant or ""):
+            raise ValueError(
+                f'`variant` "{self.variant}" is an architecture with random weights, but '
+                f'`pretrained_model_name_or_path` "{self.pretrained_model_name_or_path}" has its own: leave one out.'
+            )
+        if self.lora_alpha is not None and self.lora_rank is None:
+            raise ValueError(f"`lora_alpha` {self.lora_alpha} scales adapters, but there are none: set `lora_rank`.")
         for name in ("latent_channels", "num_latent_tokens"):
             if pretrained and getattr(self, name) is not None:
                 raise ValueError(f"`{name}` {getattr(self, name)} cannot be changed in a pretrained model.")

@@ -10,6 +10,7 @@ import torch
 
 from ..clips import Runs, item_sizes, to_float
 from ..data.batches import Batch, DrawnBatches, StreamBatches
+from ..data.files import VIDEO_SUFFIXES, iterate_files, suffix_of
 from ..data.held_out import load_evaluation_images
 from ..data.items import Clip
 from ..data.loader import SourceSettings, make_dataset
@@ -24,6 +25,7 @@ from .adversary import Adversary
 from .arguments import AutoencoderArguments
 from .checkpointing import atomic_folder
 from .losses import ReconstructionLoss
+from .publishing import usage_of_lengths
 from .teacher import Lesson, Teacher
 from .trained_model import prepare_blocks
 from .trainer import Trainer
@@ -38,6 +40,17 @@ LORA_TARGETS = r".*\.(to_q|to_k|to_v|to_out\.0|ff\.net\.0\.proj|ff\.net\.2)"
 
 def load_model(args: AutoencoderArguments) -> AutoencoderViTok:
     """The model to start from, with float32 weights."""
+    vae = _load_or_make(args)
+    if args.causal and vae.config.temporal_patch_size == vae.config.sample_frames == 1:
+        name = args.pretrained_model_name_or_path or args.model_config or args.variant
+        raise ValueError(
+            f'`causal` is True, but "{name}" is a model of pictures, in which no frame follows another: leave it out, '
+            'or name a model of videos, as "S-B/4x8".'
+        )
+    return vae
+
+
+def _load_or_make(args: AutoencoderArguments) -> AutoencoderViTok:
     counts = {name: getattr(args, name) for name in ("channel_counts", "token_counts") if getattr(args, name)}
     if args.pretrained_model_name_or_path is not None:
         vae = AutoencoderViTok.from_pretrained(
@@ -261,10 +274,12 @@ class AutoencoderTrainer(Trainer[AutoencoderArguments, AutoencoderViTok]):
         return latents, sum(run.numel() for run in runs), sum(run[:, 0, :, 0, 0].numel() for run in runs)
 
     def load_held_out(self, path: str) -> torch.Tensor:
-        """(N, 3, T, H, W) uint8."""
+        """(N, 3, T, H, W) uint8; of a folder without videos, for a causal model, clips of one frame."""
         args, config = self.args, self.config
-        resolution = args.validation_resolution or config.sample_size
-        return load_evaluation_images(path, resolution, args.num_validation_images, config.sample_frames, args.fps)
+        resolution, num_frames = args.validation_resolution or config.sample_size, config.sample_frames
+        if config.causal and not any(suffix_of(file) in VIDEO_SUFFIXES for file in iterate_files(path)):
+            num_frames = 1
+        return load_evaluation_images(path, resolution, args.num_validation_images, num_frames, args.fps)
 
     def measure(self, held_out: torch.Tensor) -> tuple[dict[str, float], np.ndarray]:
         """PSNR and SSIM, of codes of every length."""
@@ -308,6 +323,7 @@ class AutoencoderTrainer(Trainer[AutoencoderArguments, AutoencoderViTok]):
         lines.append(f'vae = AutoencoderViTok.from_pretrained("{base if adapter else name}")')
         if adapter:
             lines.append(f'vae.load_lora_adapter("{name}", prefix=None, use_safetensors=True)')
+        lines += usage_of_lengths(self.config)
         description = "ViTok, a vision-transformer autoencoder (arXiv 2501.09755)"
         task = "image-to-image" if self.vae.is_image_model else "video-to-video"
         return ModelCard(name, "autoencoder", description, "\n".join(lines), task, base, self.args.dataset_name)

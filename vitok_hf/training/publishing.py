@@ -1,7 +1,9 @@
 """What of a run may be read by everybody, and the upload of its result."""
 
+from collections.abc import Mapping
 from dataclasses import MISSING, fields
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import create_repo, upload_folder
 
@@ -28,6 +30,22 @@ def changed_settings(args: TrainerArguments) -> dict[str, object]:
         if field.name not in hidden and value != default:
             settings[field.name] = [last_folder(x) for x in value] if isinstance(value, list) else last_folder(value)
     return settings
+
+
+def usage_of_lengths(config: Mapping[str, Any]) -> list[str]:
+    """Lines of Python that cut the codes of a model, for its card; none, if they have one length."""
+    counts = {"num_channels": config["channel_counts"], "num_tokens": config["token_counts"]}
+    encode, names = "short = vae.encode(x, {}={}).latent_dist.mode()", [name for name, x in counts.items() if x]
+    if not names:
+        return []
+    sizes = ", sizes=[tuple(x.shape[2:])] * len(x)" if config["token_counts"] else ""
+    return [
+        "",
+        "# x has pixels in [-1, 1]; codes may be cut, and are decoded as they are",
+        *(f"{encode.format(name, counts[name][0])}  # one of {counts[name]}" for name in names),
+        f"sample = vae.decode(short{sizes}).sample",
+        f"{encode.format('min_psnr', 30.0)}  # a list: of each item the shortest that reaches 30 dB",
+    ]
 
 
 def push(folder: Path, repo_id: str, token: str | None) -> str:
