@@ -87,6 +87,17 @@ def load_models(args: argparse.Namespace) -> "Iterator[tuple[str, ModelMixin]]":
         yield title, load_autoencoder(name, **options)
 
 
+def common_channels(args: argparse.Namespace) -> int:
+    """Channels of the pictures that the models take; raises `ValueError` if these are not the same."""
+    from ..evaluation.autoencoders import read_channels
+
+    channels = {name: read_channels(name, args.subfolder) for name in args.models}
+    if len(set(channels.values())) > 1:
+        listed = ", ".join(f"{name} has {count}" for name, count in channels.items())
+        raise ValueError(f"The models take pictures of different numbers of channels, {listed}: measure them apart.")
+    return channels[args.models[0]]
+
+
 def cuts(args: argparse.Namespace) -> list[tuple[str, dict[str, int]]]:
     """What names of rows end with, and arguments of `encode`, for each length of codes that was asked for."""
     rates = [(f", {count} channels", {"num_channels": count}) for count in args.num_channels]
@@ -108,6 +119,7 @@ def run(
     """A table for each data set, with the rows that `make_rows` gives for it."""
     from accelerate import Accelerator
 
+    from ..clips import COLOURS
     from ..data.files import short_names
     from ..data.held_out import EvaluationData, Protocol
     from ..data.sources import FolderFiles, HubRows
@@ -119,18 +131,19 @@ def run(
 
     args.dtype = choose_dtype(args.dtype)
     accelerator = Accelerator()
-    protocol = Protocol(args.resolution or None, args.num_frames, args.fps)
+    protocol = Protocol(args.resolution or None, args.num_frames, args.fps, common_channels(args))
     fitting = [name for name in NETWORKS if name != "i3d" or args.num_frames > 1]
     chosen = fitting if args.networks is None else args.networks
+    chosen = chosen if protocol.channels in COLOURS else []  # the evaluator says why
     paths = {"inception": args.inception_weights, "dino": args.dino, "i3d": args.i3d_weights}
     earlier = [result for path in args.add_results for result in load_results(path)]
     sources: dict[str, FolderFiles | HubRows]
     if args.data_dir:
         folders = zip(args.data_dir, short_names(args.data_dir))
-        sources = {name: FolderFiles(folder, args.num_frames) for folder, name in folders}
+        sources = {name: FolderFiles(folder, protocol.clip) for folder, name in folders}
     else:
         hub = (args.dataset_name, args.dataset_config_name, args.dataset_split, args.data_column)
-        sources = {f"{args.dataset_name} {args.dataset_split}": HubRows(*hub, args.num_frames)}
+        sources = {f"{args.dataset_name} {args.dataset_split}": HubRows(*hub, protocol.clip)}
     with accelerator.main_process_first():  # which downloads for all
         networks, unavailable = load_networks(chosen, paths | {"lpips": args.lpips_weights}, accelerator.device)
     unavailable |= {name: "left out" for name in fitting if name not in chosen}

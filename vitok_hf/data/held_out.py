@@ -7,13 +7,18 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .files import IMAGE_SUFFIXES, VIDEO_SUFFIXES, list_files
+from .files import VIDEO_SUFFIXES, list_files
 from .items import Clip, Indexed, Item
 from .media import evenly_spaced, resize_and_crop
 from .video import probe_rate
 
 
-Codec = Callable[[torch.Tensor], torch.Tensor]  # uint8 (B, 3, T, H, W) to its reconstruction
+Codec = Callable[[torch.Tensor], torch.Tensor]  # uint8 (B, C, T, H, W) to its reconstruction
+CHANNELS = {
+    1: "grey, the luma of Pillow's L; networks see it repeated",
+    3: "RGB",
+    4: "RGBA, colours premultiplied; networks see them on grey",
+}
 
 
 @dataclass(frozen=True)
@@ -27,6 +32,7 @@ class Protocol:
         resolution: Side in pixels of the square that a picture is brought to; `None`: every picture as it is.
         num_frames: Frames of a clip, the first of each video; 1: pictures.
         fps: Frames a second of clips; `None`: all frames of the video.
+        channels: Those of the pictures, see `vitok_hf.data.media.load_image`.
         crop: Which part of the picture is kept.
         resize_filter: Filter that brings it to `resolution`.
         value_range: In which, and in what precision, pixels are compared.
@@ -41,6 +47,7 @@ class Protocol:
     resolution: int | None = 256
     num_frames: int = 1
     fps: float | None = None
+    channels: int = 3
     crop: str = "central square"
     resize_filter: str = "bicubic, antialiased (Pillow, reducing_gap 3)"
     value_range: str = "0 to 255, RGB, float64"
@@ -50,22 +57,34 @@ class Protocol:
     networks: dict[str, dict[str, str]] = field(default_factory=dict)
 
     def __post_init__(self):
-        for name in ("resolution", "num_frames", "fps"):
+        for name in ("resolution", "num_frames", "fps", "channels"):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"`{name}` is {value}, but must be positive.")
         if self.resolution is None:
             object.__setattr__(self, "crop", "none")
             object.__setattr__(self, "resize_filter", "none")
+        if self.channels != 3:
+            kind = CHANNELS.get(self.channels, f"{self.channels} channels")
+            object.__setattr__(self, "value_range", f"0 to 255, {kind}, float64")
 
     @classmethod
     def from_dict(cls, values: dict) -> "Protocol":
-        """Inverse of `dataclasses.asdict`; raises `ValueError` for a protocol with other fields."""
+        """Inverse of `dataclasses.asdict`; raises `ValueError` for a protocol with other fields.
+
+        Those of earlier versions, without `channels`, are of RGB.
+        """
+        values = {"channels": 3} | values
         if other := sorted(set(values) ^ {f.name for f in fields(cls)}):
             raise ValueError(
                 f"The stored protocol and this version's differ in the fields {', '.join(other)}: measure again."
             )
         return cls(**values)
+
+    @property
+    def clip(self) -> Clip:
+        """What is read of pictures and videos."""
+        return Clip(self.num_frames, self.fps, channels=self.channels)
 
     def differences(self, other: "Protocol") -> list[str]:
         """Names of the fields that differ. A network counts that both used: without it, its metrics are missing."""
@@ -76,14 +95,14 @@ class Protocol:
 
 
 class EvaluationData:
-    """Pictures and clips, (3, T, H, W) uint8, decoded one at a time, as the protocol crops them.
+    """Pictures and clips, (C, T, H, W) uint8, decoded one at a time, as the protocol crops them.
 
     Held-out data are fixed: one that cannot be read is not skipped.
 
     Args:
         items: Where they are: `FolderFiles` or `HubRows` of `vitok_hf.data.sources`, or a list of `Item`s.
-        protocol: Resolution, frames and frame rate. Of each video, the first clip is taken; where the protocol has
-            one frame, the first frame.
+        protocol: Resolution, frames, frame rate and channels. Of each video, the first clip is taken; where the
+            protocol has one frame, the first frame.
         limit: At most so many, evenly spaced.
         random_clips: Take of each video a clip at a random second, always the same one.
 
@@ -103,7 +122,7 @@ class EvaluationData:
     def __getitem__(self, index: int) -> torch.Tensor:
         number, protocol = self.indices[index], self.protocol
         rng = np.random.default_rng(number) if self.random_clips else None
-        frames = Clip(protocol.num_frames, protocol.fps).load(self.items[number], rng)  # (T, H, W, 3)
+        frames = protocol.clip.load(self.items[number], rng)  # (T, H, W, C)
         if protocol.resolution is not None:
             frames = np.stack([resize_and_crop(frame, protocol.resolution) for frame in frames])
         return torch.tensor(frames).permute(3, 0, 1, 2)
@@ -114,7 +133,7 @@ class EvaluationData:
         return self.protocol.fps or probe_rate(item.source, item.name)
 
     def batches(self, indices: Sequence[int], batch_size: int) -> Iterator[torch.Tensor]:
-        """(B, 3, T, H, W), in the order of `indices`; neighbours of different sizes go apart."""
+        """(B, C, T, H, W), in the order of `indices`; neighbours of different sizes go apart."""
         batch: list[torch.Tensor] = []
         for index in indices:
             item = self[index]
@@ -127,17 +146,16 @@ class EvaluationData:
 
 
 def load_evaluation_images(
-    path: str | Path, size: int, limit: int, num_frames: int = 1, fps: float | None = None
+    path: str | Path, size: int, limit: int, num_frames: int = 1, fps: float | None = None, channels: int = 3
 ) -> torch.Tensor:
-    """At most `limit` pictures of a folder, evenly spaced in its sorted list: (N, 3, 1, size, size) uint8.
+    """At most `limit` pictures of a folder, evenly spaced in its sorted list: (N, channels, 1, size, size) uint8.
 
-    With `num_frames` > 1, the first clip of as many videos: (N, 3, num_frames, size, size).
+    With `num_frames` > 1, the first clip of as many videos: (N, channels, num_frames, size, size).
 
     Raises:
         ValueError: If there is none, or one that cannot be read, which it names.
     """
-    is_video = num_frames > 1
-    files = list_files(path, VIDEO_SUFFIXES if is_video else IMAGE_SUFFIXES)
-    items = [Item(str(file), file, is_video) for file in files]
-    data = EvaluationData(items, Protocol(size, num_frames, fps), limit)
+    protocol, is_video = Protocol(size, num_frames, fps, channels), num_frames > 1
+    files = list_files(path, protocol.clip.suffixes - (frozenset() if is_video else VIDEO_SUFFIXES))
+    data = EvaluationData([Item(str(file), file, is_video) for file in files], protocol, limit)
     return torch.stack([data[index] for index in range(len(data))])

@@ -186,6 +186,9 @@ class AutoencoderArguments(AdversarySettings, LossSettings, TransformerArguments
     causal: bool = argument(
         False, "No latent frame sees those after it, the first is of one frame; pictures are mixed with clips."
     )
+    in_channels: int | None = argument(
+        None, "Channels of the pictures: 1 (grey), 3 (RGB, the default), 4 (RGBA) or more (arrays, stacks).", minimum=1
+    )
     latent_channels: int | None = argument(None, "Latent channels, where the variant leaves them open.", minimum=1)
     channel_counts: list[int] = argument([], "Numbers of the first channels that are codes, too, as 2 4 8 16.")
     token_counts: list[int] = argument([], "Numbers of the first tokens that are codes, too, as 32 64 128 256.")
@@ -236,7 +239,7 @@ class AutoencoderArguments(AdversarySettings, LossSettings, TransformerArguments
         for name in ("freeze_encoder", "lora_rank"):
             if getattr(self, name) and not pretrained:
                 raise ValueError(f"`{name}` {getattr(self, name)} needs `pretrained_model_name_or_path`.")
-        for name in ("latent_channels", "num_latent_tokens"):
+        for name in ("in_channels", "latent_channels", "num_latent_tokens"):
             if pretrained and getattr(self, name) is not None:
                 raise ValueError(f"`{name}` {getattr(self, name)} cannot be changed in a pretrained model.")
 

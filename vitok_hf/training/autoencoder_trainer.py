@@ -53,7 +53,7 @@ def load_model(args: AutoencoderArguments) -> AutoencoderViTok:
             )
         vae.set_counts(**counts)
         return vae
-    overrides = {name: getattr(args, name) for name in ("latent_channels", "num_latent_tokens")}
+    overrides = {name: getattr(args, name) for name in ("in_channels", "latent_channels", "num_latent_tokens")}
     overrides = counts | {name: value for name, value in overrides.items() if value is not None}
     if args.causal:
         overrides["causal"] = True
@@ -109,7 +109,7 @@ class AutoencoderTrainer(Trainer[AutoencoderArguments, AutoencoderViTok]):
         resolution = args.resolution or self.config.sample_size
         dataset = self._make_dataset(resolution)  # before anything is downloaded
         with self.accelerator.local_main_process_first():  # which downloads networks for all
-            loss = ReconstructionLoss(args, self.config.patch_size, with_kl=not args.freeze_encoder)
+            loss = ReconstructionLoss(args, self.config.patch_size, not args.freeze_encoder, self.config.in_channels)
         self.loss = loss.to(self.accelerator.device)
         self.add_model("vae", vae)
         self.adversary = None
@@ -140,7 +140,7 @@ class AutoencoderTrainer(Trainer[AutoencoderArguments, AutoencoderViTok]):
 
     def _make_dataset(self, resolution: int) -> DrawnBatches | StreamBatches:
         args, config = self.args, self.config
-        clip = Clip(config.sample_frames, args.fps, with_pictures=config.causal)
+        clip = Clip(config.sample_frames, args.fps, config.causal, config.in_channels)
         if args.max_tokens is None:
             sizes = [parse_size(size) for size in args.crop_sizes or [str(resolution)]]
             for side in {side for size in sizes for side in size[:2]}:
@@ -233,10 +233,10 @@ class AutoencoderTrainer(Trainer[AutoencoderArguments, AutoencoderViTok]):
         return latents, sum(run.numel() for run in runs), sum(run[:, 0, :, 0, 0].numel() for run in runs)
 
     def load_held_out(self, path: str) -> torch.Tensor:
-        """(N, 3, T, H, W) uint8."""
+        """(N, C, T, H, W) uint8."""
         args, config = self.args, self.config
-        resolution = args.validation_resolution or config.sample_size
-        return load_evaluation_images(path, resolution, args.num_validation_images, config.sample_frames, args.fps)
+        resolution, limit = args.validation_resolution or config.sample_size, args.num_validation_images
+        return load_evaluation_images(path, resolution, limit, config.sample_frames, args.fps, config.in_channels)
 
     def measure(self, held_out: torch.Tensor) -> tuple[dict[str, float], np.ndarray]:
         """PSNR and SSIM, of codes of every length."""
