@@ -9,11 +9,15 @@ import torch
 
 from .files import VIDEO_SUFFIXES, list_files
 from .items import Clip, Indexed, Item
-from .media import evenly_spaced, resize_and_crop
+from .media import evenly_spaced, resize_and_crop, resize_then_crop
 from .video import probe_rate
 
 
 Codec = Callable[[torch.Tensor], torch.Tensor]  # uint8 (B, C, T, H, W) to its reconstruction
+CROPS = {  # what is kept of a picture, by which function, and the filter
+    "central square": (resize_and_crop, "bicubic, antialiased (Pillow, reducing_gap 3)"),
+    "central square of the resized picture": (resize_then_crop, "bicubic, antialiased (Pillow)"),
+}
 CHANNELS = {
     1: "grey, the luma of Pillow's L; networks see it repeated",
     3: "RGB",
@@ -33,9 +37,10 @@ class Protocol:
         num_frames: Frames of a clip, the first of each video; 1: pictures.
         fps: Frames a second of clips; `None`: all frames of the video.
         channels: Those of the pictures, see `vitok_hf.data.media.load_image`.
-        crop: Which part of the picture is kept.
-        resize_filter: Filter that brings it to `resolution`.
-        value_range: In which, and in what precision, pixels are compared.
+        crop: Which part of the picture is kept, one of `CROPS`. "central square of the resized picture" is what the
+            evaluation script of ViTok-v2 does with datasets of the Hub.
+        resize_filter: Filter that brings it to `resolution`; by default that of the crop.
+        value_range: In which, and in what precision, pixels are compared; by default that of the channels.
         rounding: What happens to a model's output before anything is measured.
         averaging: PSNR, SSIM, MS-SSIM and LPIPS are means of values of single pictures, for clips of the means over
             their frames. No PSNR is above 58.92 dB, see `vitok_hf.evaluation.metrics.psnr`.
@@ -49,8 +54,8 @@ class Protocol:
     fps: float | None = None
     channels: int = 3
     crop: str = "central square"
-    resize_filter: str = "bicubic, antialiased (Pillow, reducing_gap 3)"
-    value_range: str = "0 to 255, RGB, float64"
+    resize_filter: str = ""
+    value_range: str = ""
     rounding: str = "clipped and rounded to uint8"
     averaging: str = "mean over frames, then over items; PSNR at most 58.92 dB"
     statistics: str = "float64; unbiased covariances; IS of 10 splits, shuffled; precision and recall of 3 neighbours"
@@ -64,7 +69,9 @@ class Protocol:
         if self.resolution is None:
             object.__setattr__(self, "crop", "none")
             object.__setattr__(self, "resize_filter", "none")
-        if self.channels != 3:
+        if not self.resize_filter and self.crop in CROPS:
+            object.__setattr__(self, "resize_filter", CROPS[self.crop][1])
+        if not self.value_range:
             kind = CHANNELS.get(self.channels, f"{self.channels} channels")
             object.__setattr__(self, "value_range", f"0 to 255, {kind}, float64")
 
@@ -85,6 +92,15 @@ class Protocol:
     def clip(self) -> Clip:
         """What is read of pictures and videos."""
         return Clip(self.num_frames, self.fps, channels=self.channels)
+
+    @classmethod
+    def vitok_v2(cls, resolution: int | None = None, channels: int = 3) -> "Protocol":
+        """Pictures as the evaluation script of ViTok-v2 takes them from the Hub, 256 pixels a side by default.
+
+        Its published table is of COCO val2017 at 256 and 512 pixels, of 5,000 pictures. The script also takes folders,
+        whole pictures or their centres unscaled; which of these the table is of, is not said.
+        """
+        return cls(resolution or 256, channels=channels, crop="central square of the resized picture")
 
     def differences(self, other: "Protocol") -> list[str]:
         """Names of the fields that differ. A network counts that both used: without it, its metrics are missing."""
@@ -113,6 +129,8 @@ class EvaluationData:
     def __init__(self, items: Indexed[Item], protocol: Protocol, limit: int | None = None, random_clips: bool = False):
         if len(items) == 0:
             raise ValueError("There are no pictures to measure on: name others.")
+        if protocol.crop not in (*CROPS, "none"):
+            raise ValueError(f'There is no `crop` "{protocol.crop}": choose from {", ".join(CROPS)}.')
         self.items, self.protocol, self.random_clips = items, protocol, random_clips
         self.indices = evenly_spaced(len(items), limit)
 
@@ -124,7 +142,8 @@ class EvaluationData:
         rng = np.random.default_rng(number) if self.random_clips else None
         frames = protocol.clip.load(self.items[number], rng)  # (T, H, W, C)
         if protocol.resolution is not None:
-            frames = np.stack([resize_and_crop(frame, protocol.resolution) for frame in frames])
+            crop, _ = CROPS[protocol.crop]
+            frames = np.stack([crop(frame, protocol.resolution) for frame in frames])
         return torch.tensor(frames).permute(3, 0, 1, 2)
 
     def frame_rate(self, index: int) -> float:

@@ -237,13 +237,21 @@ def load_image(source: Source, name: str | None = None, channels: int = 3) -> np
         return read_picture(file, channels) if array is None else array
 
 
-def resize(image: np.ndarray, size: tuple[int, int], box: tuple[float, float, float, float]) -> np.ndarray:
+def resize(
+    image: np.ndarray,
+    size: tuple[int, int],
+    box: tuple[float, float, float, float],
+    reducing_gap: float | None = 3.0,
+) -> np.ndarray:
     """The part `box` (left, top, right, bottom) of (H, W, C) at `size` (width, height): bicubic, antialiased."""
-    if image.shape[2] != 3:  # plane by plane: of four, Pillow would take the last for an alpha that is not applied yet
-        planes = [Image.fromarray(plane) for plane in np.moveaxis(image, 2, 0)]
-        resized = [plane.resize(size, Image.Resampling.BICUBIC, box, reducing_gap=3.0) for plane in planes]
-        return np.stack([np.asarray(plane) for plane in resized], axis=2)
-    return np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC, box, reducing_gap=3.0))
+
+    def resized(pixels: np.ndarray) -> np.ndarray:
+        return np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC, box, reducing_gap))
+
+    if image.shape[2] == 3:
+        return resized(image)
+    # plane by plane: of four, Pillow would take the last for an alpha that is not applied yet
+    return np.stack([resized(plane) for plane in np.moveaxis(image, 2, 0)], axis=2)
 
 
 def resize_and_crop(image: np.ndarray, size: int) -> np.ndarray:
@@ -253,6 +261,18 @@ def resize_and_crop(image: np.ndarray, size: int) -> np.ndarray:
     left, top = (width - side) / 2, (height - side) / 2
     box = (left, top, left + side, top + side)
     return resize(image, (size, size), box)
+
+
+def resize_then_crop(image: np.ndarray, size: int) -> np.ndarray:
+    """As torchvision's `Resize` and `CenterCrop` of a picture of Pillow: (size, size, C) uint8.
+
+    The shorter side becomes `size` (bicubic, antialiased), the longer one is rounded down; then the central square.
+    """
+    height, width = image.shape[:2]
+    scaled = [int(size * side / min(height, width)) for side in (height, width)]
+    top, left = (round((side - size) / 2) for side in scaled)
+    resized = resize(image, (scaled[1], scaled[0]), (0, 0, width, height), reducing_gap=None)
+    return resized[top : top + size, left : left + size]
 
 
 def evenly_spaced(count: int, limit: int | None) -> list[int]:

@@ -162,7 +162,7 @@ class HubColumn:
         data_files: str | None = None,
     ):
         datasets = import_optional("datasets")
-        files = None if data_files is None else {split: data_files}
+        files = None if data_files is None else {split.partition("[")[0]: data_files}
         rows = datasets.load_dataset(name, config_name, split=split, data_files=files, streaming=self.streaming)
         column = column or ("video" if clip.num_frames > 1 else "image")
         if rows.features is None:
