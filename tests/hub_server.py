@@ -62,10 +62,8 @@ class Handler(BaseHTTPRequestHandler):
                 return self.get_file(f"datasets/{user}/{name}", revision, "/".join(path))
             case ["api", "datasets", user, name, "tree", revision, *path]:
                 return 200, self.list_folder(f"datasets/{user}/{name}", revision, "/".join(path))
-            case ["api", "datasets", user, name, *revision]:
-                siblings = [
-                    {"rfilename": path} for path in self.open(f"datasets/{user}/{name}", (*revision, "main")[-1])
-                ]
+            case ["api", "datasets", user, name, "revision", revision]:
+                siblings = [{"rfilename": path} for path in self.open(f"datasets/{user}/{name}", revision)]
                 return 200, {"id": f"{user}/{name}", "sha": self.answer_headers["X-Repo-Commit"], "siblings": siblings}
             case ["api", "models", user, name]:
                 return self.get([*parts, "revision", "main"])

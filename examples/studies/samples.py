@@ -98,7 +98,7 @@ def save_samples(
 
 
 def resize_all(images: torch.Tensor, side: int) -> torch.Tensor:
-    """Colours of (N, C, 1, H, W) uint8, (N, 3, side, side): bicubic and antialiased, as pictures are read from files."""
+    """Colours of (N, C, 1, H, W) uint8, (N, 3, side, side): bicubic, antialiased, as pictures are read from files."""
     box, colours = (0, 0, images.shape[4], images.shape[3]), fold_frames(to_colours(images))
     resized = [resize(image.permute(1, 2, 0).cpu().numpy(), (side, side), box) for image in colours]
     return torch.from_numpy(np.stack(resized)).permute(0, 3, 1, 2).contiguous()

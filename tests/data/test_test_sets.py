@@ -33,9 +33,6 @@ def coco(hub, tmp_path, monkeypatch):
     """A Hub with a dataset of two splits: that of the test set has six pictures in two files."""
     monkeypatch.setattr(datasets.config, "HF_ENDPOINT", hub.endpoint)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    monkeypatch.setattr(
-        datasets.config, "HUB_DATASETS_URL", hub.endpoint + "/datasets/{repo_id}/resolve/{revision}/{path}"
-    )
     monkeypatch.setitem(TEST_SETS, "coco-val2017", NamedSet("lmms-lab/COCO-Caption2017", "val", 6, "data/val-*"))
     folder = hub.root / "datasets" / "lmms-lab" / "COCO-Caption2017"
     (folder / "data").mkdir(parents=True)
