@@ -12,8 +12,8 @@ The class of a picture is the name of its folder; all sets have as many pictures
 - distances to the nearest training picture, which tell of memorised ones.
 
 Pictures may also come from .npz files, as the evaluation suite of ADM reads them (`arr_0`, (N, H, W, 3) uint8, and ids
-of classes, `arr_1`): --samples in place of drawing them, --reference in place of --test_data_dir. With both, nothing
-else is read, and gFID and so on are printed alone:
+of classes, `arr_1`): --samples in place of drawing them, --reference in place of --test_data_dir. Both need no model
+and no training pictures; gFID and so on are then printed alone:
 
     python examples/evaluate_generation.py --samples samples.npz --reference VIRTUAL_imagenet256_labeled.npz
 
@@ -199,7 +199,7 @@ def compare_files(args: argparse.Namespace) -> None:
 def main():
     args = parse_args()
     accelerator = Accelerator()
-    if args.samples and args.reference:
+    if not args.train_data_dir:
         compare_files(args)
         return
     with accelerator.main_process_first():  # which downloads for all
