@@ -1,6 +1,7 @@
 """Pictures of other channels than three."""
 
 import io
+import tarfile
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from vitok_hf.data.files import ARRAY_SUFFIXES, IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from vitok_hf.data.held_out import EvaluationData, Protocol, load_evaluation_images
 from vitok_hf.data.items import Clip, Item
 from vitok_hf.data.media import load_image, resize
-from vitok_hf.data.sources import FolderFiles
+from vitok_hf.data.sources import FolderFiles, TarStream
 from vitok_hf.data.views import CropView, NativeView, SquareView
 
 
@@ -122,6 +123,21 @@ class TestArrays:
     def test_what_is_refused(self, content, message):
         with pytest.raises(ValueError, match=f"^x.npy: cannot be read as a picture .*{message}"):
             load_image(content, "x.npy", channels=5)
+
+    def test_pages_are_no_rgba(self):
+        with pytest.raises(ValueError, match="RGBA has one page: save four channels that are no RGBA as .npy"):
+            load_image(encode_pages(*noise(4, 6, 9)), channels=4)
+
+    def test_in_tar_files(self, tmp_path):
+        members = {"a.png": encode(Image.new("RGB", (4, 4))), "a.npy": encode_array(noise(5, 6, 9))}
+        with tarfile.open(tmp_path / "x.tar", "w") as tar:
+            for name, content in members.items():
+                member = tarfile.TarInfo(name)
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+        clip = Clip(channels=5)
+        (item,) = TarStream([str(tmp_path / "x.tar")], clip).items(0)
+        assert np.array_equal(clip.load(item)[0], noise(5, 6, 9).transpose(1, 2, 0))
 
     @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
     def test_pages_of_tiff(self, dtype):

@@ -138,8 +138,8 @@ def open_sources(args: argparse.Namespace, protocol: "Protocol") -> "dict[str, I
         return {f"{args.dataset_name} {args.dataset_split}": HubRows(*hub, protocol.clip)}
     sources: dict[str, Indexed] = {}
     for folder, name in zip(args.data_dir, short_names(args.data_dir)):
-        is_file = protocol.channels == 3 and folder.lower().endswith(".npz")
-        sources[name] = SamplesFile(folder) if is_file else FolderFiles(folder, protocol.clip)
+        are_samples = folder.lower().endswith(".npz") and (protocol.channels, protocol.num_frames) == (3, 1)
+        sources[name] = SamplesFile(folder) if are_samples else FolderFiles(folder, protocol.clip)
     return sources
 
 
@@ -169,9 +169,10 @@ def run(
     paths = {"inception": args.inception_weights, "dino": args.dino, "i3d": args.i3d_weights}
     earlier = [result for path in args.add_results for result in load_results(path)]
     with accelerator.main_process_first():  # which downloads for all
+        sources = open_sources(args, protocol)
         networks, unavailable = load_networks(chosen, paths | {"lpips": args.lpips_weights}, accelerator.device)
     unavailable |= {name: "left out" for name in fitting if name not in chosen}
-    for name, source in open_sources(args, protocol).items():
+    for name, source in sources.items():
         data = EvaluationData(source, protocol, args.limit)
         evaluator = ReconstructionEvaluator(data, name, networks, unavailable, args.batch_size, accelerator.device)
         is_curve = bool(args.num_channels or args.num_tokens)

@@ -146,6 +146,8 @@ def _decode(file: str | BytesIO, channels: int) -> np.ndarray:
     with Image.open(file) as image:
         if channels not in COLOURS:
             return read_pages(image, channels)
+        if channels == 4 and image.format == "TIFF" and getattr(image, "n_frames", 1) > 1:
+            raise ValueError("RGBA has one page: save four channels that are no RGBA as .npy")
         image.load()
         profile, alpha = image.info.get("icc_profile"), None
         image, transparent = _upright_picture(image), image.info.get("transparency")

@@ -37,8 +37,8 @@ def _compare_to_vitok_v2(result: Result) -> str:
     """What keeps from comparing with the figures of ViTok-v2 (arXiv 2605.05331), where the table looks like theirs."""
     protocol, text = result.protocol, ""
     if "rFDD" in result.metrics:
-        text = f"rFDD is of {protocol.networks['dino']['name']}; ViTok-v2's, of DINOv3-B at 512 px on 5,000 pictures, "
-        text += "is another number. "
+        network = protocol.networks.get("dino", {}).get("name", "another network")
+        text = f"rFDD is of {network}; that of ViTok-v2, of DINOv3-B at 512 px on 5,000 pictures, is another number. "
     if protocol.crop == Protocol.vitok_v2().crop:
         text += "Crop and filter are those of ViTok-v2; it compares values that are not rounded, and its SSIM is of "
         text += "values from -1 to 1, its rFID of pictures that are brought to 299 px by an antialiased filter."

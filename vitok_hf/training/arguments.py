@@ -187,7 +187,9 @@ class AutoencoderArguments(AdversarySettings, LossSettings, TransformerArguments
         False, "No latent frame sees those after it, the first is of one frame; pictures are mixed with clips."
     )
     in_channels: int | None = argument(
-        None, "Channels of the pictures: 1 (grey), 3 (RGB, the default), 4 (RGBA) or more (arrays, stacks).", minimum=1
+        None,
+        "Channels of pictures: 1 (grey), 3 (RGB, the default), 4 (RGBA), others (arrays, stacks).",
+        minimum=1,
     )
     latent_channels: int | None = argument(None, "Latent channels, where the variant leaves them open.", minimum=1)
     channel_counts: list[int] = argument([], "Numbers of the first channels that are codes, too, as 2 4 8 16.")
