@@ -72,15 +72,14 @@ def run(args: argparse.Namespace) -> None:
     class_ids = [index for index in ids for _ in range(count)]
     images = generate_samples(pipe, class_ids, count, args.seed, **options)
     seconds = time.perf_counter() - began
-    saved = [path for path in (args.save_npz, args.output) if path]
-    for path in saved:
-        path.parent.mkdir(parents=True, exist_ok=True)
     if args.save_npz:
+        args.save_npz.parent.mkdir(parents=True, exist_ok=True)
         write_samples_file(args.save_npz, images.permute(0, 2, 3, 1).numpy(), np.array(class_ids))
     if args.output:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
         shown = images if channels in COLOURS else to_shown(images)
         grid = rearrange(shown, "(rows cols) c h w -> (rows h) (cols w) c", cols=count)
         to_picture(grid.numpy()).save(args.output)
     print(f"Rows: {', '.join(names.get(index, str(index)) for index in ids)}")
-    made = f"{len(images)} pictures in {seconds:.1f} s, {args.num_inference_steps} steps each"
-    print(f"{made}; saved {' and '.join(map(str, saved))}")
+    saved = " and ".join(str(path) for path in (args.save_npz, args.output) if path)
+    print(f"{len(images)} pictures in {seconds:.1f} s, {args.num_inference_steps} steps each; saved {saved}")

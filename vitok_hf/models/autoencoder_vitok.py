@@ -50,7 +50,7 @@ class AutoencoderViTok(
     thread is in a call: moving, casting, offloading, fusing, adapters, attention processors, `train`.
 
     Args:
-        in_channels (`int`, defaults to 3): Channels of pictures: grey, RGB, RGBA with premultiplied colours, or others.
+        in_channels (`int`, defaults to 3): Channels of pictures: grey, RGB, RGBA (premultiplied) or others.
         latent_channels (`int`, defaults to 16): Channels c of a latent.
         patch_size (`int`, defaults to 16): Side p of a patch in pixels.
         temporal_patch_size (`int`, defaults to 1): Frames q of a tubelet.
