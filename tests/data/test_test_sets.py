@@ -112,8 +112,16 @@ class TestProtocol:
         with pytest.raises(ValueError, match='no `crop` "corner": choose from central square, central'):
             EvaluationData([Item("x", None)], Protocol(crop="corner"))
 
-    @pytest.mark.parametrize("options", [["--num_frames", "4"], ["--resolution", "0"], ["--data_dir", "x"]])
-    def test_what_does_not_go_together(self, options, capsys):
+    @pytest.mark.parametrize(
+        "options, message",
+        [
+            (["--test_set", "div8k", "--num_frames", "4"], "a --test_set has pictures, and no clips"),
+            (["--data_dir", "x", "--num_frames", "4"], "--protocol vitok-v2 is of pictures of one --resolution"),
+            (["--data_dir", "x", "--resolution", "0"], "--protocol vitok-v2 is of pictures of one --resolution"),
+            (["--data_dir", "x", "--test_set", "div8k"], "give either --data_dir or --dataset_name or --test_set"),
+        ],
+    )
+    def test_what_does_not_go_together(self, options, message, capsys):
         with pytest.raises(SystemExit):
-            evaluate.parse(["--models", "x", "--test_set", "div8k", "--protocol", "vitok-v2", *options], "evaluate")
-        assert "--protocol vitok-v2 is of" in capsys.readouterr().err or "--data_dir" in options
+            evaluate.parse(["--models", "x", "--protocol", "vitok-v2", *options], "evaluate")
+        assert message in capsys.readouterr().err

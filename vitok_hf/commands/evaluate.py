@@ -75,6 +75,8 @@ def make_evaluation_parser(program: str, description: str | None) -> argparse.Ar
 def check_data(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse.Namespace:
     if sum(map(bool, (args.data_dir, args.dataset_name, args.test_set))) != 1:
         parser.error("give either --data_dir or --dataset_name or --test_set")
+    if args.test_set and args.num_frames > 1:
+        parser.error("a --test_set has pictures, and no clips of --num_frames")
     if args.protocol == "vitok-v2" and (args.num_frames > 1 or args.resolution == 0):
         parser.error("--protocol vitok-v2 is of pictures of one --resolution")
     return args

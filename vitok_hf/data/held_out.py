@@ -97,8 +97,9 @@ class Protocol:
     def vitok_v2(cls, resolution: int | None = None, channels: int = 3) -> "Protocol":
         """Pictures as the evaluation script of ViTok-v2 takes them from the Hub, 256 pixels a side by default.
 
-        Its published table is of COCO val2017 at 256 and 512 pixels, of 5,000 pictures. The script also takes folders,
-        whole pictures or their centres unscaled; which of these the table is of, is not said.
+        Its published table is of 5,000 pictures, COCO val2017, at 256 and 512 pixels. Of folders, it takes whole
+        pictures or unscaled centres; which of these the table is of, is not said, but its PSNR, higher by 1.8 dB at
+        512 pixels, speaks for scaled pictures.
         """
         return cls(resolution or 256, channels=channels, crop="central square of the resized picture")
 
