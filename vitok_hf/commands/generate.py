@@ -5,7 +5,7 @@
     vitok generate --num_images_per_label 50 --save_npz samples.npz
 
 By default all classes of the bundled generator, which needs no network. --save_npz writes what the evaluation suite of
-ADM reads, and evaluate_generation.py: `arr_0`, (N, H, W, 3) uint8, and the class ids, `arr_1`.
+ADM reads: `arr_0`, (N, H, W, 3) uint8, and the class ids, `arr_1`.
 """
 
 import argparse
