@@ -29,7 +29,9 @@ from vitok_hf.evaluation.reconstruction import reconstruct
 
 def make_rows(args: argparse.Namespace, evaluator: ReconstructionEvaluator) -> Iterator[Row]:
     """Of the models, then of the baselines that have as many numbers or bytes."""
-    codes, resolution = {}, args.resolution  # latents -> patch size
+    codes, resolution, channels = {}, args.resolution, evaluator.data.protocol.channels  # latents -> patch size
+    if args.baselines and channels != 3:
+        raise ValueError(f"The baselines are of RGB, but the models take {channels} channels: pass --baselines alone.")
     for name, vae in load_models(args):
         vae.to(evaluator.device)
         for cut, lengths in cuts(args):

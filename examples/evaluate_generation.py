@@ -11,6 +11,12 @@ The class of a picture is the name of its folder; all sets have as many pictures
   Frechet distances of its features, which small sets of an uncommon domain need;
 - distances to the nearest training picture, which tell of memorised ones.
 
+Pictures may also come from .npz files, as the evaluation suite of ADM reads them (`arr_0`, (N, H, W, 3) uint8, and ids
+of classes, `arr_1`): --samples in place of drawing them, --reference in place of --test_data_dir. Both need no model
+and no training pictures; gFID and so on are then printed alone:
+
+    python examples/evaluate_generation.py --samples samples.npz --reference VIRTUAL_imagenet256_labeled.npz
+
 Saves the samples, those that are closest to training pictures beside these, and results.json with the protocol. An
 interrupted run goes on with the samples that it has; `accelerate launch` shares the work among processes.
 """
@@ -50,8 +56,10 @@ def say(text: str) -> None:
 def parse_args() -> argparse.Namespace:
     parser = make_parser("evaluate_generation.py", __doc__)
     parser.add_argument("--model", default="vitok-dit-emoji", help="what `from_pretrained` takes")
-    parser.add_argument("--train_data_dir", nargs="+", required=True, help="folders, with the classes of the pipeline")
-    parser.add_argument("--test_data_dir", nargs="+", required=True)
+    parser.add_argument("--samples", type=Path, help=".npz file of the samples, of `vitok generate` or others")
+    parser.add_argument("--reference", type=Path, help=".npz file of held-out pictures")
+    parser.add_argument("--train_data_dir", nargs="+", help="folders, with the classes of the pipeline")
+    parser.add_argument("--test_data_dir", nargs="+")
     parser.add_argument("--max_train_files", type=int, default=2000, help="of a class, as for cache_latents.py")
     parser.add_argument("--max_test_files", type=int, default=250, help="of a class")
     parser.add_argument("--classifier", type=Path, help="output of train_classifier.py")
@@ -68,6 +76,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--output_dir", type=Path, default=Path("evaluation"))
     args = parser.parse_args()
     args.dtype = choose_dtype(args.dtype)
+    if args.reference is not None and args.test_data_dir is not None:
+        parser.error("give either --test_data_dir or --reference")
+    if not (args.samples and args.reference) and not (args.train_data_dir and (args.test_data_dir or args.reference)):
+        parser.error("give --train_data_dir and --test_data_dir, or --samples and --reference")
     return args
 
 
@@ -103,8 +115,11 @@ def generate(pipe: ViTokDiTPipeline, counts: np.ndarray, args: argparse.Namespac
     return folder
 
 
-def print_distances(args: argparse.Namespace, samples: Labelled, held_out: Labelled) -> Result:
-    """gFID and so on."""
+def print_distances(args: argparse.Namespace, samples: Labelled, held_out: Labelled) -> None:
+    """gFID and so on; they are saved."""
+    drawn = f"{args.model}, guidance {args.guidance_scale}, rescale {args.guidance_rescale}, "
+    drawn += f"{args.num_inference_steps} steps"
+    folders = [args.reference] if args.reference else args.test_data_dir
     paths = {"inception": args.inception_weights, "dino": args.dino}
     with PartialState().main_process_first():
         networks, unavailable = load_networks(args.networks, paths, PartialState().device)
@@ -117,9 +132,8 @@ def print_distances(args: argparse.Namespace, samples: Labelled, held_out: Label
     values, missing = metrics.compute()
     digests = {name: {"name": network.name, "sha256": network.sha256} for name, network in networks.items()}
     result = Result(
-        name=f"{args.model}, guidance {args.guidance_scale}, rescale {args.guidance_rescale}, "
-        f"{args.num_inference_steps} steps",
-        data=", ".join(Path(folder).name for folder in args.test_data_dir),
+        name=args.samples.name if args.samples else drawn,
+        data=", ".join(Path(folder).name for folder in folders),
         num_items=len(samples),
         data_sha256=hashlib.sha256(gather_rows(torch.cat(checksums)).numpy()).hexdigest(),
         metrics=values,
@@ -130,7 +144,9 @@ def print_distances(args: argparse.Namespace, samples: Labelled, held_out: Label
         say(f"{name}: {value:.3f}")
     for name, reason in result.unavailable.items():
         say(f"No {name}: {reason}.")
-    return result
+    if PartialState().is_main_process:
+        args.output_dir.mkdir(parents=True, exist_ok=True)
+        save_results(args.output_dir / "results.json", [result])
 
 
 @torch.no_grad()
@@ -174,9 +190,18 @@ def print_neighbours(args: argparse.Namespace, sets: dict[str, Labelled], known:
             save_neighbours(file, pictures, known, distances.numpy(), indices.tolist())
 
 
+def compare_files(args: argparse.Namespace) -> None:
+    """Two files, without a model."""
+    held_out = Labelled.open_file(args.reference)
+    print_distances(args, Labelled.open_file(args.samples, side=held_out.data.protocol.resolution), held_out)
+
+
 def main():
     args = parse_args()
     accelerator = Accelerator()
+    if not args.train_data_dir:
+        compare_files(args)
+        return
     with accelerator.main_process_first():  # which downloads for all
         pipe = ViTokDiTPipeline.from_pretrained(args.model, dtype=getattr(torch, args.dtype))
     pipe.to(accelerator.device).set_progress_bar_config(disable=True)
@@ -185,19 +210,24 @@ def main():
         raise ValueError(f"{args.model} must make pictures and have a name for each of its {num_classes} classes.")
     classes = [pipe.config.id2label[index] for index in range(num_classes)]
     side = pipe.transformer.config.sample_size * pipe.vae.spatial_compression_ratio
-    known = Labelled.open(args.train_data_dir, classes, args.max_train_files, side)
-    held_out = Labelled.open(args.test_data_dir, classes, args.max_test_files, side)
+    kind = side, pipe.vae.config.in_channels
+    known = Labelled.open(args.train_data_dir, classes, args.max_train_files, *kind)
+    if args.reference:
+        held_out = Labelled.open_file(args.reference, num_classes, side)
+    else:
+        held_out = Labelled.open(args.test_data_dir, classes, args.max_test_files, *kind)
     check_sets(pipe, known, held_out, args)
     counts = np.bincount(held_out.labels, minlength=num_classes)
-    samples = Labelled.open([generate(pipe, counts, args)], classes, None, side)
-    result = print_distances(args, samples, held_out)
+    if args.samples:
+        samples = Labelled.open_file(args.samples, num_classes, side)
+    else:
+        samples = Labelled.open([generate(pipe, counts, args)], classes, None, *kind)
+    print_distances(args, samples, held_out)
     if args.classifier is not None:
         sets = {"samples": samples, "training pictures": known.choose(counts, args.seed)}
         sets["reconstructions of held-out ones"] = replace(held_out, change=partial(reconstruct, pipe.vae))
         print_classification(args, sets | {"held-out pictures": held_out}, held_out, classes)
     print_neighbours(args, {"samples": samples, "held-out pictures": held_out}, known)
-    if accelerator.is_main_process:
-        save_results(args.output_dir / "results.json", [result])
     say(f"\nSaved results.json, samples, and pictures beside their neighbours, in {args.output_dir}.")
 
 

@@ -38,7 +38,8 @@ def main():
 
     vae = AutoencoderViTok.from_pretrained(args.model).to(PartialState().default_device)
     size = args.size or vae.config.sample_size
-    view = CropView([(size, size, 1.0)], 2**20, Clip(vae.config.sample_frames, args.fps), flip=False)
+    clip = Clip(vae.config.sample_frames, args.fps, channels=vae.config.in_channels)
+    view = CropView([(size, size, 1.0)], 2**20, clip, flip=False)
     batches = iterate_pixels(make_dataset(view, SourceSettings(args.train_data_dir)), args.num_batches)
     statistics = compute_latent_statistics(vae, tqdm(batches, desc="latent statistics", total=args.num_batches))
     config = statistics.to_config(args.normalization == "channels")

@@ -18,6 +18,7 @@ from accelerate import PartialState
 from vitok_hf import AutoencoderViTok
 from vitok_hf.clips import to_float
 from vitok_hf.commands import make_parser, run_command
+from vitok_hf.data.items import Clip
 from vitok_hf.data.loader import SourceSettings, iterate_pixels, make_dataset
 from vitok_hf.data.views import CropView
 from vitok_hf.latents import NO_STATISTICS
@@ -77,7 +78,8 @@ def main():
         parser.error(f"{args.model} must be a variational autoencoder of pictures, without token counts")
     if args.num_batches < 1:
         parser.error(f"--num_batches must be at least 1, but is {args.num_batches}")
-    dataset = make_dataset(CropView([(128, 128, 1.0)], 2**20, flip=False), SourceSettings(args.train_data_dir))
+    view = CropView([(128, 128, 1.0)], 2**20, Clip(channels=vae.config.in_channels), flip=False)
+    dataset = make_dataset(view, SourceSettings(args.train_data_dir))
     nest(vae, args.channel_counts, measure(vae, iterate_pixels(dataset, args.num_batches)))
     vae.register_to_config(_name_or_path=args.output_dir.name)
     vae.save_pretrained(args.output_dir)

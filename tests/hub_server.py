@@ -58,6 +58,13 @@ class Handler(BaseHTTPRequestHandler):
             case ["api", "models", user, name, "tree", revision]:
                 files = self.open(f"{user}/{name}", revision)
                 return 200, [{"type": "file", "path": p, "size": len(d), "oid": blob_id(d)} for p, d in files.items()]
+            case ["datasets", user, name, "resolve", revision, *path]:
+                return self.get_file(f"datasets/{user}/{name}", revision, "/".join(path))
+            case ["api", "datasets", user, name, "tree", revision, *path]:
+                return 200, self.list_folder(f"datasets/{user}/{name}", revision, "/".join(path))
+            case ["api", "datasets", user, name, "revision", revision]:
+                siblings = [{"rfilename": path} for path in self.open(f"datasets/{user}/{name}", revision)]
+                return 200, {"id": f"{user}/{name}", "sha": self.answer_headers["X-Repo-Commit"], "siblings": siblings}
             case ["api", "models", user, name]:
                 return self.get([*parts, "revision", "main"])
             case ["api", "models", user, name, "revision", revision]:
@@ -65,6 +72,18 @@ class Handler(BaseHTTPRequestHandler):
                 sha = self.answer_headers["X-Repo-Commit"]
                 return 200, {"id": f"{user}/{name}", "sha": sha, "siblings": siblings}
         raise HubError(404, "Not found", None)
+
+    def list_folder(self, repo: str, revision: str, folder: str = "") -> list[dict]:
+        """The files and folders in a folder of a repository."""
+        prefix, found = f"{folder}/" if folder else "", {}
+        for path, data in self.open(repo, revision).items():
+            if path.startswith(prefix):
+                child, _, deeper = path.removeprefix(prefix).partition("/")
+                entry = {"type": "file", "size": len(data), "oid": blob_id(data)}
+                found[child] = ({"type": "directory", "oid": ""} if deeper else entry) | {"path": prefix + child}
+        if not found:
+            raise HubError(404, "Entry not found", "EntryNotFound")
+        return list(found.values())
 
     def open(self, repo: str, revision: str) -> dict[str, bytes]:
         """The files of a repository that the client may know of, at a revision that exists."""
@@ -128,6 +147,8 @@ class Handler(BaseHTTPRequestHandler):
 
 class HubServer(ThreadingHTTPServer):
     """Serves the folders `root/{user}/{repo}` as model repositories with one branch, `main`, of one commit.
+
+    Those of `root/datasets/{user}/{repo}` are repositories of datasets, which may be read.
 
     Files may be changed at any time, which changes the commit; commits of the past are not kept.
     """

@@ -13,6 +13,7 @@ from prepare_moving_clips import draw_clip, draw_path, write_clip
 from tests.conftest import EXAMPLES, TINY
 from vitok_hf.data.classes import LabelledFiles
 from vitok_hf.data.held_out import load_evaluation_images
+from vitok_hf.data.items import Clip
 from vitok_hf.data.video import load_clip
 
 
@@ -45,7 +46,7 @@ class TestClips:
         command = ("prepare_moving_clips.py", "--drawings", drawings, "--clips_per_class", 2, "--output_dir")
         for folder, seed in (("one", 3), ("same", 3), ("other", 4)):
             assert "6 x 2 clips of 2 drawings" in run_example(*command, folder, "--seed", seed)
-        files = LabelledFiles([str(tmp_path / "one")], num_frames=8)
+        files = LabelledFiles([str(tmp_path / "one")], clip=Clip(8))
         assert files.classes == MOTIONS and np.bincount(files.labels).tolist() == [2] * 6
         assert len(list((tmp_path / "one").rglob("*.mp4"))) == 12
         with pytest.raises(ValueError, match="has results with seed 3, not 5"):

@@ -11,13 +11,16 @@ from dataclasses import dataclass, replace
 from operator import itemgetter
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch.nn import functional as F
 
 from .checks import check_finite, check_int, check_tensor, refuse
 
 
 Runs = list[torch.Tensor]
+COLOURS = (1, 3, 4)  # numbers of channels that pictures have: grey, RGB, and RGBA with premultiplied colours
 PAD_HINT = "pad, crop or resize it, or pass a list of pictures, which `encode` pads."
 
 
@@ -227,6 +230,48 @@ def to_float(pixels: torch.Tensor) -> torch.Tensor:
 def to_uint8(sample: torch.Tensor) -> torch.Tensor:
     """[-1, 1] -> uint8, clipped and rounded."""
     return ((sample.float() + 1.0) * 127.5).clamp(0.0, 255.0).round().to(torch.uint8)
+
+
+def to_colours(images: torch.Tensor) -> torch.Tensor:
+    """What networks of three channels see of (B, C, ...), uint8 or in [-1, 1]: (B, 3, ...) of the same type.
+
+    Grey is repeated, RGB stays as it is, and RGBA, whose colours are premultiplied, is put on grey.
+
+    Raises:
+        ValueError: For other numbers of channels.
+    """
+    channels = images.shape[1]
+    if channels not in COLOURS:
+        raise ValueError(f"Pictures of {channels} channels have no colours: grey has 1, RGB 3 and RGBA 4.")
+    if channels == 4 and images.dtype == torch.uint8:
+        return to_uint8(to_colours(to_float(images)))
+    if channels == 4:
+        colours, alpha = images.split([3, 1], dim=1)
+        return colours + (1.0 - alpha) / 2
+    return images if channels == 3 else images.expand(-1, 3, *images.shape[2:])
+
+
+def to_shown(images: torch.Tensor) -> torch.Tensor:
+    """What is shown of (B, C, ...): that of `to_colours`, and where there are no colours the first three channels.
+
+    Of two channels the first is shown, as grey.
+    """
+    channels = images.shape[1]
+    return to_colours(images if channels in COLOURS else images[:, : 3 if channels > 3 else 1])
+
+
+def to_picture(pixels: np.ndarray) -> Image.Image:
+    """(H, W, C) uint8, grey, RGB or RGBA with premultiplied colours -> a picture whose colours are not premultiplied.
+
+    Raises:
+        ValueError: For other numbers of channels.
+    """
+    height, width, channels = pixels.shape
+    if channels not in COLOURS:
+        raise ValueError(f"There are no pictures of {channels} channels: grey has 1, RGB 3 and RGBA 4.")
+    if channels == 4:
+        return Image.frombytes("RGBa", (width, height), pixels.tobytes()).convert("RGBA")
+    return Image.fromarray(pixels if channels == 3 else pixels[..., 0])
 
 
 def pad_to_size(pixels: torch.Tensor, size: tuple[int, int, int]) -> torch.Tensor:

@@ -13,10 +13,11 @@ from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 
-from vitok_hf.clips import fold_frames
+from vitok_hf.clips import fold_frames, to_colours, to_picture, to_shown
 from vitok_hf.data.classes import LabelledFiles
 from vitok_hf.data.held_out import EvaluationData, Protocol
 from vitok_hf.data.media import resize
+from vitok_hf.data.samples_file import SamplesFile
 from vitok_hf.disk import atomic_file, inside, locked
 from vitok_hf.evaluation.generation import generate_samples
 from vitok_hf.evaluation.processes import gather_rows, share_of
@@ -31,15 +32,35 @@ class Labelled:
     change: Callable[[torch.Tensor], torch.Tensor] = nn.Identity()  # what is done to each batch
 
     @classmethod
-    def open(cls, folders: list[str | Path], classes: list[str], limit: int | None, side: int) -> "Labelled":
-        files = LabelledFiles(folders, classes, max_files_per_class=limit)
-        return cls(EvaluationData(files, Protocol(side)), files.labels)
+    def open(
+        cls, folders: list[str | Path], classes: list[str], limit: int | None, side: int, channels: int = 3
+    ) -> "Labelled":
+        protocol = Protocol(side, channels=channels)
+        files = LabelledFiles(folders, classes, protocol.clip, limit)
+        return cls(EvaluationData(files, protocol), files.labels)
+
+    @classmethod
+    def open_file(cls, path: str | Path, num_classes: int | None = None, side: int | None = None) -> "Labelled":
+        """A .npz file as of `vitok generate --save_npz`, with ids of so many classes, and pictures of this size.
+
+        Without `num_classes` it needs no ids, and all are of one class. Raises `ValueError` for other sizes and ids.
+        """
+        file = SamplesFile(path)
+        height, width = file.pixels.shape[1:3]
+        side = height if side is None else side
+        if (height, width) != (side, side):
+            raise ValueError(f'"{path}" has pictures of {height} x {width} pixels, but they must be {side} x {side}.')
+        labels = np.zeros(len(file), dtype=np.int64) if num_classes is None else file.labels
+        if labels is None or not 0 <= labels.min() <= labels.max() < (num_classes or 1):
+            found = "none" if labels is None else f"{labels.min()} to {labels.max()}"
+            raise ValueError(f'"{path}" must have class ids from 0 to {(num_classes or 1) - 1}, but has {found}.')
+        return cls(EvaluationData(file, Protocol(side)), labels)
 
     def __len__(self) -> int:
         return len(self.data)
 
     def batches(self, batch_size: int) -> Iterator[torch.Tensor]:
-        """(B, 3, 1, H, W) uint8 on the process's device: this process's share."""
+        """(B, C, 1, H, W) uint8 on the process's device: this process's share."""
         for images in self.data.batches(share_of(len(self)), batch_size):
             yield self.change(images.to(PartialState().device))
 
@@ -72,19 +93,19 @@ def save_samples(
             for index, image in zip(batch, images):
                 files[index].parent.mkdir(parents=True, exist_ok=True)
                 with atomic_file(files[index]) as temporary:
-                    Image.fromarray(image.permute(1, 2, 0).numpy()).save(temporary, "PNG")
+                    to_picture(image.permute(1, 2, 0).numpy()).save(temporary, "PNG")
         PartialState().wait_for_everyone()
 
 
 def resize_all(images: torch.Tensor, side: int) -> torch.Tensor:
-    """(N, 3, 1, H, W) uint8 -> (N, 3, side, side), bicubic and antialiased, as pictures are read from files."""
-    box = (0, 0, images.shape[4], images.shape[3])
-    resized = [resize(image.permute(1, 2, 0).cpu().numpy(), (side, side), box) for image in fold_frames(images)]
+    """Colours of (N, C, 1, H, W) uint8, (N, 3, side, side): bicubic, antialiased, as pictures are read from files."""
+    box, colours = (0, 0, images.shape[4], images.shape[3]), fold_frames(to_colours(images))
+    resized = [resize(image.permute(1, 2, 0).cpu().numpy(), (side, side), box) for image in colours]
     return torch.from_numpy(np.stack(resized)).permute(0, 3, 1, 2).contiguous()
 
 
 def thumbnails(images: torch.Tensor, side: int = 32) -> torch.Tensor:
-    """(N, 3, 1, H, W) uint8 -> (N, 3, side, side) float32, means over squares."""
+    """(N, C, 1, H, W) uint8 -> (N, C, side, side) float32, means over squares."""
     return F.adaptive_avg_pool2d(fold_frames(images).float(), side)
 
 
@@ -94,7 +115,7 @@ class NearestNeighbours:
     Every process of a run sees a share of the references, and all see the same pictures.
 
     Args:
-        images: (N, 3, H, W) float32, what `thumbnails` gives: details count little.
+        images: (N, C, H, W) float32, what `thumbnails` gives: details count little.
     """
 
     def __init__(self, images: torch.Tensor):
@@ -103,7 +124,7 @@ class NearestNeighbours:
         self.indices = torch.full((len(images),), -1, device=images.device)
 
     def update(self, references: torch.Tensor, indices: Sequence[int]) -> None:
-        """Adds references (B, 3, H, W) float32, and the numbers they go by."""
+        """Adds references (B, C, H, W) float32, and the numbers they go by."""
         for pictures in (references, references.flip(-1)):
             # in float32, the products that it sums up would leave nothing of small distances
             distances, nearest = torch.cdist(self.images, pictures.flatten(1).to(self.images)).min(dim=1)
@@ -127,6 +148,6 @@ def save_neighbours(
     for row, label in zip(grid, classes):
         members = np.flatnonzero(pictures.labels == label)
         for column, index in enumerate(members[np.argsort(distances[members])[:count]]):
-            row[:, column, 0] = pictures.data[index][:, 0].permute(1, 2, 0).numpy()
-            row[:, column, 1] = known.data[indices[index]][:, 0].permute(1, 2, 0).numpy()
+            for place, picture in enumerate((pictures.data[index], known.data[indices[index]])):
+                row[:, column, place] = to_shown(picture[None])[0, :, 0].permute(1, 2, 0).numpy()
     Image.fromarray(grid.reshape(len(classes) * side, -1, 3)).save(file)

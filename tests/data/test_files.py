@@ -14,6 +14,7 @@ from vitok_hf.data import classes, files, sources
 from vitok_hf.data.classes import LabelledFiles
 from vitok_hf.data.files import FileList, list_files, printable, read_each, short_names
 from vitok_hf.data.held_out import load_evaluation_images
+from vitok_hf.data.items import Clip
 from vitok_hf.data.media import load_image
 from vitok_hf.data.sources import FolderFiles, MixedSources, parse_source
 from vitok_hf.data.video import load_clip, probe_rate, probe_video
@@ -165,7 +166,7 @@ class TestOddNames:
         Path(name).mkdir()
         Path(name, f"{name}.mp4").write_bytes(video.read_bytes())
         Path(f"{name}.mp4").write_bytes(video.read_bytes())
-        (item,) = FolderFiles(name, num_frames=2)
+        (item,) = FolderFiles(name, Clip(2))
         for source in (item.source, f"{name}.mp4", tmp_path / f"{name}.mp4"):
             assert probe_rate(source) == 25.0 and load_clip(source, 0.4, 1).mean() / 5 == pytest.approx(10, abs=0.5)
             assert probe_video(source)[0] == pytest.approx(2.0, abs=0.05)

@@ -74,7 +74,7 @@ class TestCache:
         for name in ("a", "b", "c", "d"):
             (tmp_path / "data" / name).mkdir(parents=True)
             write_video(tmp_path / "data" / name / "ramp.mp4")
-        files = LabelledFiles([tmp_path / "data"], num_frames=4)
+        files = LabelledFiles([tmp_path / "data"], clip=Clip(4))
         write(files, tmp_path / "cache", make_vae("video"), fps=12.5)
         cache, choices = LatentCache(tmp_path / "cache"), []
         assert cache[0].shape == (2, 2, 4, 2, 2, 2)

@@ -243,7 +243,7 @@ class TestTars:
             for name in ("a.txt", "a.PNG", "a.mp4", "b.json"):
                 tar.add(tmp_path / name, name)
         path = str(tmp_path / "x.tar")
-        pictures_of, clips_of = (list(TarStream([path], num_frames).items(0)) for num_frames in (1, 4))
+        pictures_of, clips_of = (list(TarStream([path], Clip(num_frames)).items(0)) for num_frames in (1, 4))
         assert (pictures_of[0].name, pictures_of[0].is_video) == (f"{path}/a.png", False)
         assert (clips_of[0].name, clips_of[0].is_video) == (f"{path}/a.mp4", True)
         assert pictures_of[1].name == f"{path}/b" and "no member ends in .apng, .avi," in str(pictures_of[1].source)

@@ -208,7 +208,7 @@ class TestSquares:
 
     def test_clips(self, tmp_path):
         write_video(tmp_path / "ramp" / "a.mp4")
-        (pixels,) = squares(LabelledFiles([tmp_path], num_frames=4), batch_size=2, clip=Clip(4, 12.5))[0].pixels
+        (pixels,) = squares(LabelledFiles([tmp_path], clip=Clip(4)), batch_size=2, clip=Clip(4, 12.5))[0].pixels
         assert pixels.shape == (2, 3, 4, 16, 16)
         steps = pixels.float().mean(dim=(1, 3, 4)).diff(dim=1)
         torch.testing.assert_close(steps, torch.full((2, 3), 10.0), rtol=0, atol=2.0)

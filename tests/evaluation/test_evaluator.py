@@ -10,6 +10,7 @@ from tests.data.conftest import write_video
 from tests.evaluation.test_distributions import colour_and_logits
 from vitok_hf.clips import fold_frames
 from vitok_hf.data.held_out import EvaluationData, Protocol
+from vitok_hf.data.items import Clip
 from vitok_hf.data.sources import FolderFiles
 from vitok_hf.evaluation.costs import count_macs
 from vitok_hf.evaluation.evaluator import ReconstructionEvaluator, Row, autoencoder_row
@@ -110,7 +111,9 @@ class TestReconstructionEvaluator:
         """Each by its own, in a batch of two clips: of the same video, but from other seconds."""
         for name in ("a.mp4", "b.mp4"):
             write_video(tmp_path / name)
-        data = EvaluationData(FolderFiles(str(tmp_path), 4), Protocol(resolution=32, num_frames=4), random_clips=True)
+        data = EvaluationData(
+            FolderFiles(str(tmp_path), Clip(4)), Protocol(resolution=32, num_frames=4), random_clips=True
+        )
         vae = make_vae("video", sample_size=16)
         evaluator = ReconstructionEvaluator(data, "ramp", NETWORKS)
         result, values = evaluator.evaluate(autoencoder_row("video", vae, evaluator.shapes))

@@ -95,6 +95,19 @@ class TestFiles:
         assert lines[3] == "| other | 30.00 [30.10, 32.00] |  |  |"
         assert lines[5:] == ["No lpips: no weights: no network."]
 
+    def test_other_numbers_of_the_same_name(self):
+        dino = Protocol(networks={"dino": {"name": "Dinov2Model 1024, class token, bicubic to 224", "sha256": ""}})
+        line = "rFDD is of Dinov2Model 1024, class token, bicubic to 224; that of ViTok-v2, of DINOv3-B at 512 px on"
+        table = markdown_table([make_result(metrics={"rFDD": 1.0}, protocol=dino)] * 2)
+        assert table.count(line) == 1 and "Crop and filter" not in table
+        theirs = markdown_table([make_result(protocol=Protocol.vitok_v2())])
+        assert "Crop and filter are those of ViTok-v2" in theirs and "rFDD" not in theirs
+
+    def test_protocols_of_before_had_three_channels(self):
+        values = asdict(make_result())
+        del values["protocol"]["channels"]
+        assert Result.from_dict(values) == make_result()
+
     def test_csv(self, tmp_path):
         write_csv(tmp_path / "table.csv", [make_result(), make_result("other", intervals={})])
         with open(tmp_path / "table.csv", newline="") as file:

@@ -38,6 +38,7 @@ def run(args: argparse.Namespace) -> None:
     from accelerate import Accelerator
 
     from ..data.classes import LabelledFiles, read_classes
+    from ..data.items import Clip
     from ..data.latent_cache import write_latents
     from ..models import AutoencoderViTok
 
@@ -48,7 +49,8 @@ def run(args: argparse.Namespace) -> None:
     vae = AutoencoderViTok.from_pretrained(args.vae_name_or_path, variant=args.vae_variant, dtype=torch.float32)
     vae.to(accelerator.device).eval()
     classes = None if args.class_file is None else read_classes(args.class_file)
-    files = LabelledFiles(args.train_data_dir, classes, vae.config.sample_frames, args.max_files_per_class)
+    clip = Clip(vae.config.sample_frames, args.fps, channels=vae.config.in_channels)
+    files = LabelledFiles(args.train_data_dir, classes, clip, args.max_files_per_class)
     index = write_latents(
         vae,
         Path(args.vae_name_or_path).name,

@@ -9,6 +9,7 @@ worst ten beside their reconstructions and error maps, clips as mp4. Metrics: PS
 downloaded, or read from the paths given; a metric whose weights cannot be had is left out, and the table says why.
 Costs, of pictures of several sizes means: GMACs, E (numbers in the code), compression (values a number), bytes (of
 latents at 16 bits), seconds a picture with the given batch size, and by how much memory rises at most.
+--test_set coco-val2017, imagenet-val (for accounts that have access) and div8k (46 GB) are downloaded from the Hub.
 `accelerate launch -m vitok_hf.commands evaluate ...` shares the pictures among processes.
 """
 
@@ -24,9 +25,12 @@ if TYPE_CHECKING:
     import torch
     from diffusers.models.modeling_utils import ModelMixin
 
+    from ..data.held_out import Protocol
+    from ..data.items import Indexed
     from ..evaluation.evaluator import ReconstructionEvaluator, Row
 
 
+TEST_SETS = ["coco-val2017", "imagenet-val", "div8k"]  # of vitok_hf.data.test_sets, which --help does not wait for
 NETWORKS = ["inception", "dino", "i3d", "lpips"]
 
 
@@ -48,12 +52,17 @@ def make_evaluation_parser(program: str, description: str | None) -> argparse.Ar
     rates = "codes that are cut, a row for each number, and a curve in rates.png"
     parser.add_argument("--num_channels", nargs="+", type=int, default=[], help=rates)
     parser.add_argument("--num_tokens", nargs="+", type=int, default=[], help="likewise")
-    parser.add_argument("--data_dir", nargs="*", default=[], help="folders or files, a table each")
+    parser.add_argument(
+        "--data_dir", nargs="*", default=[], help="folders or files, a table each; also a .npz of `vitok generate`"
+    )
+    parser.add_argument("--test_set", choices=TEST_SETS, help="by name, downloaded from the Hub")
     parser.add_argument("--dataset_name", help="data set of the Hub")
     parser.add_argument("--dataset_config_name")
     parser.add_argument("--dataset_split", default="validation")
     parser.add_argument("--data_column", help="default: image, or video for clips")
     parser.add_argument("--limit", type=int, help="at most so many pictures of each, evenly spaced")
+    text = "vitok-v2: crop and filter of its evaluation script, and of a --test_set the first 5,000 pictures"
+    parser.add_argument("--protocol", default="default", choices=["default", "vitok-v2"], help=text)
     parser.add_argument("--resolution", type=int, default=256, help="side of the central square; 0: whole pictures")
     parser.add_argument("--num_frames", type=int, default=1, help="more than 1: the first clip of each video")
     parser.add_argument("--fps", type=float, help="of clips; default: every frame")
@@ -72,8 +81,12 @@ def make_evaluation_parser(program: str, description: str | None) -> argparse.Ar
 
 
 def check_data(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse.Namespace:
-    if bool(args.data_dir) == bool(args.dataset_name):
-        parser.error("give either --data_dir or --dataset_name")
+    if sum(map(bool, (args.data_dir, args.dataset_name, args.test_set))) != 1:
+        parser.error("give either --data_dir or --dataset_name or --test_set")
+    if args.test_set and args.num_frames > 1:
+        parser.error("a --test_set has pictures, and no clips of --num_frames")
+    if args.protocol == "vitok-v2" and (args.num_frames > 1 or args.resolution == 0):
+        parser.error("--protocol vitok-v2 is of pictures of one --resolution")
     if args.teacher is not None and (args.num_channels or args.num_tokens):
         parser.error("--teacher is of whole codes: leave --num_channels and --num_tokens out")
     return args
@@ -95,6 +108,17 @@ def load_models(args: argparse.Namespace) -> "Iterator[tuple[str, ModelMixin]]":
     for name in args.models:
         title = name if args.dtype == "float32" else f"{name}, {args.dtype}"
         yield title, load_autoencoder(name, **options)
+
+
+def common_channels(args: argparse.Namespace) -> int:
+    """Channels of the pictures that the models take; raises `ValueError` if these are not the same."""
+    from ..evaluation.autoencoders import read_channels
+
+    channels = {name: read_channels(name, args.subfolder) for name in args.models}
+    if len(set(channels.values())) > 1:
+        listed = ", ".join(f"{name} has {count}" for name, count in channels.items())
+        raise ValueError(f"The models take pictures of different numbers of channels, {listed}: measure them apart.")
+    return channels[args.models[0]]
 
 
 def cuts(args: argparse.Namespace) -> list[tuple[str, dict[str, int]]]:
@@ -119,6 +143,26 @@ def model_rows(args: argparse.Namespace, evaluator: "ReconstructionEvaluator") -
             yield autoencoder_row(name + cut, vae.to(evaluator.device), evaluator.shapes, lengths)
 
 
+def open_sources(args: argparse.Namespace, protocol: "Protocol") -> "dict[str, Indexed]":
+    """Data by the names of their tables."""
+    from ..data.files import short_names
+    from ..data.samples_file import SamplesFile
+    from ..data.sources import FolderFiles, HubRows
+    from ..data.test_sets import open_test_set
+
+    if args.test_set:
+        first = 5000 if args.protocol == "vitok-v2" else None
+        return {args.test_set: open_test_set(args.test_set, protocol.clip, first)}
+    if args.dataset_name:
+        hub = (args.dataset_name, args.dataset_config_name, args.dataset_split, args.data_column)
+        return {f"{args.dataset_name} {args.dataset_split}": HubRows(*hub, protocol.clip)}
+    sources: dict[str, Indexed] = {}
+    for folder, name in zip(args.data_dir, short_names(args.data_dir)):
+        are_samples = folder.lower().endswith(".npz") and (protocol.channels, protocol.num_frames) == (3, 1)
+        sources[name] = SamplesFile(folder) if are_samples else FolderFiles(folder, protocol.clip)
+    return sources
+
+
 def run(
     args: argparse.Namespace,
     make_rows: "Callable[[argparse.Namespace, ReconstructionEvaluator], Iterable[Row]]" = model_rows,
@@ -127,9 +171,8 @@ def run(
     from accelerate import Accelerator
 
     from ..checks import check_int
-    from ..data.files import short_names
+    from ..clips import COLOURS
     from ..data.held_out import EvaluationData, Protocol
-    from ..data.sources import FolderFiles, HubRows
     from ..evaluation.evaluator import ReconstructionEvaluator
     from ..evaluation.networks import load_networks
     from ..evaluation.results import load_results
@@ -139,19 +182,16 @@ def run(
     check_int("batch_size", args.batch_size)  # before networks are fetched
     args.dtype = choose_dtype(args.dtype)
     accelerator = Accelerator()
-    protocol = Protocol(args.resolution or None, args.num_frames, args.fps)
+    protocol = Protocol(args.resolution or None, args.num_frames, args.fps, common_channels(args))
+    if args.protocol == "vitok-v2":
+        protocol = Protocol.vitok_v2(args.resolution, protocol.channels)
     fitting = [name for name in NETWORKS if name != "i3d" or args.num_frames > 1]
     chosen = fitting if args.networks is None else args.networks
+    chosen = chosen if protocol.channels in COLOURS else []  # the evaluator says why
     paths = {"inception": args.inception_weights, "dino": args.dino, "i3d": args.i3d_weights}
     earlier = [result for path in args.add_results for result in load_results(path)]
-    sources: dict[str, FolderFiles | HubRows]
-    if args.data_dir:
-        folders = zip(args.data_dir, short_names(args.data_dir))
-        sources = {name: FolderFiles(folder, args.num_frames) for folder, name in folders}
-    else:
-        hub = (args.dataset_name, args.dataset_config_name, args.dataset_split, args.data_column)
-        sources = {f"{args.dataset_name} {args.dataset_split}": HubRows(*hub, args.num_frames)}
     with accelerator.main_process_first():  # which downloads for all
+        sources = open_sources(args, protocol)
         networks, unavailable = load_networks(chosen, paths | {"lpips": args.lpips_weights}, accelerator.device)
     unavailable |= {name: "left out" for name in fitting if name not in chosen}
     for name, source in sources.items():

@@ -5,6 +5,10 @@ Videos, of any length, keep their size, times and sound, and get a sheet of fram
     vitok reconstruct                                               # a bundled checkpoint on a shipped photograph
     vitok reconstruct --input holiday.jpg film.mp4 folder/ --model MODEL --output_dir out
 
+The channels are those of the model: 1 is grey, 3 RGB, 4 RGBA (saved as such; measured with premultiplied colours), and
+any number comes from .npy or .npz files, (C, H, W) of uint8, of uint16, or of floats in [0, 1], or a TIFF file with a
+grey page for each; reconstructions of these are saved as .npy.
+
 MODEL is whatever `AutoencoderViTok.from_pretrained` takes. Sizes that do not fit the patches are padded by repeating
 the last rows and columns, and cropped back. Files that cannot be read are named at the end, and the exit code is 1.
 """
@@ -48,11 +52,12 @@ def run(args: argparse.Namespace) -> None:
     from accelerate import PartialState
 
     from ..data.files import read_each
+    from ..evaluation.autoencoders import read_channels
     from ..evaluation.reconstruct_files import CodecSettings, name_targets, reconstruct_file
     from ..models import AutoencoderViTok
     from ..precision import choose_dtype
 
-    files = name_targets(args.input, args.output_dir)
+    files = name_targets(args.input, args.output_dir, read_channels(args.model, args.subfolder))
     dtype = getattr(torch, choose_dtype(args.dtype))
     vae = AutoencoderViTok.from_pretrained(args.model, subfolder=args.subfolder, dtype=dtype)
     vae = vae.to(PartialState().default_device)

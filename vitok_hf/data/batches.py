@@ -31,7 +31,7 @@ class Batch:
     """One batch of training data: pixels or, of cached pictures, moments; items are in the order of the runs.
 
     Args:
-        pixels: Runs of (n, 3, T, H, W) uint8, one for each size; T is 1 for pictures. Empty for cached latents.
+        pixels: Runs of (n, C, T, H, W) uint8, one for each size; T is 1 for pictures. Empty for cached latents.
         moments: (B, 2, c, t, h, w) float32, mean and standard deviation of the posteriors of cached latents.
         labels: (B,) int64, the classes of data that have any.
         skipped: "name: reason" of each picture or video that could not be read while the batch was drawn.

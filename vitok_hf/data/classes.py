@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from .files import FileList, iterate_files, printable, suffixes_for
-from .items import Choice
+from .files import FileList, iterate_files, printable
+from .items import PICTURE, Choice, Clip
 from .sources import FolderFiles
 
 
@@ -52,7 +52,7 @@ class LabelledFiles(FolderFiles):
     Args:
         folders: Where they are.
         classes: In the order of their ids; default: those that there are, sorted.
-        num_frames: Frames of a clip; for more than 1, only videos count.
+        clip: What is read of them: files of which it cannot be read do not count.
         max_files_per_class: How many files of a larger class count: a random choice, but always the same.
 
     Raises:
@@ -63,12 +63,10 @@ class LabelledFiles(FolderFiles):
         self,
         folders: Sequence[str | Path],
         classes: list[str] | None = None,
-        num_frames: int = 1,
+        clip: Clip = PICTURE,
         max_files_per_class: int | None = None,
     ):
-        files: Iterable[str | Path] = (
-            file for folder in folders for file in iterate_files(folder, suffixes_for(num_frames))
-        )
+        files: Iterable[str | Path] = (file for folder in folders for file in iterate_files(folder, clip.suffixes))
         if max_files_per_class is not None:
             files = limit_each_class(list(files), max_files_per_class)
         found: dict[str, int] = {}

@@ -12,6 +12,8 @@ from typing import TypeVar
 
 import numpy as np
 
+from ..clips import COLOURS
+
 
 logger = logging.getLogger(__name__)
 
@@ -19,6 +21,7 @@ IMAGE_SUFFIXES = frozenset(
     ".jpg .jpeg .jpe .jfif .png .apng .webp .avif .gif .bmp .dib .tif .tiff .jp2 .j2k .ppm .pgm .pbm .pnm .tga".split()
 )
 VIDEO_SUFFIXES = frozenset({".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg"})
+ARRAY_SUFFIXES = frozenset({".npy", ".npz"})
 UNREAD_SUFFIXES = frozenset(  # of pictures and videos
     ".heic .heif .jxl .svg .psd .exr .hdr .ico .dng .cr2 .cr3 .nef .arw .raf .orf .rw2 "
     ".wmv .flv .3gp .ts .mts .m2ts .ogv".split()
@@ -30,9 +33,17 @@ HIDDEN_FOLDERS = frozenset(
 T = TypeVar("T")
 
 
-def suffixes_for(num_frames: int) -> frozenset[str]:
-    """Clips need videos; single frames may come from either."""
-    return VIDEO_SUFFIXES if num_frames > 1 else IMAGE_SUFFIXES | VIDEO_SUFFIXES
+def suffixes_for(num_frames: int, channels: int = 3) -> frozenset[str]:
+    """Clips need videos; single frames come from pictures, too, and where there is a use for them from arrays.
+
+    Arrays beside RGB pictures are something else. Videos have no alpha, and no channels but colours.
+    """
+    if num_frames > 1:
+        return VIDEO_SUFFIXES
+    if channels == 3:
+        return IMAGE_SUFFIXES | VIDEO_SUFFIXES
+    pictures = IMAGE_SUFFIXES if channels in COLOURS else frozenset({".tif", ".tiff"})
+    return pictures | ARRAY_SUFFIXES | (VIDEO_SUFFIXES if channels == 1 else frozenset())
 
 
 def is_hidden(name: str) -> bool:

@@ -112,7 +112,7 @@ def encode_shard(
         if not squares:
             continue
         pixels = to_float(to_pixels([*squares.values()]).to(vae.device))
-        both = torch.stack([pixels, pixels.flip(-1)], dim=1).flatten(0, 1)  # (2 B, 3, T, H, W)
+        both = torch.stack([pixels, pixels.flip(-1)], dim=1).flatten(0, 1)  # (2 B, C, T, H, W)
         both = both.squeeze(2) if both.shape[2] == 1 else both  # latents of pictures have no t in the files
         posterior = vae.encode(both, return_dict=False)[0]
         for name, batches in moments.items():
@@ -173,7 +173,8 @@ def write_latents(
         ValueError: If the folder has a cache of other files or settings, or a finished shard has changed, or another
             process writes to it.
     """
-    folder, view = Path(folder), SquareView(resolution, batch_size, Clip(vae.config.sample_frames, fps))
+    clip = Clip(vae.config.sample_frames, fps, channels=vae.config.in_channels)
+    folder, view = Path(folder), SquareView(resolution, batch_size, clip)
     if bits not in (None, 8, 4):
         raise ValueError(f"`bits` must be 8, 4 or None, but is {bits!r}.")
     with locked(folder):

@@ -69,17 +69,17 @@ def make_dataset(view: CropView | NativeView, sources: SourceSettings, seed: int
         ValueError: If there are none, or no weights are positive.
         ImportError: If the package that reads them is not installed.
     """
-    num_frames, least_frames = view.clip.num_frames, view.clip.least_frames
+    clip = view.clip
     if sources.train_shards:
-        return StreamBatches(TarStream(sources.train_shards, least_frames), view, seed, sources.shuffle_buffer)
+        return StreamBatches(TarStream(sources.train_shards, clip), view, seed, sources.shuffle_buffer)
     items: list = sources.train_data_dir
     if sources.dataset_name:
-        column = sources.dataset_config_name, sources.dataset_split, sources.data_column, num_frames
+        column = sources.dataset_config_name, sources.dataset_split, sources.data_column, clip
         if sources.streaming:
             return StreamBatches(HubStream(sources.dataset_name, *column), view, seed, sources.shuffle_buffer)
         items = [HubRows(sources.dataset_name, *column)]
-    mixed = MixedSources(items, least_frames)
-    return DrawnBatches(DecodedPictures(mixed, sources.cache_gib * 2**30), mixed.draw, view, seed)
+    mixed = MixedSources(items, clip)
+    return DrawnBatches(DecodedPictures(mixed, sources.cache_gib * 2**30, clip), mixed.draw, view, seed)
 
 
 class BatchLoader:

@@ -1,4 +1,8 @@
-"""Reading pictures of all the kinds that Pillow reads, from files, bytes and addresses, as upright sRGB of 8 bits."""
+"""Reading pictures of all the kinds that Pillow reads, from files, bytes and addresses, upright and of 8 bits.
+
+The number of channels says what becomes of them: 1 is grey, 3 sRGB, 4 sRGB with premultiplied colours and alpha; of
+any other number they are stacks of channels, see `stacks`.
+"""
 
 import functools
 import os
@@ -14,6 +18,9 @@ import fsspec
 import numpy as np
 from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
 
+from ..clips import COLOURS
+from .stacks import read_array, read_pages
+
 
 Source = str | Path | bytes | Exception | None
 
@@ -26,7 +33,9 @@ TRANSPOSES = {  # by the orientation in EXIF
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-COLOURS = {"GRAY": ("L", "I;16"), "RGB ": ("RGB", "L", "I;16"), "CMYK": ("CMYK",)}  # modes that a profile fits
+PROFILE_MODES = {"GRAY": ("L", "I;16"), "RGB ": ("RGB", "L", "I;16"), "CMYK": ("CMYK",)}  # modes that a profile fits
+
+VIDEO_CHANNELS = (1, 3)
 
 _no_limit = threading.Lock()
 
@@ -95,7 +104,7 @@ def _to_16_bits(image: Image.Image) -> Image.Image:
 def _srgb_transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
     """From pictures with a colour profile to sRGB; `None` if it changes no colour by more than 2 of 255."""
     flags = ImageCms.Flags.BLACKPOINTCOMPENSATION
-    if mode in COLOURS["GRAY"]:
+    if mode in PROFILE_MODES["GRAY"]:
         flags |= ImageCms.Flags.NOOPTIMIZE  # else dark greys are wrong by up to 10 levels
     transform = ImageCms.buildTransform(
         BytesIO(profile),
@@ -121,10 +130,10 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
 
 
 def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
-    """RGB of a picture in one of `COLOURS`, by its profile, unless that is damaged or of another kind of picture."""
+    """RGB of a picture, by its profile if there is one for its mode that is not damaged."""
     try:
         space = ImageCms.ImageCmsProfile(BytesIO(profile or b"")).profile.xcolor_space
-        if image.mode in COLOURS.get(space, ()):
+        if image.mode in PROFILE_MODES.get(space, ()):
             image = _to_8_bits(image).convert("RGB") if space == "RGB " else image
             transform = _srgb_transform(profile, image.mode)
             image = transform.apply(image) if transform else image
@@ -133,8 +142,12 @@ def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
     return _to_8_bits(image).convert("RGB")
 
 
-def _decode(file: str | BytesIO) -> np.ndarray:
+def _decode(file: str | BytesIO, channels: int) -> np.ndarray:
     with Image.open(file) as image:
+        if channels not in COLOURS:
+            return read_pages(image, channels)
+        if channels == 4 and image.format == "TIFF" and getattr(image, "n_frames", 1) > 1:
+            raise ValueError("RGBA has one page: save four channels that are no RGBA as .npy")
         image.load()
         profile, alpha = image.info.get("icc_profile"), None
         image, transparent = _upright_picture(image), image.info.get("transparency")
@@ -149,20 +162,30 @@ def _decode(file: str | BytesIO) -> np.ndarray:
         elif image.mode not in ("L", "I;16", "CMYK"):
             image = image.convert("RGB" if alpha is None else "RGBA").convert("RGB")
         image = _to_srgb(image, profile)
+        if channels == 4:
+            image.putalpha(255 if alpha is None else alpha)
+            return np.asarray(image.convert("RGBa"))  # premultiplied
         if alpha is not None:
             image.putalpha(alpha)
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-        return np.asarray(image)
+        return to_channels(np.asarray(image), channels)
 
 
-def read_picture(file: str | BytesIO) -> np.ndarray:
-    """(H, W, 3) uint8 of a path or open file; see `load_image`."""
+def to_channels(image: np.ndarray, channels: int) -> np.ndarray:
+    """(H, W, 3) uint8 -> (H, W, channels): the same, or grey; raises `ValueError` for others."""
+    if channels not in VIDEO_CHANNELS:
+        raise ValueError(f"Frames of videos become 1 or 3 channels, not {channels}.")
+    return image if channels == 3 else np.asarray(Image.fromarray(image).convert("L"))[..., None]
+
+
+def read_picture(file: str | BytesIO, channels: int = 3) -> np.ndarray:
+    """(H, W, channels) uint8 of a path or open file; see `load_image`."""
     try:
-        return _decode(file)
+        return _decode(file, channels)
     except Exception:  # too large for Pillow, or damaged: perhaps in what does not matter
         data = file.getvalue() if isinstance(file, BytesIO) else Path(file).read_bytes()
         with _any_size():
-            return _decode(BytesIO(_without_damaged_metadata(data)))
+            return _decode(BytesIO(_without_damaged_metadata(data)), channels)
 
 
 def describe(source: Source) -> str:
@@ -195,31 +218,63 @@ def errors_name(name: str, kind: str) -> Iterator[None]:
         raise ValueError(f"{name}: cannot be read as a {kind} ({reason}); remove or replace it.") from error
 
 
-def load_image(source: Source, name: str | None = None) -> np.ndarray:
-    """(H, W, 3) uint8 in sRGB, upright, of any size; of an animation, the first frame.
+def load_image(source: Source, name: str | None = None, channels: int = 3) -> np.ndarray:
+    """(H, W, channels) uint8, upright, of any size; of an animation, the first frame.
 
-    Transparent pictures are put on white, greys of 16 and 32 bits are scaled to 8 bits, colour profiles converted.
-    Damaged metadata are passed over.
+    Greys of 16 and 32 bits are scaled to 8 bits, colour profiles converted to sRGB. Damaged metadata are passed over.
+
+    Args:
+        source: Where it is.
+        name: What messages call it, by default the path.
+        channels: 3: sRGB, transparent pictures on white. 1: the luma of that, as Pillow's "L". 4: sRGB with alpha, by
+            which the colours are multiplied. Of these, and of any other number but 3, arrays (`stacks.read_array`);
+            of other numbers, TIFF files with a page for each (`stacks.read_pages`).
 
     Raises:
-        ValueError: "name: reason", if it is no picture; `name` is the path by default.
+        ValueError: "name: reason", if it is no picture, or has not these channels.
     """
     with errors_name(name or describe(source), "picture"):
-        return read_picture(open_source(source))
+        file = open_source(source)
+        array = None if channels == 3 else read_array(file, channels)
+        return read_picture(file, channels) if array is None else array
 
 
-def resize(image: np.ndarray, size: tuple[int, int], box: tuple[float, float, float, float]) -> np.ndarray:
-    """The part `box` (left, top, right, bottom) of (H, W, 3) at `size` (width, height): bicubic, antialiased."""
-    return np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC, box, reducing_gap=3.0))
+def resize(
+    image: np.ndarray,
+    size: tuple[int, int],
+    box: tuple[float, float, float, float],
+    reducing_gap: float | None = 3.0,
+) -> np.ndarray:
+    """The part `box` (left, top, right, bottom) of (H, W, C) at `size` (width, height): bicubic, antialiased."""
+
+    def resized(pixels: np.ndarray) -> np.ndarray:
+        return np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC, box, reducing_gap))
+
+    if image.shape[2] == 3:
+        return resized(image)
+    # plane by plane: of four, Pillow would take the last for an alpha that is not applied yet
+    return np.stack([resized(plane) for plane in np.moveaxis(image, 2, 0)], axis=2)
 
 
 def resize_and_crop(image: np.ndarray, size: int) -> np.ndarray:
-    """Shorter side to `size` (bicubic, antialiased), then the central square: (size, size, 3) uint8."""
+    """Shorter side to `size` (bicubic, antialiased), then the central square: (size, size, C) uint8."""
     height, width = image.shape[:2]
     side = min(height, width)
     left, top = (width - side) / 2, (height - side) / 2
     box = (left, top, left + side, top + side)
     return resize(image, (size, size), box)
+
+
+def resize_then_crop(image: np.ndarray, size: int) -> np.ndarray:
+    """As torchvision's `Resize` and `CenterCrop` of a picture of Pillow: (size, size, C) uint8.
+
+    The shorter side becomes `size` (bicubic, antialiased), the longer one is rounded down; then the central square.
+    """
+    height, width = image.shape[:2]
+    scaled = [int(size * side / min(height, width)) for side in (height, width)]
+    top, left = (round((side - size) / 2) for side in scaled)
+    resized = resize(image, (scaled[1], scaled[0]), (0, 0, width, height), reducing_gap=None)
+    return resized[top : top + size, left : left + size]
 
 
 def evenly_spaced(count: int, limit: int | None) -> list[int]:

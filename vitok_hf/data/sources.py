@@ -16,9 +16,8 @@ from typing import Protocol
 
 import numpy as np
 
-from .files import VIDEO_SUFFIXES, FileList, is_hidden, iterate_files, suffix_of, suffixes_for
-from .items import Choice, Decoded, Indexed, Item
-from .media import load_image
+from .files import VIDEO_SUFFIXES, FileList, is_hidden, iterate_files, suffix_of
+from .items import PICTURE, Choice, Clip, Decoded, Indexed, Item
 
 
 class Stream(Protocol):
@@ -52,10 +51,10 @@ def parse_source(source: str) -> tuple[str, float | None]:
 
 
 class FolderFiles:
-    """The pictures and videos in a folder and its subfolders, or one file; for clips alone, the videos."""
+    """The pictures and videos in a folder and its subfolders, or one file, that `clip` can be read of."""
 
-    def __init__(self, path: str | Path, num_frames: int = 1):
-        self.files = FileList(iterate_files(path, suffixes_for(num_frames)))
+    def __init__(self, path: str | Path, clip: Clip = PICTURE):
+        self.files = FileList(iterate_files(path, clip.suffixes))
 
     def __len__(self) -> int:
         return len(self.files)
@@ -72,15 +71,15 @@ class MixedSources:
         sources: Folders or files, each with an optional weight ("DIR:0.5", unless a folder has this whole name), or
             sequences of `Item`s; the weight is the share of the pictures and videos that come from there, 1 if only
             others have one; if none has, all files are as likely.
-        num_frames: Frames that an item must have: more than 1, and videos alone count.
+        clip: What is read of them: files of which it cannot be read do not count.
 
     Raises:
         ValueError: If a source is empty or no weights are positive.
     """
 
-    def __init__(self, sources: Sequence[str | Indexed[Item]], num_frames: int = 1):
+    def __init__(self, sources: Sequence[str | Indexed[Item]], clip: Clip = PICTURE):
         parsed = [parse_source(source) if isinstance(source, str) else (source, None) for source in sources]
-        self.sources = [FolderFiles(x, num_frames) if isinstance(x, str) else x for x, _ in parsed]
+        self.sources = [FolderFiles(x, clip) if isinstance(x, str) else x for x, _ in parsed]
         counts = list(map(len, self.sources))
         weighted = any(weight is not None for _, weight in parsed)
         defaults = [1.0 if weighted else count for count in counts]
@@ -107,12 +106,14 @@ class MixedSources:
 class DecodedPictures:
     """Items whose pictures are decoded, the last ones from memory, which holds at most `max_bytes`, or one picture.
 
+    They have the channels of `clip`.
+
     Raises:
         ValueError: On access, "name: reason", if a picture cannot be read.
     """
 
-    def __init__(self, items: Indexed[Item], max_bytes: float = 2**30):
-        self.items, self.max_bytes = items, max_bytes
+    def __init__(self, items: Indexed[Item], max_bytes: float = 2**30, clip: Clip = PICTURE):
+        self.items, self.max_bytes, self.clip = items, max_bytes, clip
         self.kept: OrderedDict[int, Decoded] = OrderedDict()
         self.num_bytes = 0
 
@@ -126,7 +127,7 @@ class DecodedPictures:
         item = self.items[index]
         if item.is_video:
             return item
-        picture = self.kept[index] = Decoded(load_image(item.source, item.name))
+        picture = self.kept[index] = Decoded(self.clip.load(item)[0])
         self.num_bytes += picture.pixels.nbytes
         while self.num_bytes > self.max_bytes and len(self.kept) > 1:
             self.num_bytes -= self.kept.popitem(last=False)[1].pixels.nbytes
@@ -141,7 +142,8 @@ class HubColumn:
         config_name: Configuration of the dataset.
         split: Split, with an optional slice, as "train[:1000]".
         column: Column of pictures or videos; default: "image", or "video" for clips.
-        num_frames: Frames of a clip; more than 1 make the column a column of videos.
+        clip: What is read of it; more than one frame make the column a column of videos.
+        data_files: The files of the split, as "data/val-*", where others are not to be downloaded.
 
     Raises:
         ValueError: If there is no such column.
@@ -156,18 +158,20 @@ class HubColumn:
         config_name: str | None = None,
         split: str = "train",
         column: str | None = None,
-        num_frames: int = 1,
+        clip: Clip = PICTURE,
+        data_files: str | None = None,
     ):
         datasets = import_optional("datasets")
-        rows = datasets.load_dataset(name, config_name, split=split, streaming=self.streaming)
-        column = column or ("video" if num_frames > 1 else "image")
+        files = None if data_files is None else {split.partition("[")[0]: data_files}
+        rows = datasets.load_dataset(name, config_name, split=split, data_files=files, streaming=self.streaming)
+        column = column or ("video" if clip.num_frames > 1 else "image")
         if rows.features is None:
             raise ValueError(f'The columns of "{name}" are unknown before it is read: do not stream it.')
         if column not in rows.column_names:
             names = ", ".join(rows.column_names)
             raise ValueError(f'"{name}" has no column "{column}": set `data_column` to one of {names}.')
         self.name, self.column = name, column
-        self.is_video = num_frames > 1 or isinstance(rows.features[column], datasets.Video)
+        self.is_video = clip.num_frames > 1 or isinstance(rows.features[column], datasets.Video)
         feature = datasets.Video(decode=False) if self.is_video else datasets.Image(decode=False)
         if self.streaming:
             rows = rows.decode(False)  # a remote stream comes with threads that decode, before any cast
@@ -219,25 +223,25 @@ def is_shown(member: str) -> bool:
 class TarStream:
     """Tar shards in the layout of WebDataset: members of one sample follow each other and share the name's stem.
 
-    Of each sample, the first member whose name ends as a picture or video does is taken; for clips alone, a video.
+    Of each sample, the first member is taken whose name ends as what `clip` is read of: of clips alone, a video.
     Members that systems hide ("__MACOSX/._x.jpg") are left out.
 
     Args:
         patterns: Paths or addresses for `webdataset`, with ranges and lists in braces: "shards/{000..012}.tar".
-        num_frames: Frames that an item must have: more than 1, and videos alone count.
+        clip: What is read of the samples.
 
     Raises:
         ImportError: If the package `webdataset` is not installed.
     """
 
-    def __init__(self, patterns: list[str], num_frames: int = 1):
+    def __init__(self, patterns: list[str], clip: Clip = PICTURE):
         import_optional("webdataset")
         expand = importlib.import_module("braceexpand").braceexpand
         self.urls = [
             url for pattern in patterns for url in ([pattern] if os.path.exists(pattern) else expand(pattern))
         ]
         self.name = ", ".join(patterns)
-        self.suffixes = suffixes_for(num_frames)
+        self.suffixes = clip.suffixes
 
     @property
     def num_shards(self) -> int:

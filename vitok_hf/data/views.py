@@ -26,22 +26,22 @@ def parse_size(size: str) -> tuple[int, int, float]:
 
 
 def to_pixels(clips: Sequence[np.ndarray]) -> torch.Tensor:
-    """Clips (T, H, W, 3) of one size -> (B, 3, T, H, W)."""
+    """Clips (T, H, W, C) of one size -> (B, C, T, H, W)."""
     return torch.from_numpy(np.stack(clips)).permute(0, 4, 1, 2, 3).contiguous()
 
 
 def make_runs(clips: Sequence[np.ndarray]) -> Runs:
-    """Clips (T, H, W, 3) of any sizes -> a run for each size."""
+    """Clips (T, H, W, C) of any sizes -> a run for each size."""
     return to_runs([to_pixels([clip])[0] for clip in clips])[0]
 
 
 def resize_clip(clip: np.ndarray, size: tuple[int, int], box: tuple[float, float, float, float]) -> np.ndarray:
-    """The part `box` of each frame of (T, H, W, 3) at `size` (width, height)."""
+    """The part `box` of each frame of (T, H, W, C) at `size` (width, height)."""
     return np.stack([resize(frame, size, box) for frame in clip])
 
 
 def mirror(clip: np.ndarray, mirrored: bool = True) -> np.ndarray:
-    """(T, H, W, 3) left to right, if it is to be."""
+    """(T, H, W, C) left to right, if it is to be."""
     return clip[:, :, ::-1] if mirrored else clip
 
 
@@ -82,7 +82,7 @@ class CropView:
 
     def _crop(self, rng: np.random.Generator, draw: Draw, height: int, width: int) -> np.ndarray:
         while True:
-            clip, _ = draw(rng, lambda item: self.clip.load(item, rng))  # (T, h, w, 3)
+            clip, _ = draw(rng, lambda item: self.clip.load(item, rng))  # (T, h, w, C)
             largest = min(clip.shape[1] / height, clip.shape[2] / width)
             scale = min(largest, np.exp(rng.uniform(0.0, np.log(max(largest, 1.0)))))
             # rounding must not make the box larger than the picture
@@ -147,9 +147,9 @@ class NativeView:
 
     def __call__(self, seed: tuple[int, ...], draw: Draw) -> tuple[Batch, bool]:
         rng, room, left_over = np.random.default_rng(seed), self.max_tokens, False
-        pictures: list[np.ndarray] = []  # (T, H, W, 3)
+        pictures: list[np.ndarray] = []  # (T, H, W, C)
         while room > 0:
-            clip, _ = draw(rng, lambda item: self.clip.load(item, rng))  # (T, h, w, 3)
+            clip, _ = draw(rng, lambda item: self.clip.load(item, rng))  # (T, h, w, C)
             height, width = self.native_size(*clip.shape[1:3])
             room -= self.tokens(height, width, len(clip))
             if left_over := room < 0:
@@ -188,7 +188,7 @@ class SquareView:
         return Batch([pixels], labels=torch.tensor([choice.label for _, choice in drawn])), False
 
     def load(self, item: Item | Decoded, rng: np.random.Generator) -> np.ndarray:
-        """(T, resolution, resolution, 3) uint8. Raises as `Clip.load`."""
+        """(T, resolution, resolution, C) uint8. Raises as `Clip.load`."""
         clip = self.clip.load(item, rng)
         if self.min_share >= 1.0:
             return np.stack([resize_and_crop(frame, self.resolution) for frame in clip])

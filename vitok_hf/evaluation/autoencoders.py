@@ -18,10 +18,24 @@ from ..models import AutoencoderViTok
 
 
 Change = Callable[[torch.Tensor], torch.Tensor]  # of latents (B, c, ...)
+FOLLOW_CHANNELS = ("AutoencoderViTok", "AutoencoderKL")  # others count more as channels than those of pictures
 UNSUPPORTED = {
     "AutoencoderKLAllegro": "it has no pass without tiles",
     "AutoencoderKLTemporalDecoder": "it encodes pictures and decodes videos",
 }
+
+
+def read_channels(name_or_path: str | os.PathLike, subfolder: str | None = None) -> int:
+    """Channels of the pictures that the autoencoder takes, read from its config alone.
+
+    Those of diffusers have 3, but for `AutoencoderKL`, whose `in_channels` are those of the pictures.
+    """
+    source, place = resolve_bundled(name_or_path), {} if subfolder is None else {"subfolder": subfolder}
+    check_place(source, subfolder)
+    if is_vitok_v2(source, **place):
+        return 3
+    config = diffusers.AutoencoderKL.load_config(source, **place)
+    return config.get("in_channels", 3) if config.get("_class_name") in FOLLOW_CHANNELS else 3
 
 
 def load_autoencoder(name_or_path: str | os.PathLike, subfolder: str | None = None, **kwargs: Any) -> ModelMixin:

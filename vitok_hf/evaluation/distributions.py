@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from ..clips import fold_frames
+from ..clips import fold_frames, to_colours
 from .networks import FeatureNetwork
 from .processes import gather_rows
 
@@ -125,7 +125,9 @@ class DistributionMetrics:
         ]
 
     def update(self, images: torch.Tensor, real: bool) -> None:
-        """Adds uint8 pictures or clips (B, 3, T, H, W) on the networks' device."""
+        """Adds uint8 pictures or clips (B, C, T, H, W) on the networks' device, which see `to_colours` of them."""
+        if self._sets:
+            images = to_colours(images)
         for metrics, takes_clips, _ in self._sets:
             if not takes_clips:
                 metrics.update(fold_frames(images), real)

@@ -11,7 +11,7 @@ import torch
 from diffusers.models.modeling_utils import ModelMixin
 
 from ..checks import check_int
-from ..clips import sha256_each
+from ..clips import COLOURS, sha256_each
 from ..data.held_out import Codec, EvaluationData
 from .costs import mean_costs, peak_memory, reset_peak_memory
 from .distributions import DistributionMetrics
@@ -28,7 +28,7 @@ class Row:
 
     Args:
         name: Its name.
-        codec: Maps uint8 (B, 3, T, H, W) to its reconstruction, uint8 of the same shape.
+        codec: Maps uint8 (B, C, T, H, W) to its reconstruction, uint8 of the same shape.
         costs: Gives what is known of its costs, in every process, after all pictures went through `codec`.
     """
 
@@ -53,7 +53,8 @@ class ReconstructionEvaluator:
     Args:
         data: Pictures or clips.
         data_name: Name of the data in the results.
-        networks, unavailable: What `load_networks` gives; metrics whose network is missing have its reason.
+        networks, unavailable: What `load_networks` gives; metrics whose network is missing have its reason. Networks
+            see grey repeated, and RGBA on grey; of data with other numbers of channels, they measure nothing.
         batch_size: Pictures or clips at a time.
         device: Where networks compute.
 
@@ -75,12 +76,15 @@ class ReconstructionEvaluator:
     ):
         self.data, self.data_name, self.device = data, data_name, device
         self.batch_size = check_int("batch_size", batch_size)
-        networks = networks or {}
+        networks, unavailable = networks or {}, unavailable or {}
+        if data.protocol.channels not in COLOURS:
+            reason = f"networks see colours, but these data have {data.protocol.channels} channels"
+            networks, unavailable = {}, dict.fromkeys(networks | unavailable, reason)
         self.metrics: dict[str, Metric] = {"psnr": psnr, "ssim": ssim, "ms_ssim": ms_ssim}
         if "lpips" in networks:
             self.metrics["lpips"] = networks["lpips"].module
         names = {"inception": ("rFID", "rIS"), "dino": ("rFDD",), "i3d": ("rFVD",), "lpips": ("lpips",)}
-        self.unavailable = {name: reason for key, reason in (unavailable or {}).items() for name in names[key]}
+        self.unavailable = {name: reason for key, reason in unavailable.items() for name in names[key]}
         self.sets = DistributionMetrics(networks, "r")
         digests = {key: {"name": network.name, "sha256": network.sha256} for key, network in networks.items()}
         self.protocol = replace(data.protocol, networks=digests)

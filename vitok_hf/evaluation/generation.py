@@ -9,7 +9,7 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 def generate_samples(
     pipe: DiffusionPipeline, class_ids: list[int], batch_size: int = 32, seed: int = 0, **options: Any
 ) -> torch.Tensor:
-    """One sample for each id, (N, 3, H, W) uint8; sample `i` has a generator of its own, with the seed `seed + i`.
+    """One sample for each id, (N, C, H, W) uint8; sample `i` has a generator of its own, with the seed `seed + i`.
 
     Args:
         pipe: An image pipeline, called as `ViTokDiTPipeline`.

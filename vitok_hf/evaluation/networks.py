@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..clips import to_float
+from ..clips import to_colours, to_float
 from ..disk import checksum
 from .metrics import check_size
 
@@ -126,7 +126,7 @@ class LPIPSDistance(nn.Module):
 
     def forward(self, images: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
         check_size("LPIPS", self.min_size, images)
-        return self.network(to_float(images), to_float(references)).flatten()
+        return self.network(*(to_float(to_colours(x)) for x in (images, references))).flatten()
 
 
 def load_lpips(path: str | Path | None = None, trunk: str = "alex") -> FeatureNetwork:

@@ -14,10 +14,13 @@ import torch
 from diffusers.models.modeling_utils import ModelMixin
 from tqdm.auto import tqdm
 
-from ..data.files import VIDEO_SUFFIXES, list_files, printable, suffix_of
+from ..clips import COLOURS
+from ..data.files import ARRAY_SUFFIXES, VIDEO_SUFFIXES, list_files, printable, suffix_of
 from ..data.held_out import Codec
-from ..data.media import load_image
+from ..data.items import Clip
+from ..data.media import load_image, to_channels
 from ..data.video import iterate_timed_frames, probe_rate, probe_video
+from ..disk import atomic_file
 from ..models import AutoencoderViTok
 from .autoencoders import padded_frames, spatial_ratio
 from .metrics import SSIM_MIN_SIZE, frame_values, psnr, ssim
@@ -28,7 +31,10 @@ from .visuals import ContactSheet, VideoWriter
 MAX_TOKENS = 2**16  # of a frame; with more, all attending to all takes many minutes on a processor
 WINDOW_RADIUS = 16
 IMAGE_BATCH = 8  # frames of a video that an image model sees at a time, each alone
-ENDINGS = ("reconstruction.png", "comparison.png", "reconstruction.mp4", "comparison.mp4", "frames.png")
+ENDINGS = (
+    *("reconstruction.png", "comparison.png", "reconstruction.npy"),
+    *("reconstruction.mp4", "comparison.mp4", "frames.png"),
+)
 
 
 @dataclass(frozen=True)
@@ -109,7 +115,7 @@ class MeasuredFile:
         return StreamCodec(vae, self._note, seen or None)
 
     def reconstruct(self, frames: Sequence[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Frames (H, W, 3) uint8 -> the clip, (1, 3, T, H, W), and its reconstruction."""
+        """Frames (H, W, C) uint8 -> the clip, (1, C, T, H, W), and its reconstruction."""
         clip = torch.from_numpy(np.stack(frames)).permute(3, 0, 1, 2)[None]
         if self.codec is None:
             self.codec = self._make_codec(clip[0, 0, 0].numel() // spatial_ratio(self.vae) ** 2)
@@ -137,8 +143,14 @@ class MeasuredFile:
 
 
 def reconstruct_image(file: MeasuredFile, path: Path, target: str) -> str:
-    image, reconstruction = file.reconstruct([load_image(path)])
-    save_picture(f"{target}_reconstruction.png", side_by_side(reconstruction)[0].numpy())
+    channels = file.vae.config.in_channels
+    image, reconstruction = file.reconstruct([load_image(path, channels=channels)])
+    pixels = reconstruction[0, :, 0]  # (C, H, W)
+    if channels in COLOURS and suffix_of(path.name) not in ARRAY_SUFFIXES:
+        save_picture(f"{target}_reconstruction.png", pixels.permute(1, 2, 0).numpy())
+    else:
+        with atomic_file(f"{target}_reconstruction.npy") as temporary, open(temporary, "wb") as opened:
+            np.save(opened, pixels.numpy())
     save_comparison(f"{target}_comparison.png", image, reconstruction)
     return file.report(path.name)
 
@@ -157,7 +169,8 @@ def reconstruct_video(file: MeasuredFile, path: Path, target: str) -> str:
         frames = iterate_timed_frames(path)
         while part := list(islice(frames, file.clip_frames)):
             times, pictures = zip(*part)
-            clip, reconstruction = file.reconstruct(pictures)
+            channels = file.vae.config.in_channels
+            clip, reconstruction = file.reconstruct([to_channels(picture, channels) for picture in pictures])
             writers[0].write(side_by_side(reconstruction), times)
             writers[1].write(side_by_side(clip, reconstruction), times)
             sheet.add(clip, reconstruction)
@@ -168,8 +181,8 @@ def reconstruct_video(file: MeasuredFile, path: Path, target: str) -> str:
     return file.report(f"{path.name}, {file.num_frames} frames")
 
 
-def name_targets(inputs: list[Path], output_dir: Path) -> dict[str, Path]:
-    """Beginnings of the names of results, and the files that they are made from.
+def name_targets(inputs: list[Path], output_dir: Path, channels: int = 3) -> dict[str, Path]:
+    """Beginnings of the names of results, and the files that they are made from, those that have these channels.
 
     Results of an earlier run, in an output folder inside of an input folder, are left out.
 
@@ -179,7 +192,7 @@ def name_targets(inputs: list[Path], output_dir: Path) -> dict[str, Path]:
     targets: dict[str, Path] = {}
     results = output_dir.resolve()
     for path in inputs:
-        for file in list_files(path):
+        for file in list_files(path, Clip(channels=channels).suffixes):
             if path.resolve() in results.parents and results in file.resolve().parents:
                 continue
             relative = file.relative_to(path) if path.is_dir() else Path(file.name)
@@ -202,8 +215,9 @@ def name_targets(inputs: list[Path], output_dir: Path) -> dict[str, Path]:
 def reconstruct_file(vae: AutoencoderViTok, path: Path, target: str, settings: CodecSettings = CodecSettings()) -> str:
     """Writes the files whose names begin with `target`; returns a line of numbers.
 
-    Of a picture, its reconstruction and both side by side as PNG; of a video, the same as mp4, with its times and its
-    sound, and a sheet of frames as PNG. Each is there when it is complete.
+    Of a picture, its reconstruction and both side by side as PNG; of an array or a stack of channels, the
+    reconstruction as .npy, (C, H, W) uint8, and what can be shown of both as PNG; of a video, mp4 files, with its
+    times and its sound, and a sheet of frames as PNG. Each is there when it is complete.
 
     Raises:
         ValueError, OSError: If the file cannot be read, or the settings do not suit the model.

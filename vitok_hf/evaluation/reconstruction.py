@@ -8,9 +8,8 @@ from accelerate import PartialState
 from accelerate.utils import gather
 from diffusers.models.modeling_utils import ModelMixin
 from einops import rearrange
-from PIL import Image
 
-from ..clips import fold_frames, pad_to_size, to_float, to_uint8, unfold_frames
+from ..clips import fold_frames, pad_to_size, to_float, to_picture, to_shown, to_uint8, unfold_frames
 from ..disk import atomic_file
 from ..models import AutoencoderViTok
 from .autoencoders import Change, fit_shape, run_autoencoder
@@ -51,7 +50,7 @@ def reconstruct(
 
     Args:
         vae: Any autoencoder of diffusers. Those of single pictures see the frames of a clip one by one.
-        images: (B, 3, T, H, W) of any size. Sizes that do not fit the model are padded by repeating the last row,
+        images: (B, C, T, H, W) of any size. Sizes that do not fit the model are padded by repeating the last row,
             column or frame, and cropped back.
         change_latents: What is done to the latents before they are decoded, for example quantizing them.
         lengths: How short the codes of a ViTok are, arguments of its `encode`.
@@ -95,7 +94,7 @@ class StreamCodec:
 
     @torch.no_grad()
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        """Reconstructions, uint8 of the shape of `images`, (B, 3, T, H, W), the frames that follow in the video.
+        """Reconstructions, uint8 of the shape of `images`, (B, C, T, H, W), the frames that follow in the video.
 
         All clips but the last must end where a latent frame ends. Sizes that do not fit are padded and cropped back.
         """
@@ -118,7 +117,7 @@ def evaluate_reconstruction(
     lengths: dict[str, Any] | None = None,
     decoder: ModelMixin | None = None,
 ) -> tuple[dict[str, float], torch.Tensor]:
-    """Mean PSNR (dB) and SSIM over the frames of (N, 3, T, H, W) uint8, and its reconstruction; see `reconstruct`.
+    """Mean PSNR (dB) and SSIM over the frames of (N, C, T, H, W) uint8, and its reconstruction; see `reconstruct`.
 
     In a run of several processes, which must all call it, each reconstructs its share; all get the whole result.
     """
@@ -141,24 +140,24 @@ def evaluate_reconstruction(
 
 
 def side_by_side(*columns: torch.Tensor) -> torch.Tensor:
-    """(B, 3, T, H, W) uint8, several times -> (B * T, H, columns * W, 3), for example original and reconstruction."""
-    return rearrange(list(columns), "columns b c t h w -> (b t) h (columns w) c")
+    """(B, C, T, H, W) uint8, several times -> (B * T, H, columns * W, 3), for example original and reconstruction."""
+    return rearrange([*map(to_shown, columns)], "columns b c t h w -> (b t) h (columns w) c")
 
 
 def comparison(images: torch.Tensor, reconstructions: torch.Tensor) -> np.ndarray:
-    """Pictures or clips, (B, 3, T, H, W) uint8, in a column with their reconstructions.
+    """Pictures or clips, (B, C, T, H, W) uint8, in a column with their reconstructions.
 
     Pictures have them on the right, (B * H, 2 W, 3), clips below, frame by frame, (B * 2 H, T * W, 3).
     """
     if images.shape[2] > 1:
-        return rearrange([images, reconstructions], "two b c t h w -> (b two h) (t w) c").numpy()
+        return rearrange([to_shown(images), to_shown(reconstructions)], "two b c t h w -> (b two h) (t w) c").numpy()
     return side_by_side(images, reconstructions).flatten(0, 1).numpy()
 
 
 def save_picture(path: str | Path, pixels: np.ndarray) -> None:
-    """Saves (H, W, 3) uint8 as PNG, whole or not at all."""
+    """Saves (H, W, C) uint8 as PNG, grey, RGB or RGBA (see `to_picture`), whole or not at all."""
     with atomic_file(path) as temporary:
-        Image.fromarray(pixels).save(temporary, format="PNG")
+        to_picture(pixels).save(temporary, format="PNG")
 
 
 def save_comparison(path: str | Path, images: torch.Tensor, reconstructions: torch.Tensor) -> None:

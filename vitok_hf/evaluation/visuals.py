@@ -13,6 +13,7 @@ from einops import rearrange
 from PIL import Image
 from torch.nn import functional as F
 
+from ..clips import to_shown
 from ..data.held_out import Codec, EvaluationData
 from ..data.media import evenly_spaced, resize
 from ..disk import replace_durably, temporary_name
@@ -30,7 +31,7 @@ THUMBNAIL_SIZE = 256  # pixels, the longer side at most
 def error_map(images: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
     """Mean absolute difference over the channels, times 4 and clipped: (B, 3, T, H, W) uint8, black is right."""
     error = (images.float() - references.float()).abs().mean(dim=1, keepdim=True) * ERROR_GAIN
-    return error.clamp(0.0, 255.0).round().to(torch.uint8).expand_as(images)
+    return to_shown(error.clamp(0.0, 255.0).round().to(torch.uint8))
 
 
 def save_examples(folder: str | Path, data: EvaluationData, codec: Codec, psnr: torch.Tensor, count: int = 8) -> None:
@@ -132,8 +133,8 @@ class ContactSheet:
         self.pairs: list[np.ndarray] = []  # (2, h, w, 3) each
 
     def add(self, images: torch.Tensor, reconstructions: torch.Tensor) -> None:
-        """The next frames of the video, (1, 3, T, H, W) uint8."""
-        for pair in torch.cat([images, reconstructions]).permute(2, 0, 3, 4, 1):  # (2, H, W, 3)
+        """The next frames of the video, (1, C, T, H, W) uint8."""
+        for pair in to_shown(torch.cat([images, reconstructions])).permute(2, 0, 3, 4, 1):  # (2, H, W, 3)
             if self.count % self.step == 0:
                 height, width = pair.shape[1:3]
                 scale = min(1.0, THUMBNAIL_SIZE / max(height, width))

@@ -50,7 +50,7 @@ class AutoencoderViTok(
     thread is in a call: moving, casting, offloading, fusing, adapters, attention processors, `train`.
 
     Args:
-        in_channels: Colour channels.
+        in_channels: Channels of pictures: grey, RGB, RGBA (premultiplied) or others.
         latent_channels: Channels c of a latent.
         patch_size: Side p of a patch in pixels.
         temporal_patch_size: Frames q of a tubelet.

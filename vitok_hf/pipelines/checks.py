@@ -9,6 +9,7 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.configuration_utils import FrozenDict
 
 from ..checks import check_number, refuse
+from ..clips import COLOURS
 from ..models import AutoencoderViTok
 
 
@@ -105,8 +106,14 @@ def check_changes(changes: Any, latents: torch.Tensor) -> torch.Tensor:
     return changed
 
 
-def check_output_type(output_type: Any, has_decoder: bool) -> None:
+def check_output_type(output_type: Any, config: Mapping[str, Any], is_video: bool) -> None:
+    """`config` is that of the autoencoder."""
     if not isinstance(output_type, str) or output_type not in OUTPUT_TYPES:
         refuse("output_type", f"one of {', '.join(OUTPUT_TYPES)}", output_type)
-    if output_type != "latent" and not has_decoder:
+    if output_type != "latent" and config.get("component") == "encoder":
         raise ValueError(f'`output_type` is {output_type!r}, but the autoencoder has no decoder: take "latent".')
+    if output_type == "pil" and config["in_channels"] not in ((1, 3) if is_video else COLOURS):
+        raise ValueError(
+            f'`output_type` is "pil", but the autoencoder has in_channels {config["in_channels"]}, of which Pillow '
+            f'makes no {"frames" if is_video else "pictures"}: take "np" or "pt".'
+        )

@@ -16,6 +16,7 @@ from diffusers.video_processor import VideoProcessor
 from PIL import Image
 
 from ..checks import check_bool, check_finite, check_generator, check_int, check_tensor, plain, refuse
+from ..clips import to_picture
 from ..latents import denormalize_latents
 from ..loading import resolve_bundled
 from ..loading.strict import reading, to_dtype
@@ -270,6 +271,9 @@ class ViTokDiTPipeline(CallsMixin, DiffusionPipeline):
             )
         sample = self.vae.decode(latents, return_dict=False, **options)[0]
         postprocess = self.processor.postprocess_video if self.is_video else self.processor.postprocess
+        if output_type == "pil" and self.vae.config.in_channels == 4:
+            pixels = (postprocess(sample, "np") * 255).round().astype(np.uint8)  # (B, H, W, 4), premultiplied
+            return [to_picture(picture) for picture in pixels]
         return postprocess(sample, output_type)
 
     def _denoise(
@@ -333,7 +337,8 @@ class ViTokDiTPipeline(CallsMixin, DiffusionPipeline):
             guidance_rescale: From 0 to 1, how far the spread of a guided prediction is brought back to that of the
                 unguided one (arXiv 2305.08891, section 3.4); by default that of the pipeline, else 0.
             latents: The noise to start from, standard normal, of `get_latent_shape`.
-            output_type: `"pil"`, `"np"` or `"pt"`, in [0, 1], or `"latent"`: normalised, not decoded.
+            output_type: `"pil"`, `"np"` or `"pt"`, in [0, 1], or `"latent"`: normalised, not decoded. Of RGBA, the
+                colours of arrays and tensors are multiplied by alpha, those of pictures are not.
             return_dict: `False`: a tuple.
             callback_on_step_end: Called as `callback(pipe, step, timestep, {"latents": ...})` after each step; the
                 latents in the dict that it returns go on. It may set `pipe._interrupt = True`.
@@ -354,7 +359,7 @@ class ViTokDiTPipeline(CallsMixin, DiffusionPipeline):
         scale = self._default("guidance_scale", guidance_scale)
         rescale = self._default("guidance_rescale", guidance_rescale)
         check_int("num_images_per_label", num_images_per_label)
-        check_output_type(output_type, has_decoder=self.vae.config.get("component") != "encoder")
+        check_output_type(output_type, self.vae.config, self.is_video)
         check_bool(return_dict=return_dict)
         names = check_callback(callback_on_step_end, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
         null_class = self.transformer.config.num_classes

@@ -205,6 +205,11 @@ class AutoencoderArguments(TeacherSettings, AdversarySettings, LossSettings, Tra
     causal: bool = argument(
         False, "No latent frame sees those after it, the first is of one frame; pictures are mixed with clips."
     )
+    in_channels: int | None = argument(
+        None,
+        "Channels of pictures: 1 (grey), 3 (RGB, the default), 4 (RGBA), others (arrays, stacks).",
+        minimum=1,
+    )
     latent_channels: int | None = argument(None, "Latent channels, where the variant leaves them open.", minimum=1)
     channel_counts: list[int] = argument([], "Numbers of the first channels that are codes, too, as 2 4 8 16.")
     token_counts: list[int] = argument([], "Numbers of the first tokens that are codes, too, as 32 64 128 256.")
@@ -265,7 +270,7 @@ class AutoencoderArguments(TeacherSettings, AdversarySettings, LossSettings, Tra
             )
         if self.lora_alpha is not None and self.lora_rank is None:
             raise ValueError(f"`lora_alpha` {self.lora_alpha} scales adapters, but there are none: set `lora_rank`.")
-        for name in ("latent_channels", "num_latent_tokens"):
+        for name in ("in_channels", "latent_channels", "num_latent_tokens"):
             if pretrained and getattr(self, name) is not None:
                 raise ValueError(f"`{name}` {getattr(self, name)} cannot be changed in a pretrained model.")
 

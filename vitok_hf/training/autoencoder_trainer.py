@@ -69,7 +69,7 @@ def _load_or_make(args: AutoencoderArguments) -> AutoencoderViTok:
             )
         vae.set_counts(**counts)
         return vae
-    overrides = {name: getattr(args, name) for name in ("latent_channels", "num_latent_tokens")}
+    overrides = {name: getattr(args, name) for name in ("in_channels", "latent_channels", "num_latent_tokens")}
     overrides = counts | {name: value for name, value in overrides.items() if value is not None}
     if args.causal:
         overrides["causal"] = True
@@ -133,7 +133,7 @@ class AutoencoderTrainer(Trainer[AutoencoderArguments, AutoencoderViTok]):
         dataset = self._make_dataset(resolution)  # before anything is downloaded
         with self.accelerator.local_main_process_first():  # which downloads networks for all
             with_kl = not args.freeze_encoder and self.teacher is None
-            loss = ReconstructionLoss(args, self.config.patch_size, with_kl)
+            loss = ReconstructionLoss(args, self.config.patch_size, with_kl, self.config.in_channels)
         self.loss = loss.to(self.accelerator.device)
         self.add_model("vae", vae)
         self.adversary = None
@@ -164,7 +164,7 @@ class AutoencoderTrainer(Trainer[AutoencoderArguments, AutoencoderViTok]):
 
     def _make_dataset(self, resolution: int) -> DrawnBatches | StreamBatches:
         args, config = self.args, self.config
-        clip = Clip(config.sample_frames, args.fps, with_pictures=config.causal)
+        clip = Clip(config.sample_frames, args.fps, config.causal, config.in_channels)
         if args.max_tokens is None:
             sizes = [parse_size(size) for size in args.crop_sizes or [str(resolution)]]
             for side in {side for size in sizes for side in size[:2]}:
@@ -274,12 +274,13 @@ class AutoencoderTrainer(Trainer[AutoencoderArguments, AutoencoderViTok]):
         return latents, sum(run.numel() for run in runs), sum(run[:, 0, :, 0, 0].numel() for run in runs)
 
     def load_held_out(self, path: str) -> torch.Tensor:
-        """(N, 3, T, H, W) uint8; of a folder without videos, for a causal model, clips of one frame."""
+        """(N, C, T, H, W) uint8; of a folder without videos, for a causal model, clips of one frame."""
         args, config = self.args, self.config
-        resolution, num_frames = args.validation_resolution or config.sample_size, config.sample_frames
+        resolution, limit = args.validation_resolution or config.sample_size, args.num_validation_images
+        num_frames = config.sample_frames
         if config.causal and not any(suffix_of(file) in VIDEO_SUFFIXES for file in iterate_files(path)):
             num_frames = 1
-        return load_evaluation_images(path, resolution, args.num_validation_images, num_frames, args.fps)
+        return load_evaluation_images(path, resolution, limit, num_frames, args.fps, config.in_channels)
 
     def measure(self, held_out: torch.Tensor) -> tuple[dict[str, float], np.ndarray]:
         """PSNR and SSIM, of codes of every length."""

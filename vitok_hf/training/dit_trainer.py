@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from einops import rearrange
 
-from ..clips import to_float
+from ..clips import to_float, to_shown
 from ..data.batches import Batch, DrawnBatches
 from ..data.classes import ClassSampler, LabelledFiles, read_classes
 from ..data.held_out import EvaluationData, Protocol
@@ -91,6 +91,11 @@ class DiTTrainer(Trainer[DiTArguments, ViTokDiTModel]):
         self.start(dataset)
 
     @property
+    def clip(self) -> Clip:
+        """What the autoencoder is shown of a picture or video."""
+        return Clip(self.vae.config.sample_frames, self.fps, channels=self.vae.config.in_channels)
+
+    @property
     def transformer(self) -> ViTokDiTModel:
         return self.trained.unwrapped
 
@@ -122,13 +127,13 @@ class DiTTrainer(Trainer[DiTArguments, ViTokDiTModel]):
             raise ValueError(f"`resolution` {self.resolution} must be a multiple of the autoencoder's patch_size {p}.")
 
     def _make_dataset(self) -> tuple[DrawnBatches, list[str]]:
-        args, num_frames = self.args, self.vae.config.sample_frames
+        args = self.args
         classes = None if args.class_file is None else read_classes(args.class_file)
         data: LabelledFiles | LatentCache
         view: SquareView | LatentView
         if self.cache is None:
-            data = LabelledFiles(args.train_data_dir, classes, num_frames)
-            view = SquareView(self.resolution, args.train_batch_size, Clip(num_frames, self.fps))
+            data = LabelledFiles(args.train_data_dir, classes, self.clip)
+            view = SquareView(self.resolution, args.train_batch_size, self.clip)
         else:
             data, view = self.cache, LatentView(args.train_batch_size)
             if classes not in (None, data.classes):
@@ -160,9 +165,9 @@ class DiTTrainer(Trainer[DiTArguments, ViTokDiTModel]):
     @torch.no_grad()
     def load_held_out(self, path: str) -> tuple[torch.Tensor, torch.Tensor]:
         """Normalised latents, modes of the posteriors, and classes of pictures evenly spaced in their sorted list."""
-        args, num_frames, latents = self.args, self.vae.config.sample_frames, []
-        files = LabelledFiles([path], self.classes, num_frames)
-        protocol = Protocol(self.resolution, num_frames, self.fps)
+        args, clip, latents = self.args, self.clip, []
+        files = LabelledFiles([path], self.classes, clip)
+        protocol = Protocol(self.resolution, clip.num_frames, clip.fps, clip.channels)
         data = EvaluationData(files, protocol, args.num_validation_images, random_clips=True)
         for pixels in data.batches(range(len(data)), 1):
             latents.append(self.vae.encode(to_float(pixels.to(self.vae.device))).latent_dist.mode())
@@ -237,15 +242,16 @@ class DiTTrainer(Trainer[DiTArguments, ViTokDiTModel]):
             num_inference_steps=args.num_inference_steps,
             generator=[torch.Generator().manual_seed(seed) for seed in seeds],
             num_images_per_label=args.num_samples_per_class,
-            output_type="np",
+            output_type="pt",
             return_dict=False,
-        )  # (B, H, W, 3) or (B, T, H, W, 3)
+        )  # (B, C, H, W) or (B, T, C, H, W)
+        samples = (samples.float().cpu() * 255).round().to(torch.uint8)
         if pipe.is_video:
             shown = evenly_spaced(samples.shape[1], MAX_FRAMES_SHOWN)
-            grid = rearrange(samples[:, shown], "b t h w c -> (b h) (t w) c")
+            grid = rearrange(to_shown(samples[:, shown].transpose(1, 2)), "b c t h w -> (b h) (t w) c")
         else:
-            grid = rearrange(samples, "(k n) h w c -> (k h) (n w) c", k=count)
-        return {"samples": (grid * 255).round().astype(np.uint8)}
+            grid = rearrange(to_shown(samples), "(k n) c h w -> (k h) (n w) c", k=count)
+        return {"samples": grid.numpy()}
 
     def write_model(self, folder: Path, state_dict: dict[str, torch.Tensor]) -> None:
         with torch.device("meta"):

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..clips import Runs, fold_frames
+from ..clips import COLOURS, Runs, fold_frames, to_colours
 from ..evaluation import networks
 from .arguments import LossSettings
 
@@ -63,13 +63,23 @@ class ReconstructionLoss(nn.Module):
         settings: The weights.
         patch_size: Of the model.
         with_kl: Whether the encoder is trained: else the KL divergence is none of the terms.
+        in_channels: Of the model. Networks see grey repeated, and RGBA, whose colours are premultiplied, on grey.
+
+    Raises:
+        ValueError: If all weights are 0, or a network has a positive weight and the channels are no colours.
     """
 
     patch_weights: torch.Tensor
 
-    def __init__(self, settings: LossSettings, patch_size: int, with_kl: bool = True):
+    def __init__(self, settings: LossSettings, patch_size: int, with_kl: bool = True, in_channels: int = 3):
         super().__init__()
         self.weights = {name: getattr(settings, f"{name}_weight") for name in TERMS}
+        for name in ("lpips", "dino"):
+            if self.weights[name] > 0.0 and in_channels not in COLOURS:
+                raise ValueError(
+                    f"`{name}_weight` is {self.weights[name]}, but its network sees colours, and this model has "
+                    f"in_channels {in_channels}: set it to 0."
+                )
         self.weights["kl"] *= with_kl
         self.networks = nn.ModuleDict()
         if self.weights["lpips"] > 0.0 and (network := load_lpips()) is not None:
@@ -96,8 +106,8 @@ class ReconstructionLoss(nn.Module):
             "l1": F.l1_loss,
             "charbonnier": lambda x, y: ((x - y).square() + 1e-6).sqrt().mean(),
             "ssim": one_minus_ssim,
-            "lpips": lambda x, y: self.networks["lpips"](x, y).mean(),
-            "dino": lambda x, y: self.networks["dino"](x, y).mean(),
+            "lpips": lambda x, y: self.networks["lpips"](to_colours(x), to_colours(y)).mean(),
+            "dino": lambda x, y: self.networks["dino"](to_colours(x), to_colours(y)).mean(),
         }
         return {name: function(sample, target) for name, function in functions.items() if self.weights[name] > 0.0}
 

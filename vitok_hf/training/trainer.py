@@ -19,7 +19,8 @@ from tqdm.auto import tqdm
 
 from ..data.batches import Batch, DrawnBatches, StreamBatches
 from ..data.claims import note_inputs
-from ..data.files import iterate_files, short_names
+from ..data.files import IMAGE_SUFFIXES, VIDEO_SUFFIXES, iterate_files, short_names
+from ..data.items import Clip
 from ..data.loader import BatchLoader
 from ..data.sources import parse_source
 from ..disk import lock_folder, remove_folder, remove_leftovers, write_json
@@ -158,7 +159,9 @@ class Trainer(ABC, Generic[A, M]):
         settings["mixed_precision"] = self.accelerator.mixed_precision  # perhaps of accelerate's configuration
         settings["num_processes"] = self.accelerator.num_processes
         folders = [parse_source(source)[0] for source in self.args.train_data_dir]
-        files: list[str | Path] = [file for folder in folders for file in iterate_files(folder)]
+        clip = getattr(self.loader.dataset.view, "clip", Clip())
+        suffixes = IMAGE_SUFFIXES | VIDEO_SUFFIXES | clip.suffixes
+        files: list[str | Path] = [file for folder in folders for file in iterate_files(folder, suffixes)]
         shards = getattr(getattr(self.loader.dataset, "source", None), "urls", ())
         return settings, files + [shard for shard in shards if Path(shard).is_file()]
 
