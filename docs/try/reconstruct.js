@@ -1,0 +1,152 @@
+// A picture, its code and what comes out of it again.
+
+import { call, loading } from "./client.js";
+import { compare, drawPicture, readPicture, toCanvas, toTensor } from "./pictures.js";
+
+const AMPLIFICATION = 4; // of the difference
+const BYTES = 2; // of a number of the code, float16
+
+const section = document.querySelector("#reconstruct");
+const find = (selector) => section.querySelector(selector);
+const [original, reconstruction, difference] = section.querySelectorAll("canvas");
+const status = find(".status"), alert = find(".alert"), facts = find(".facts"), rate = find("#rate");
+const format = (number) => number.toLocaleString("en");
+
+let model, shown, queue = Promise.resolve(); // shown: the picture and its code
+let bitmap, name;
+
+/** One after the other; only the newest of those that wait. */
+let newest = 0;
+function enqueue(task) {
+  const mine = ++newest;
+  queue = queue.then(async () => {
+    if (mine !== newest) return;
+    alert.textContent = "";
+    section.setAttribute("aria-busy", "true");
+    try {
+      await task();
+    } catch (error) {
+      status.textContent = "";
+      alert.textContent = error.message;
+    }
+    section.setAttribute("aria-busy", "false");
+  });
+  return queue;
+}
+
+const onProgress = (progress) => {
+  status.textContent = loading(progress);
+};
+
+async function encode() {
+  const longest = Number(find("#longest").value), { width, height } = bitmap;
+  drawPicture(original, bitmap, longest);
+  const note = original.width === width && original.height === height ? "" :
+    `, scaled down from ${width} x ${height}`;
+  const picture = toTensor(original, model.patch_size);
+  status.textContent = "Encoding …";
+  const { latents, grid, milliseconds, device } = await call("encode", { folder: model.folder, ...picture }, { onProgress });
+  shown = { picture, latents, grid, milliseconds, device, title: `${name}: ${original.width} x ${original.height}${note}` };
+  await decode();
+}
+
+async function decode() {
+  const { picture, latents, grid, milliseconds, device, title } = shown, { width, height } = original;
+  const numChannels = model.channel_counts ? model.channel_counts[rate.value] : grid[0];
+  status.textContent = "Decoding …";
+  const decoded = await call("decode", { folder: model.folder, latents, grid, numChannels }, { onProgress });
+  const output = { data: decoded.data, dims: picture.dims };
+  toCanvas(reconstruction, output, width, height);
+  const psnr = compare(difference, picture, output, width, height, AMPLIFICATION);
+  const bytes = BYTES * numChannels * grid[1] * grid[2], pixels = 3 * width * height;
+  for (const [key, text] of Object.entries({
+    psnr: `${psnr.toFixed(2)} dB`,
+    bytes: `${format(bytes)} bytes`,
+    grid: `${numChannels} x ${grid[1]} x ${grid[2]} numbers of 16 bits; the pixels are ${format(pixels)} bytes, ${
+      (pixels / bytes).toFixed(1)} times as many`,
+    time: `${milliseconds.toFixed(0)} ms to encode, ${decoded.milliseconds.toFixed(0)} ms to decode (${
+      device === "webgpu" ? "WebGPU" : "WebAssembly"})`,
+  })) find(`[data-fact=${key}]`).textContent = text;
+  facts.hidden = find(".views").hidden = false;
+  status.textContent = title;
+}
+
+export function show(blob, title) {
+  return enqueue(async () => {
+    bitmap = await readPicture(blob, title);
+    name = title;
+    await encode();
+  });
+}
+
+function setRate() {
+  const count = model.channel_counts[rate.value];
+  rate.setAttribute("aria-valuetext", `${count} of ${model.latent_channels} channels`);
+  find("#rate-text").textContent = `${count} of ${model.latent_channels} channels`;
+}
+
+async function setModel(folder) {
+  model = { ...(await call("describe", { folder })), folder };
+  find(".rate").hidden = !model.channel_counts;
+  if (model.channel_counts) {
+    rate.max = rate.value = model.channel_counts.length - 1;
+    setRate();
+  }
+}
+
+function connectFiles() {
+  const file = find("#file");
+  file.addEventListener("change", () => {
+    if (file.files.length) show(file.files[0], file.files[0].name);
+    file.value = ""; // so that the same can be chosen again
+  });
+  for (const event of ["dragover", "dragleave", "drop"]) {
+    document.addEventListener(event, (drag) => {
+      drag.preventDefault();
+      document.body.classList.toggle("dragging", event === "dragover");
+      const dropped = event === "drop" && drag.dataTransfer.files[0];
+      if (dropped) show(dropped, dropped.name);
+    });
+  }
+  document.addEventListener("paste", ({ clipboardData }) => {
+    if (clipboardData.files.length) show(clipboardData.files[0], "The picture of the clipboard");
+  });
+  for (const button of section.querySelectorAll("[data-sample]")) {
+    button.addEventListener("click", async () => {
+      const image = button.querySelector("img");
+      show(await (await fetch(image.src)).blob(), image.alt);
+    });
+  }
+}
+
+function connectWipe() {
+  const wipe = find("#wipe"), pair = find(".wipe");
+  const move = () => pair.style.setProperty("--wipe", `${wipe.value}%`);
+  wipe.addEventListener("input", move);
+  pair.addEventListener("pointermove", ({ buttons, pointerType, clientX }) => {
+    if (pointerType !== "touch" && !buttons) return;
+    const { left, width } = pair.getBoundingClientRect();
+    wipe.value = (100 * (clientX - left)) / width;
+    move();
+  });
+  move();
+}
+
+/** `folders` are those of the autoencoders, by name. */
+export async function start(folders) {
+  const models = find("#model");
+  for (const [title, folder] of Object.entries(folders)) models.add(new Option(title, folder));
+  find(".model").hidden = models.length < 2;
+  models.addEventListener("change", () => enqueue(async () => {
+    await setModel(models.value);
+    if (bitmap) await encode();
+  }));
+  find("#longest").addEventListener("change", () => bitmap && enqueue(encode));
+  rate.addEventListener("input", () => {
+    setRate();
+    if (shown) enqueue(decode);
+  });
+  await setModel(models.value);
+  connectFiles();
+  connectWipe();
+}
