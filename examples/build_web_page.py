@@ -3,8 +3,8 @@ r"""Builds a page that encodes, decodes and draws in the browser: a folder for a
     python examples/build_web_page.py --output_dir page
     python -m http.server --directory page --bind 127.0.0.1 8000
 
-then open http://127.0.0.1:8000. The page of `docs/try` gets its models, by `vitok export-onnx --half`, and ONNX Runtime
-Web, which `npm pack` fetches unless --onnxruntime_dir has it. Its README.md makes it a static Space of the Hub.
+then open http://127.0.0.1:8000. The page of `docs/try` gets its models, by `vitok export-onnx --half`, and ONNX
+Runtime Web, which `npm pack` fetches unless --onnxruntime_dir has it. Its README.md makes it a static Space.
 """
 
 import argparse
@@ -48,7 +48,7 @@ WebAssembly use several threads. Models: [cards, data, licences and credits](mod
 
 
 def copy_cards(name: str, folder: Path) -> None:
-    """What goes along with weights: the card of a model, and that of the autoencoder which a bundled pipeline names."""
+    """What goes along with weights: the card of a model, and of the autoencoder that a bundled pipeline names."""
     source = Path(resolve_bundled(name))
     for place in (source, Path(resolve_bundled(source / "vae"))) if (source / "vae").is_dir() else (source,):
         if (place / "README.md").is_file():
@@ -59,7 +59,8 @@ def copy_cards(name: str, folder: Path) -> None:
 def export(name: str, option: str, folder: Path) -> str:
     """Writes a model or pipeline as ONNX, with its cards; returns the folder, as the page names it."""
     target = folder / Path(name).name
-    settings = ["--half", "--sizes", "128x128", "--batch_sizes", "1", "2", "--rounds", "1"]
+    # Attention of single products is as quick in WebAssembly, and WebGPU has no kernel of the operator of opset 23.
+    settings = ["--half", "--opset", "20", "--sizes", "128x128", "--batch_sizes", "1", "2", "--rounds", "1"]
     start("export-onnx", [option, name, *settings, "--output_dir", str(target)])
     model = json.loads((target / "model.json").read_text())
     if model["in_channels"] != 3 or model["temporal_patch_size"] != 1:

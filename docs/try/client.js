@@ -1,7 +1,7 @@
 // The page's side of the worker: calls with progress, which can be cancelled.
 
-const device = new URL(window.location).searchParams.get("device"); // "wasm" keeps it from the GPU
-const worker = new Worker(new URL(`worker.js${device ? `?device=${device}` : ""}`, import.meta.url), { type: "module" });
+// The query of the page, with which "?device=wasm" keeps it from the graphics processor, is the worker's, too.
+const worker = new Worker(new URL(`worker.js${window.location.search}`, import.meta.url), { type: "module" });
 const calls = new Map();
 let count = 0;
 

@@ -5,9 +5,11 @@ const RUNTIMES = {
   wasm: { module: "ort.wasm.min.mjs", glue: "ort-wasm-simd-threaded.mjs", binary: "ort-wasm-simd-threaded.wasm" },
 };
 
+/** Whether there is a graphics processor; one that the browser only imitates is slower than WebAssembly. */
 async function hasGpu() {
   if (!self.navigator.gpu || !("Suspending" in WebAssembly)) return false;
-  return Boolean(await self.navigator.gpu.requestAdapter().catch(() => null));
+  const adapter = await self.navigator.gpu.requestAdapter().catch(() => null);
+  return Boolean(adapter && !adapter.info.isFallbackAdapter && adapter.info.architecture !== "swiftshader");
 }
 
 async function fetchFile(path) {
@@ -38,13 +40,14 @@ export class Engine {
   #runtime;
   #files = new Map(); // promises of sessions and descriptions, by path
 
-  /** `device` is "wasm", or "webgpu" where the visitor has one. */
+  /** `device` is "wasm", "webgpu", or `null`: WebGPU where there is a graphics processor. */
   constructor(device) {
     this.device = device;
   }
 
   async #start(report) {
-    if (this.device !== "wasm" && !(await hasGpu())) this.device = "wasm";
+    this.device ??= (await hasGpu()) ? "webgpu" : "wasm";
+    if (!(this.device in RUNTIMES)) throw new Error(`There is no device "${this.device}": take wasm or webgpu.`);
     const { module, glue, binary } = RUNTIMES[this.device];
     const ort = await import(`./onnxruntime/${module}`).catch((error) => {
       throw new Error(`onnxruntime/${module} could not be loaded: ${error.message}`);

@@ -4,7 +4,7 @@
 import { Engine } from "./engine.js";
 import { denormalize, drawLatents } from "./sampler.js";
 
-const engine = new Engine(new URL(self.location).searchParams.get("device") ?? "webgpu");
+const engine = new Engine(new URL(self.location).searchParams.get("device"));
 const cancelled = new Set();
 
 /** The picture of the first channels of a code, (channels, h, w). */

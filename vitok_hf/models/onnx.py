@@ -91,6 +91,7 @@ class Graph:
             node.metadata_props.clear()  # stack traces, with the paths of this machine
         if isinstance(self.part, Encoder):  # the exporter calls these s0, s1, ...
             for output, (axis, name) in itertools.product(graph.outputs, enumerate(names, first)):
+                assert output.shape is not None
                 output.shape[axis] = name
         return program
 
