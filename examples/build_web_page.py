@@ -84,7 +84,7 @@ def add_runtime(source: Path | None, folder: Path) -> None:
         for name in RUNTIME:
             content = (source / name).read_bytes()
             if name.endswith(".wasm"):  # many hosts do not compress it
-                name, content = f"{name}.gz", gzip.compress(content, mtime=0)
+                name, content = f"{name}.gz", gzip.compress(content, compresslevel=6, mtime=0)
             (folder / name).write_bytes(content)
     for name in ("LICENSE", "ThirdPartyNotices.txt"):
         shutil.copy(files("onnxruntime") / name, folder / Path(name).with_suffix(".txt"))

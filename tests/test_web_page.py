@@ -1,11 +1,13 @@
 """The page of docs/try, built with tiny models and driven in Chromium, computes what PyTorch does."""
 
 import functools
+import gzip
 import json
 import re
 import sys
 import threading
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import build_web_page
 import numpy as np
@@ -20,39 +22,44 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
 
-from tests.conftest import ASSETS, EXAMPLES, assert_close, make_vae
-from tests.dit import make_pipeline
+from tests.conftest import ASSETS, EXAMPLES, TINY, assert_close
+from tests.dit import ID2LABEL, STATISTICS, TRANSFORMER, make_transformer
+from vitok_hf import AutoencoderViTok, ViTokDiTPipeline
 from vitok_hf.evaluation.generation import generate_samples
 
 
 SECONDS = 120  # to wait at most, on a machine that does much besides
+ONE_LAYER = {"encoder_num_layers": 1, "decoder_num_layers": 1}
 READ = "const c = arguments[0]; return [...c.getContext('2d').getImageData(0, 0, c.width, c.height).data]"
 
 
 @pytest.fixture(scope="module")
 def pipe():
-    pipe = make_pipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=2.0),
-        guidance={"guidance_scale": 3.0, "guidance_rescale": 0.5},
-    )
-    return pipe.to(torch.float16).to(torch.float32)  # weights that the page has
+    vae = AutoencoderViTok(**TINY | STATISTICS | ONE_LAYER | {"channel_counts": [1, 2, 4]}).eval()
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=2.0)
+    transformer = make_transformer(**TRANSFORMER | {"num_layers": 1})
+    guidance = {"guidance_scale": 3.0, "guidance_rescale": 0.5}
+    pipe = ViTokDiTPipeline(transformer, vae, scheduler, ID2LABEL, **guidance)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to(torch.float16).to(torch.float32)  # the weights that the page has
 
 
 @pytest.fixture(scope="module")
-def vae():
-    vae = make_vae("v1", channel_counts=[1, 2, 4], encoder_num_layers=1)
-    return vae.half().float()
+def vae(pipe):
+    return pipe.vae
+
+
+def build(*arguments) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["build_web_page.py", *map(str, arguments)])
+        build_web_page.main()
 
 
 @pytest.fixture(scope="module")
-def page(pipe, vae, tmp_path_factory):
+def page(pipe, tmp_path_factory):
     folder = tmp_path_factory.mktemp("built")
     pipe.save_pretrained(folder / "emoji")
-    vae.save_pretrained(folder / "dial")
-    with pytest.MonkeyPatch.context() as patch:
-        models = ["--pipeline", str(folder / "emoji"), "--autoencoders", str(folder / "dial")]
-        patch.setattr(sys, "argv", ["build_web_page.py", *models, "--output_dir", str(folder / "page")])
-        build_web_page.main()
+    build("--pipeline", folder / "emoji", "--output_dir", folder / "page")
     return folder / "page"
 
 
@@ -280,16 +287,57 @@ class TestFiles:
 
     def test_weights_in_half_precision(self, vae, page):
         for name, half in (("encoder", vae.encoder), ("decoder", vae.decoder)):
-            stored = onnx.load(page / "models" / "dial" / f"{name}.onnx").graph.initializer
+            stored = onnx.load(page / "models" / "emoji" / f"{name}.onnx").graph.initializer
             halves = [tensor for tensor in stored if tensor.data_type == onnx.TensorProto.FLOAT16]
             large = [parameter.numel() for parameter in half.parameters() if parameter.numel() >= 1024]
             assert sorted(np.prod(tensor.dims) for tensor in halves) == sorted(large)
 
-    def test_what_the_page_reads(self, pipe, page):
-        dial, emoji = (json.loads((page / "models" / name / "model.json").read_text()) for name in ("dial", "emoji"))
-        assert dial["channel_counts"] == [1, 2, 4] and dial["fill"] == 1.0 and "generator" not in dial
-        assert emoji["channel_counts"] is None and emoji["latents_std"] == [2.0, 0.5, 1.0, 1.5]
-        generator = emoji["generator"]
+    def test_what_the_page_reads(self, page):
+        model = json.loads((page / "models" / "emoji" / "model.json").read_text())
+        assert model["channel_counts"] == [1, 2, 4] and model["fill"] == 1.0
+        assert model["latents_std"] == [2.0, 0.5, 1.0, 1.5]
+        generator = model["generator"]
         assert generator["id2label"]["0"] == "cat" and generator["num_classes"] == 5
         assert generator["scheduler"]["_class_name"] == "FlowMatchEulerDiscreteScheduler"
-        assert (page / "README.md").read_text().startswith("---\ntitle: ViTok in the browser\nsdk: static\n")
+
+
+class TestBuild:
+    """Without the exports, whose files are written by `export`."""
+
+    @pytest.fixture(autouse=True)
+    def folder(self, tmp_path, monkeypatch):
+        def export(command, arguments):
+            option, name, *_, target = arguments
+            assert command == "export-onnx" and (option == "--pipeline") == (name == "vitok-dit-emoji")
+            Path(target).mkdir(parents=True, exist_ok=True)
+            for part, size in (("encoder", 1), ("decoder", 20), ("transformer", 300)):
+                Path(target, f"{part}.onnx").write_bytes(bytes(size))
+            channels = 1 if "grey" in name else 3
+            Path(target, "model.json").write_text(json.dumps({"in_channels": channels, "temporal_patch_size": 1}))
+
+        (tmp_path / "dist").mkdir()
+        for name in build_web_page.RUNTIME:
+            (tmp_path / "dist" / name).write_text(name)
+        monkeypatch.setattr(build_web_page, "start", export)
+        monkeypatch.chdir(tmp_path)
+        return tmp_path
+
+    def test_other_autoencoders(self, folder):
+        build("--autoencoders", "vitok-tiny-f8x8", "mine/dial", "--onnxruntime_dir", "dist")
+        content = json.loads((folder / "page" / "page.json").read_text())
+        names = {"vitok-tiny-f8x8": "models/vitok-tiny-f8x8", "dial": "models/dial"}
+        assert content["autoencoders"] == names and content["generator"] == "models/vitok-dit-emoji"
+        assert content["bytes"]["generator"] - content["bytes"]["autoencoder"] == 299
+        assert (
+            (folder / "page" / "README.md").read_text().startswith("---\ntitle: ViTok in the browser\nsdk: static\n")
+        )
+        cards = (folder / "page" / "models" / "README.md").read_text()
+        for name in ("vitok-dit-emoji", "vitok-tiny-f8x8"):  # that of the autoencoder goes along with the pipeline
+            assert f"({name}/README.md)" in cards and (folder / "page" / "models" / name / "README.md").is_file()
+        packed = folder / "page" / "onnxruntime" / f"{build_web_page.RUNTIME[-1]}.gz"
+        assert gzip.decompress(packed.read_bytes()).decode() == build_web_page.RUNTIME[-1]
+        assert "MIT" in (folder / "page" / "onnxruntime" / "LICENSE.txt").read_text()
+
+    def test_pictures_are_in_colour(self):
+        with pytest.raises(ValueError, match="mine/grey has 1 channels and 1 frames a latent"):
+            build("--autoencoders", "mine/grey", "--onnxruntime_dir", "dist")
