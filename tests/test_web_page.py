@@ -4,6 +4,7 @@ import functools
 import gzip
 import json
 import re
+import shutil
 import sys
 import threading
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -27,6 +28,8 @@ from tests.dit import ID2LABEL, STATISTICS, TRANSFORMER, make_transformer
 from vitok_hf import AutoencoderViTok, ViTokDiTPipeline
 from vitok_hf.evaluation.generation import generate_samples
 
+
+pytestmark = pytest.mark.xdist_group("page")  # which is built once
 
 SECONDS = 120  # to wait at most, on a machine that does much besides
 ONE_LAYER = {"encoder_num_layers": 1, "decoder_num_layers": 1}
@@ -83,8 +86,10 @@ def browser():
     options = webdriver.ChromeOptions()
     for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1280,900"):
         options.add_argument(argument)
-    options.binary_location = "/usr/bin/chromium"
-    driver = webdriver.Chrome(options, webdriver.ChromeService("/usr/bin/chromedriver"))
+    programs = [shutil.which(name) for name in ("chromium", "chromedriver")]
+    assert all(programs), "These tests need Chromium: apt-get install chromium chromium-driver"
+    options.binary_location = programs[0]
+    driver = webdriver.Chrome(options, webdriver.ChromeService(programs[1]))
     driver.set_script_timeout(SECONDS)
     yield driver
     driver.quit()

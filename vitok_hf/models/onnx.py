@@ -120,7 +120,7 @@ def round_weights(model: torch.nn.Module) -> None:
     for name, parameter in model.named_parameters():
         parameter.data = parameter.data.half().float()
         if not parameter.isfinite().all():
-            raise ValueError(f"`{name}` has numbers beyond 65504, the largest of float16: export in float32.")
+            raise ValueError(f"`{name}` has numbers beyond 65504, the largest of float16: leave out --half.")
 
 
 @torch.inference_mode()
