@@ -21,7 +21,7 @@ from PIL import Image
 from selenium import webdriver
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
-from selenium.webdriver.support.ui import WebDriverWait
+from selenium.webdriver.support.ui import Select, WebDriverWait
 
 from tests.conftest import ASSETS, EXAMPLES, TINY, assert_close
 from tests.dit import ID2LABEL, STATISTICS, TRANSFORMER, make_transformer
@@ -235,13 +235,16 @@ class TestDraw:
         captions = [caption.text for caption in draw.element.find_elements(By.TAG_NAME, "figcaption")]
         assert captions == ["dog, seed 7", "dog, seed 8"]
 
-    def test_cancelled(self, draw):
+    def test_cancelled_while_a_picture_goes_through(self, draw, reconstruct):
         for name, value in (("count", 16), ("steps", 100)):
             draw.find(f"#{name}").clear()
             draw.find(f"#{name}").send_keys(value)
         draw.find("#start").click()
         draw.wait("step [1-9]")
         assert draw.find("progress").is_displayed() and not draw.find("#start").is_enabled()
+        reconstruct.element.find_elements(By.CSS_SELECTOR, "[data-sample]")[1].click()
+        Select(reconstruct.find("#longest")).select_by_value("128")
+        reconstruct.wait("A cup of coffee: 128 x 86, scaled down from 256 x 171")
         draw.find("#cancel").click()
         draw.wait("^Cancelled$")
         assert draw.find("#start").is_enabled() and not draw.find("#cancel").is_displayed()

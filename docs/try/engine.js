@@ -39,6 +39,7 @@ async function fetchBytes(path, report) {
 export class Engine {
   #runtime;
   #files = new Map(); // promises of sessions and descriptions, by path
+  #last = Promise.resolve(); // the runtime takes one call at a time
 
   /** `device` is "wasm", "webgpu", or `null`: WebGPU where there is a graphics processor. */
   constructor(device) {
@@ -70,6 +71,12 @@ export class Engine {
     return this.#files.get(path);
   }
 
+  #enqueue(task) {
+    const turn = this.#last.then(task);
+    this.#last = turn.catch(() => null);
+    return turn;
+  }
+
   describe(folder) {
     const path = `${folder}/model.json`;
     return this.#once(path, async () => (await fetchFile(path)).json());
@@ -80,7 +87,7 @@ export class Engine {
     return this.#once(path, async () => {
       const ort = await this.#once("runtime", () => this.#start(report));
       const bytes = new Uint8Array(await (await fetchBytes(path, report)).arrayBuffer());
-      return ort.InferenceSession.create(bytes, { executionProviders: [this.device] });
+      return this.#enqueue(() => ort.InferenceSession.create(bytes, { executionProviders: [this.device] }));
     });
   }
 
@@ -89,7 +96,7 @@ export class Engine {
     const session = await this.session(folder, name, report), ort = await this.#files.get("runtime");
     const feeds = {};
     for (const [key, [type, data, dims]] of Object.entries(inputs)) feeds[key] = new ort.Tensor(type, data, dims);
-    const output = (await session.run(feeds))[session.outputNames[0]];
+    const output = (await this.#enqueue(() => session.run(feeds)))[session.outputNames[0]];
     return { data: output.data, dims: output.dims };
   }
 }

@@ -9,45 +9,59 @@ const BYTES = 2; // of a number of the code, float16
 const section = document.querySelector("#reconstruct");
 const find = (selector) => section.querySelector(selector);
 const [original, reconstruction, difference] = section.querySelectorAll("canvas");
-const status = find(".status"), alert = find(".alert"), facts = find(".facts"), rate = find("#rate");
+const status = find(".status"), alert = find(".alert"), facts = find(".facts");
+const rate = find("#rate"), models = find("#model");
 const format = (number) => number.toLocaleString("en");
 
-let model, shown, queue = Promise.resolve(); // shown: the picture and its code
-let bitmap, name;
+let model, bitmap, name; // of the picture that is wanted
+let waiting; // a file that is not read yet
+let shown; // the picture that is encoded, and its code
+let queue = Promise.resolve(), newest = 0;
 
-/** One after the other; only the newest of those that wait. */
-let newest = 0;
-function enqueue(task) {
+/** Makes the page show what is wanted; of several that wait, one is enough. */
+function refresh() {
   const mine = ++newest;
   queue = queue.then(async () => {
     if (mine !== newest) return;
     alert.textContent = "";
     section.setAttribute("aria-busy", "true");
     try {
-      await task();
+      await update();
     } catch (error) {
       status.textContent = "";
       alert.textContent = error.message;
     }
     section.setAttribute("aria-busy", "false");
   });
-  return queue;
+}
+
+async function update() {
+  if (model.folder !== models.value) await setModel();
+  if (waiting) {
+    const { blob, title } = waiting;
+    waiting = undefined;
+    [bitmap, name] = [await readPicture(blob, title), title];
+  }
+  if (!bitmap) return;
+  const wanted = { bitmap, longest: Number(find("#longest").value), folder: model.folder };
+  if (Object.keys(wanted).some((key) => shown?.[key] !== wanted[key])) await encode(wanted);
+  await decode();
 }
 
 const onProgress = (progress) => {
   status.textContent = loading(progress);
 };
 
-async function encode() {
-  const longest = Number(find("#longest").value), { width, height } = bitmap;
-  drawPicture(original, bitmap, longest);
-  const note = original.width === width && original.height === height ? "" :
-    `, scaled down from ${width} x ${height}`;
+async function encode(wanted) {
+  const { width, height } = bitmap;
+  drawPicture(original, bitmap, wanted.longest);
+  const isWhole = original.width === width && original.height === height;
+  const title = `${name}: ${original.width} x ${original.height}${isWhole ? "" : `, scaled down from ${width} x ${height}`}`;
   const picture = toTensor(original, model.patch_size);
   status.textContent = "Encoding …";
-  const { latents, grid, milliseconds, device } = await call("encode", { folder: model.folder, ...picture }, { onProgress });
-  shown = { picture, latents, grid, milliseconds, device, title: `${name}: ${original.width} x ${original.height}${note}` };
-  await decode();
+  shown = undefined;
+  const encoded = await call("encode", { folder: model.folder, ...picture }, { onProgress });
+  shown = { ...wanted, ...encoded, picture, title };
 }
 
 async function decode() {
@@ -71,12 +85,9 @@ async function decode() {
   status.textContent = title;
 }
 
-export function show(blob, title) {
-  return enqueue(async () => {
-    bitmap = await readPicture(blob, title);
-    name = title;
-    await encode();
-  });
+function show(blob, title) {
+  waiting = { blob, title };
+  refresh();
 }
 
 function setRate() {
@@ -85,7 +96,8 @@ function setRate() {
   find("#rate-text").textContent = `${count} of ${model.latent_channels} channels`;
 }
 
-async function setModel(folder) {
+async function setModel() {
+  const folder = models.value;
   model = { ...(await call("describe", { folder })), folder };
   find(".rate").hidden = !model.channel_counts;
   if (model.channel_counts) {
@@ -134,19 +146,15 @@ function connectWipe() {
 
 /** `folders` are those of the autoencoders, by name. */
 export async function start(folders) {
-  const models = find("#model");
   for (const [title, folder] of Object.entries(folders)) models.add(new Option(title, folder));
   find(".model").hidden = models.length < 2;
-  models.addEventListener("change", () => enqueue(async () => {
-    await setModel(models.value);
-    if (bitmap) await encode();
-  }));
-  find("#longest").addEventListener("change", () => bitmap && enqueue(encode));
+  await setModel();
+  models.addEventListener("change", refresh);
+  find("#longest").addEventListener("change", refresh);
   rate.addEventListener("input", () => {
     setRate();
-    if (shown) enqueue(decode);
+    refresh();
   });
-  await setModel(models.value);
   connectFiles();
   connectWipe();
 }
