@@ -277,12 +277,13 @@ class TestExportOnnx:
             *("--sizes", "24x16", "--batch_sizes", 2, "--rounds", 1),
         )
         assert out.count("max error") == 2 and f"opset {opset}" in out
-        files = sorted((tmp_path / "onnx").iterdir())
-        assert [file.name for file in files] == ["decoder.onnx", "encoder.onnx"]
+        *files, described = sorted((tmp_path / "onnx").iterdir())
+        assert [file.name for file in (*files, described)] == ["decoder.onnx", "encoder.onnx", "model.json"]
         assert not any(str(EXAMPLES.parent).encode() in file.read_bytes() for file in files)
         decoder, encoder = (onnxruntime.InferenceSession(file) for file in files)
         for session in (encoder, decoder):
             metadata = {key: json.loads(value) for key, value in session.get_modelmeta().custom_metadata_map.items()}
+            assert metadata == json.loads(described.read_text())
             assert metadata["patch_size"] == 8 and metadata["scaling_factor"] == 0.25
             assert metadata["latents_mean"] == [0.5] * 4 and metadata["latents_std"] == [1.0] * 4
         for batch_size, height, width, frames in ((1, 8, 40, 2), (3, 56, 8, 4)):
@@ -305,6 +306,15 @@ class TestExportOnnx:
         monkeypatch.setattr("vitok_hf.models.onnx.TOLERANCE", -1.0)
         with pytest.raises(ValueError, match=r"decoder.onnx differs from PyTorch by .* for \(1, 4, 2, 3\)"):
             start("export-onnx", ["--model", "model", "--sizes", "16x24", "--rounds", "1"])
+        assert list((tmp_path / "onnx").iterdir()) == []
+
+    def test_weights_that_float16_does_not_hold(self, monkeypatch, tmp_path):
+        vae = make_vae("v1", component="decoder", decoder_num_layers=1)
+        vae.decoder.proj_out.weight.data[0, 0] = 70000
+        vae.save_pretrained(tmp_path / "model")
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(ValueError, match="`model.decoder.proj_out.weight` has numbers beyond 65504"):
+            start("export-onnx", ["--model", "model", "--half"])
         assert list((tmp_path / "onnx").iterdir()) == []
 
     def test_codes_without_a_grid_are_refused(self, monkeypatch, tmp_path):

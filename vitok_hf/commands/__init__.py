@@ -20,7 +20,7 @@ COMMANDS = {  # in the file of that name: what it does, and the extra with what 
     "train-dit": ("train a class-conditional diffusion transformer on latents", "train"),
     "cache-latents": ("write the latents of pictures by class, for train-dit", "train"),
     "evaluate": ("measure how well autoencoders reconstruct", "eval"),
-    "export-onnx": ("write an autoencoder as ONNX files, and check them", "onnx"),
+    "export-onnx": ("write an autoencoder or generator as ONNX files, and check them", "onnx"),
     "demo": ("show an autoencoder and a generator in the browser", "demo"),
     "convert": ("convert the author's ViTok-v2 weights to diffusers' layout, and back", None),
 }

@@ -1,0 +1,102 @@
+// ONNX Runtime and the models, in the worker: fetched when they are first needed, on the GPU if there is one.
+
+const RUNTIMES = {
+  webgpu: { module: "ort.jspi.min.mjs", glue: "ort-wasm-simd-threaded.jspi.mjs", binary: "ort-wasm-simd-threaded.jspi.wasm" },
+  wasm: { module: "ort.wasm.min.mjs", glue: "ort-wasm-simd-threaded.mjs", binary: "ort-wasm-simd-threaded.wasm" },
+};
+
+/** Whether there is a graphics processor; one that the browser only imitates is slower than WebAssembly. */
+async function hasGpu() {
+  if (!self.navigator.gpu || !("Suspending" in WebAssembly)) return false;
+  const adapter = await self.navigator.gpu.requestAdapter().catch(() => null);
+  return Boolean(adapter && !adapter.info.isFallbackAdapter && adapter.info.architecture !== "swiftshader");
+}
+
+async function fetchFile(path) {
+  const response = await fetch(new URL(path, import.meta.url)).catch((error) => {
+    throw new Error(`${path} could not be loaded (${error.message}): are you online?`);
+  });
+  if (!response.ok) {
+    throw new Error(`${path} is missing (${response.status}): this page is not whole, its maker has to build it anew.`);
+  }
+  return response;
+}
+
+/** The bytes of a file, with `report(name, bytes so far, bytes in all)` while they come. */
+async function fetchBytes(path, report) {
+  const response = await fetchFile(path);
+  const total = Number(response.headers.get("Content-Length")), chunks = [];
+  let length = 0;
+  for (const reader = response.body.getReader(); ; ) {
+    const { done, value } = await reader.read();
+    if (done) break;
+    chunks.push(value);
+    report(path.split("/").pop(), (length += value.length), Math.max(total, length));
+  }
+  return new Blob(chunks);
+}
+
+export class Engine {
+  #runtime;
+  #files = new Map(); // promises of sessions and descriptions, by path
+  #last = Promise.resolve(); // the runtime takes one call at a time
+
+  /** `device` is "wasm", "webgpu", or `null`: WebGPU where there is a graphics processor. */
+  constructor(device) {
+    this.device = device;
+  }
+
+  async #start(report) {
+    this.device ??= (await hasGpu()) ? "webgpu" : "wasm";
+    if (!(this.device in RUNTIMES)) throw new Error(`There is no device "${this.device}": take wasm or webgpu.`);
+    const { module, glue, binary } = RUNTIMES[this.device];
+    const ort = await import(`./onnxruntime/${module}`).catch((error) => {
+      throw new Error(`onnxruntime/${module} could not be loaded: ${error.message}`);
+    });
+    const packed = await fetchBytes(`onnxruntime/${binary}.gz`, report);
+    const unpacked = packed.stream().pipeThrough(new DecompressionStream("gzip"));
+    ort.env.wasm.wasmBinary = await new Response(unpacked).arrayBuffer();
+    ort.env.wasm.wasmPaths = { mjs: new URL(`onnxruntime/${glue}`, import.meta.url).href };
+    return ort;
+  }
+
+  /** The same promise for the same path; one that failed is forgotten, so that it is tried again. */
+  #once(path, load) {
+    if (!this.#files.has(path)) {
+      this.#files.set(path, load().catch((error) => {
+        this.#files.delete(path);
+        throw error;
+      }));
+    }
+    return this.#files.get(path);
+  }
+
+  #enqueue(task) {
+    const turn = this.#last.then(task);
+    this.#last = turn.catch(() => null);
+    return turn;
+  }
+
+  describe(folder) {
+    const path = `${folder}/model.json`;
+    return this.#once(path, async () => (await fetchFile(path)).json());
+  }
+
+  session(folder, name, report) {
+    const path = `${folder}/${name}.onnx`;
+    return this.#once(path, async () => {
+      const ort = await this.#once("runtime", () => this.#start(report));
+      const bytes = new Uint8Array(await (await fetchBytes(path, report)).arrayBuffer());
+      return this.#enqueue(() => ort.InferenceSession.create(bytes, { executionProviders: [this.device] }));
+    });
+  }
+
+  /** The first output of a model, as Float32Array with its dimensions: `inputs` are {name: [type, data, dims]}. */
+  async run(folder, name, inputs, report) {
+    const session = await this.session(folder, name, report), ort = await this.#files.get("runtime");
+    const feeds = {};
+    for (const [key, [type, data, dims]] of Object.entries(inputs)) feeds[key] = new ort.Tensor(type, data, dims);
+    const output = (await this.#enqueue(() => session.run(feeds)))[session.outputNames[0]];
+    return { data: output.data, dims: output.dims };
+  }
+}
