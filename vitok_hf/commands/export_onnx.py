@@ -45,8 +45,8 @@ def describe_generator(pipe: "ViTokDiTPipeline") -> dict[str, Any]:
     names = ("in_channels", "sample_size", "sample_frames", "patch_size", "num_classes")
     return {name: config[name] for name in names} | {
         "id2label": saved.id2label,
-        "guidance_scale": pipe._default("guidance_scale", None, 4.0),
-        "guidance_rescale": pipe._default("guidance_rescale", None, 0.0),
+        "guidance_scale": pipe._default("guidance_scale"),
+        "guidance_rescale": pipe._default("guidance_rescale"),
         "scheduler": {name: value for name, value in pipe.scheduler.config.items() if name != "_use_default_values"},
     }
 

@@ -103,8 +103,7 @@ def describe(name: str, file: MeasuredFile) -> str:
 def generation_defaults(pipe: ViTokDiTPipeline) -> dict[str, Any]:
     """Steps and guidance that a call takes by itself."""
     steps = inspect.signature(type(pipe).__call__).parameters["num_inference_steps"].default
-    own = {name: pipe.config.get(name) for name in GUIDANCE}
-    return {"num_inference_steps": steps} | GUIDANCE | {name: x for name, x in own.items() if x is not None}
+    return {"num_inference_steps": steps} | {name: pipe._default(name) for name in GUIDANCE}
 
 
 def classes_of(pipe: ViTokDiTPipeline) -> list[tuple[str, int]]:

@@ -149,7 +149,7 @@ class ViTokDiTPipeline(CallsMixin, DiffusionPipeline):
         """Whether the output is `frames`: the model was trained on clips, or a latent stands for several frames."""
         return self.transformer.config.sample_frames > 1 or self.vae.temporal_compression_ratio > 1
 
-    def _default(self, name: str, given: float | None) -> float:
+    def _default(self, name: str, given: float | None = None) -> float:
         """What a call was given, else what the pipeline was made with, else the default."""
         return next(value for value in (given, self.config.get(name), GUIDANCE[name]) if value is not None)
 
