@@ -17,7 +17,8 @@ worker.onmessage = ({ data: { id, progress, result, error } }) => {
   else call.reject(new Error(error));
 };
 worker.onerror = (event) => {
-  for (const call of calls.values()) call.reject(new Error(`The worker ended: ${event.message ?? "it could not start"}`));
+  const error = new Error(`The worker ended: ${event.message ?? "it could not start"}`);
+  for (const call of calls.values()) call.reject(error);
   calls.clear();
 };
 

@@ -1,8 +1,8 @@
 // ONNX Runtime and the models, in the worker: fetched when they are first needed, on the GPU if there is one.
 
-const RUNTIMES = {
-  webgpu: { module: "ort.jspi.min.mjs", glue: "ort-wasm-simd-threaded.jspi.mjs", binary: "ort-wasm-simd-threaded.jspi.wasm" },
-  wasm: { module: "ort.wasm.min.mjs", glue: "ort-wasm-simd-threaded.mjs", binary: "ort-wasm-simd-threaded.wasm" },
+const RUNTIMES = { // the module, and the name of the WebAssembly and of the script that starts it
+  webgpu: ["ort.jspi.min.mjs", "ort-wasm-simd-threaded.jspi"],
+  wasm: ["ort.wasm.min.mjs", "ort-wasm-simd-threaded"],
 };
 
 /** Whether there is a graphics processor; one that the browser only imitates is slower than WebAssembly. */
@@ -17,7 +17,7 @@ async function fetchFile(path) {
     throw new Error(`${path} could not be loaded (${error.message}): are you online?`);
   });
   if (!response.ok) {
-    throw new Error(`${path} is missing (${response.status}): this page is not whole, its maker has to build it anew.`);
+    throw new Error(`${path} is missing (${response.status}): its maker has to build this page anew.`);
   }
   return response;
 }
@@ -49,14 +49,14 @@ export class Engine {
   async #start(report) {
     this.device ??= (await hasGpu()) ? "webgpu" : "wasm";
     if (!(this.device in RUNTIMES)) throw new Error(`There is no device "${this.device}": take wasm or webgpu.`);
-    const { module, glue, binary } = RUNTIMES[this.device];
+    const [module, binary] = RUNTIMES[this.device];
     const ort = await import(`./onnxruntime/${module}`).catch((error) => {
       throw new Error(`onnxruntime/${module} could not be loaded: ${error.message}`);
     });
-    const packed = await fetchBytes(`onnxruntime/${binary}.gz`, report);
+    const packed = await fetchBytes(`onnxruntime/${binary}.wasm.gz`, report);
     const unpacked = packed.stream().pipeThrough(new DecompressionStream("gzip"));
     ort.env.wasm.wasmBinary = await new Response(unpacked).arrayBuffer();
-    ort.env.wasm.wasmPaths = { mjs: new URL(`onnxruntime/${glue}`, import.meta.url).href };
+    ort.env.wasm.wasmPaths = { mjs: new URL(`onnxruntime/${binary}.mjs`, import.meta.url).href };
     return ort;
   }
 

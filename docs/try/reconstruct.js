@@ -56,7 +56,8 @@ async function encode(wanted) {
   const { width, height } = bitmap;
   drawPicture(original, bitmap, wanted.longest);
   const isWhole = original.width === width && original.height === height;
-  const title = `${name}: ${original.width} x ${original.height}${isWhole ? "" : `, scaled down from ${width} x ${height}`}`;
+  const note = isWhole ? "" : `, scaled down from ${width} x ${height}`;
+  const title = `${name}: ${original.width} x ${original.height}${note}`;
   const picture = toTensor(original, model.patch_size);
   status.textContent = "Encoding …";
   shown = undefined;
