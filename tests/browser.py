@@ -10,9 +10,18 @@ import pytest
 from selenium import webdriver
 
 
-@pytest.fixture(scope="session")
-def browser() -> Iterator[webdriver.Chrome]:
-    """A browser with 1280 x 900 pixels; elements are waited for up to 20 seconds."""
+def need_programs(*names: str) -> list[str]:
+    """Their paths. Whoever has not installed them does without the tests of pages; CI does not."""
+    paths = [shutil.which(name) for name in names]
+    if not all(paths):
+        message = "Tests of pages need Chromium and npm: apt-get install chromium chromium-driver npm"
+        (pytest.fail if "CI" in os.environ else pytest.skip)(message)
+    return [path for path in paths if path]
+
+
+def start_browser() -> webdriver.Chrome:
+    """Without a window, of 1280 x 900 pixels."""
+    programs = need_programs("chromium", "chromedriver")  # named, for else Selenium looks for others in the network
     options = webdriver.ChromeOptions()
     options.add_argument("--headless=new")
     options.add_argument("--window-size=1280,900")
@@ -20,8 +29,14 @@ def browser() -> Iterator[webdriver.Chrome]:
     if os.geteuid() == 0:
         options.add_argument("--no-sandbox")  # which root has none of
     options.set_capability("goog:loggingPrefs", {"performance": "ALL", "browser": "ALL"})
-    options.binary_location = shutil.which("chromium")  # named, for else Selenium looks for others in the network
-    driver = webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver")))
+    options.binary_location = programs[0]
+    return webdriver.Chrome(options, webdriver.ChromeService(programs[1]))
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[webdriver.Chrome]:
+    """A browser whose elements are waited for up to 20 seconds."""
+    driver = start_browser()
     driver.implicitly_wait(20)
     yield driver
     driver.quit()

@@ -4,7 +4,6 @@ import functools
 import gzip
 import json
 import re
-import shutil
 import sys
 import threading
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -18,11 +17,11 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from PIL import Image
-from selenium import webdriver
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import Select, WebDriverWait
 
+from tests.browser import need_programs, start_browser
 from tests.conftest import ASSETS, EXAMPLES, TINY, assert_close
 from tests.dit import ID2LABEL, STATISTICS, TRANSFORMER, make_transformer
 from vitok_hf import AutoencoderViTok, ViTokDiTPipeline
@@ -60,6 +59,7 @@ def build(*arguments) -> None:
 
 @pytest.fixture(scope="module")
 def page(pipe, tmp_path_factory):
+    need_programs("npm")
     folder = tmp_path_factory.mktemp("built")
     pipe.save_pretrained(folder / "emoji")
     build("--pipeline", folder / "emoji", "--output_dir", folder / "page")
@@ -83,13 +83,7 @@ def serve():
 
 @pytest.fixture(scope="module")
 def browser():
-    options = webdriver.ChromeOptions()
-    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1280,900"):
-        options.add_argument(argument)
-    programs = [shutil.which(name) for name in ("chromium", "chromedriver")]
-    assert all(programs), "These tests need Chromium: apt-get install chromium chromium-driver"
-    options.binary_location = programs[0]
-    driver = webdriver.Chrome(options, webdriver.ChromeService(programs[1]))
+    driver = start_browser()
     driver.set_script_timeout(SECONDS)
     yield driver
     driver.quit()
