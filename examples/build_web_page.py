@@ -7,7 +7,6 @@ then open http://127.0.0.1:8000. The page of `docs/try` gets its models, by `vit
 Runtime Web, which `npm pack` fetches unless --onnxruntime_dir has it. Its README.md makes it a static Space.
 """
 
-import argparse
 import gzip
 import json
 import shutil
@@ -19,7 +18,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from vitok_hf.commands import run_command, start
+from vitok_hf.commands import make_parser, run_command, start
 from vitok_hf.loading import resolve_bundled
 
 
@@ -103,7 +102,7 @@ def size(folder: Path, *names: str) -> int:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser("build_web_page.py", __doc__)
     parser.add_argument("--pipeline", default="vitok-dit-emoji", help="the generator: folder, Hub id or bundled name")
     parser.add_argument("--autoencoders", nargs="+", default=[], help="likewise; default: that of the generator")
     parser.add_argument("--onnxruntime_dir", type=Path, help=f"the folder dist of the npm package {PACKAGE}")

@@ -2,6 +2,7 @@
 
 import logging
 import shutil
+from functools import partial
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
+from tests.conftest import TINY
 from tests.data.conftest import write_noise
 from tests.training.conftest import next_batches, read_log, run
 from vitok_hf import AutoencoderViTok
@@ -101,8 +103,9 @@ class TestResume:
             with pytest.raises(ValueError, match=message):
                 AutoencoderTrainer(stage2(**before | change, resume_from_checkpoint="latest"))
 
-    def test_causal_and_other_models_are_told_apart(self, arguments):
+    def test_causal_and_other_models_are_told_apart(self, arguments, video):
         """The weights of one fit the other."""
+        arguments = partial(arguments, TINY | {"sample_frames": 3}, train_data_dir=[str(video)])
         AutoencoderTrainer(arguments(causal=True)).save()
         with pytest.raises(ValueError, match="`causal` is False, but checkpoint-0 was written with True"):
             AutoencoderTrainer(arguments(resume_from_checkpoint="latest"))
