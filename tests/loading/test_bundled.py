@@ -12,6 +12,7 @@ import vitok_hf
 from tests.conftest import ASSETS, assert_close, make_vae
 from tests.models.test_diffusers_features import INT8
 from vitok_hf import AutoencoderViTok, ViTokDiTModel, ViTokDiTPipeline, loading
+from vitok_hf.clips import to_float
 from vitok_hf.data.files import list_files
 from vitok_hf.data.held_out import load_evaluation_images
 from vitok_hf.data.media import load_image
@@ -22,7 +23,7 @@ from vitok_hf.evaluation.reconstruction import reconstruct
 
 
 def test_list():
-    assert {"vitok-tiny-f8x8", "vitok-dit-emoji"} <= set(vitok_hf.list_bundled())
+    assert {"vitok-tiny-f8x8", "vitok-dial-f8x16", "vitok-dit-emoji"} <= set(vitok_hf.list_bundled())
 
 
 def test_names(tmp_path, monkeypatch):
@@ -162,6 +163,37 @@ class TestTiny:
         if precision == "fp8":
             vae.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn)
         assert psnr(reconstruct(vae, image), image) > psnr(reconstruct(reference, image), image) - loss
+
+
+class TestDial:
+    """The bundled `vitok-dial-f8x16`, whose codes can be cut to 2, 4 or 8 channels."""
+
+    @pytest.fixture(scope="class")
+    def vae(self):
+        return AutoencoderViTok.from_pretrained("vitok-dial-f8x16")
+
+    @pytest.fixture(scope="class")
+    def images(self):
+        return load_evaluation_images(ASSETS, 128, 7)
+
+    @pytest.fixture(scope="class")
+    def values(self, vae, images):
+        """PSNR, (lengths, pictures)."""
+        counts = vae.config.channel_counts
+        return torch.stack([psnr(reconstruct(vae, images, lengths={"num_channels": n}), images) for n in counts])
+
+    def test_every_picture_gains_with_every_length(self, vae, values):
+        assert vae.config.channel_counts == [2, 4, 8, 16]
+        assert (values.diff(dim=0) > 0.5).all()
+
+    def test_the_shortest_code_that_reaches_a_quality(self, vae, images, values):
+        """As trying all lengths finds it, and as few as none or all channels where that is so."""
+        with torch.no_grad():
+            codes = vae.encode(to_float(images[:, :, 0]), min_psnr=24.0).latent_dist.mode()
+        reached = (values >= 24.0).int()
+        places = torch.where(reached.any(dim=0), reached.argmax(dim=0), len(reached) - 1)
+        assert [len(code) for code in codes] == [vae.config.channel_counts[place] for place in places]
+        assert len(set(places.tolist())) > 1
 
 
 class TestGenerator:
