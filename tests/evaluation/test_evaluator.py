@@ -1,5 +1,6 @@
 import json
 import math
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from vitok_hf.clips import fold_frames
 from vitok_hf.data.held_out import EvaluationData, Protocol
 from vitok_hf.data.items import Clip
 from vitok_hf.data.sources import FolderFiles
-from vitok_hf.evaluation.costs import count_macs
+from vitok_hf.evaluation.costs import count_macs, reset_peak_memory
 from vitok_hf.evaluation.evaluator import ReconstructionEvaluator, Row, autoencoder_row
 from vitok_hf.evaluation.metrics import psnr, ssim
 from vitok_hf.evaluation.networks import FeatureNetwork
@@ -131,6 +132,16 @@ class TestReconstructionEvaluator:
         monkeypatch.setattr("vitok_hf.evaluation.evaluator.reset_peak_memory", fail)
         result, _ = ReconstructionEvaluator(make_data(2), "assets").evaluate(DARKER)
         assert "memory_MB" not in result.costs and "/proc/self" in result.unavailable["memory_MB"]
+
+    @pytest.mark.parametrize("missing", [True, False])
+    def test_memory_of_an_accelerator(self, monkeypatch, missing):
+        ours, others = Mock(max_memory_allocated=lambda device: 7), Mock(max_memory_allocated=lambda device: 8)
+        if missing:  # as in PyTorch 2.6
+            del ours.max_memory_allocated
+        monkeypatch.setattr("torch.accelerator", ours)
+        monkeypatch.setattr("torch.get_device_module", lambda device: others)
+        assert reset_peak_memory("cuda") == (8 if missing else 7)
+        (others if missing else ours).reset_peak_memory_stats.assert_called_once_with("cuda")
 
     def test_a_codec_must_keep_the_size(self):
         with pytest.raises(ValueError, match=r"uint8 of \(.*32\) for uint8 pictures of \(.*64\)"):

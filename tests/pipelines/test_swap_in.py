@@ -162,7 +162,8 @@ def run(pipe: DiffusionPipeline, case: Case | None = None) -> torch.Tensor:
     if case.frames is not None:
         inputs |= {"num_frames": case.frames[0], "video": [picture] * case.frames[0]}
     call = CALL | inputs | case.call | {"generator": torch.Generator().manual_seed(0)}
-    return pipe(**known(pipe.__call__, call), return_dict=False)[0]
+    output = pipe(**known(pipe.__call__, call), return_dict=False)[0]
+    return output if torch.is_tensor(output) else torch.from_numpy(output).movedim(-1, 1)  # DiT's has been an array
 
 
 def reload(pipe: DiffusionPipeline, source: Path | str) -> DiffusionPipeline:

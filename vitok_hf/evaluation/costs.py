@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers.models.attention_dispatch import attention_backend
@@ -69,6 +70,11 @@ def mean_costs(
     }
 
 
+def _memory_of(device: torch.device | str) -> Any:
+    """Where PyTorch counts the memory of an accelerator: the older ones in the device's own module, as torch.cuda."""
+    return torch.accelerator if hasattr(torch.accelerator, "max_memory_allocated") else torch.get_device_module(device)
+
+
 def reset_peak_memory(device: torch.device | str = "cpu") -> int:
     """Makes `peak_memory` count from now on. Returns the bytes that are in use now.
 
@@ -76,7 +82,7 @@ def reset_peak_memory(device: torch.device | str = "cpu") -> int:
         OSError: On a CPU, if the system is not Linux.
     """
     if torch.device(device).type != "cpu":
-        torch.accelerator.reset_peak_memory_stats(device)
+        _memory_of(device).reset_peak_memory_stats(device)
     else:
         Path("/proc/self/clear_refs").write_text("5")
     return peak_memory(device)
@@ -88,6 +94,6 @@ def peak_memory(device: torch.device | str = "cpu") -> int:
     The resident set has the mapped files, too.
     """
     if torch.device(device).type != "cpu":
-        return torch.accelerator.max_memory_allocated(device)
+        return _memory_of(device).max_memory_allocated(device)
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))

@@ -7,10 +7,10 @@ from pathlib import Path
 from types import MethodType
 from typing import Any
 
-from huggingface_hub import is_offline_mode
+from huggingface_hub import constants
 
 from ..presets import V1_PATTERN, V2_PATTERN
-from .strict import check_folder, public_config, read_object, reading, to_dtype
+from .strict import DTYPE_NAMES, check_folder, public_config, read_object, reading, to_dtype
 
 
 KEYWORDS = (
@@ -107,11 +107,12 @@ def load_strictly(
     Raises:
         ValueError: If a file cannot be read, its tensors are missing or unexpected, or a config has wrong values.
     """
-    if is_offline_mode():  # diffusers asks the Hub about sharded weights unless it is told not to
+    if constants.HF_HUB_OFFLINE:  # diffusers asks the Hub about sharded weights unless it is told not to
         kwargs["local_files_only"] = True
     _check_keywords(kwargs, from_pretrained.__self__)
     output_loading_info = kwargs.pop("output_loading_info", False)
-    kwargs |= {name: to_dtype(kwargs[name]) for name in ("dtype", "torch_dtype") if name in kwargs}
+    for name in {*DTYPE_NAMES} & set(kwargs):
+        kwargs[DTYPE_NAMES[name]] = to_dtype(kwargs.pop(name))
     folder = resolve_bundled(name_or_path)
     check_place(folder, kwargs.get("subfolder"))
     with reading(check_finite):

@@ -33,6 +33,11 @@ Header = dict[str, tuple[int, ...]]
 
 FLOATS = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}
 DTYPES = {name: getattr(torch, name) for name in ("float64", "float32", "bfloat16", "float16", "float8_e4m3fn")}
+# What diffusers calls these arguments of `from_pretrained`; before 0.40 it had but the second.
+DTYPE_NAMES = {
+    "dtype": "dtype" if [*map(int, diffusers.__version__.split(".")[:2])] >= [0, 40] else "torch_dtype",
+    "torch_dtype": "torch_dtype",
+}
 NO_WEIGHTS = {
     b"version https://git-lfs": "a pointer of Git LFS, fetch the file by `git lfs pull`",
     b"<!doctype": "a web page, download the file itself",

@@ -19,7 +19,7 @@ from ..checks import check_bool, check_finite, check_generator, check_int, check
 from ..clips import to_picture
 from ..latents import denormalize_latents
 from ..loading import resolve_bundled
-from ..loading.strict import reading, to_dtype
+from ..loading.strict import DTYPE_NAMES, reading, to_dtype
 from ..models import AutoencoderViTok, ViTokDiTModel
 from .calls import Call, CallsMixin
 from .checks import (
@@ -125,10 +125,10 @@ class ViTokDiTPipeline(CallsMixin, DiffusionPipeline):
             ValueError: If a file is damaged, or does not fit the others.
             OSError: If a file cannot be found or fetched.
         """
-        for name in {"dtype", "torch_dtype"} & set(kwargs):
-            dtype = kwargs[name]
+        for name in {*DTYPE_NAMES} & set(kwargs):
+            dtype = kwargs.pop(name)
             parts = {part: to_dtype(value) for part, value in dtype.items()} if isinstance(dtype, dict) else {}
-            kwargs[name] = parts or to_dtype(dtype)
+            kwargs[DTYPE_NAMES[name]] = parts or to_dtype(dtype)
         with reading(kwargs.pop("check_finite", None)):
             return super().from_pretrained(resolve_bundled(pretrained_model_name_or_path), **kwargs)
 

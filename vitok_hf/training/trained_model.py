@@ -33,7 +33,8 @@ def prepare_blocks(model: ModelMixin, args: TransformerArguments) -> None:
     if args.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     if args.compile:
-        torch.compiler.config.recompile_limit = max(64, torch.compiler.config.recompile_limit)
+        config = torch._dynamo.config  # `recompile_limit` under the name that it has in every version
+        config.cache_size_limit = max(64, config.cache_size_limit)
         model.compile_repeated_blocks(fullgraph=True, dynamic=True)
 
 
