@@ -10,7 +10,7 @@ from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[1]
 OUTSIDE = ("README.md", "examples/assets/*.md", "examples/results/*/*")
-OUTSIDE += ("vitok_hf/assets/*.md", "vitok_hf/checkpoints/*/*.md", "vitok_hf/checkpoints/*/*.jpg")
+OUTSIDE += ("vitok_hf/assets/*.md", "vitok_hf/checkpoints/*/*.md", "vitok_hf/checkpoints/*/*.[jp][pn]g")
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:

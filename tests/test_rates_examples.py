@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+from add_channels import grow
 from evaluate_rates import choose, compare
 from nest_channels import measure, nest
 from PIL import Image
@@ -44,6 +45,22 @@ def test_nest(vae, pictures):
     assert error(nested, codes.mode()) < 0.8 * error(vae, original.mode())
 
 
+@torch.no_grad()
+def test_added_channels(pictures):
+    """The first say as much as before, the new ones something else."""
+    x = pictures[:, :, 0] / 127.5 - 1
+    nested = AutoencoderViTok.from_pretrained("vitok-tiny-f8x8", dtype=torch.float32)
+    nest(nested, [2, 4, 8], measure(nested, [pictures]))
+    grown = grow(nested, [2, 4, 8, 12], [pictures])
+    posterior, old = grown.encode(x).latent_dist, nested.encode(x).latent_dist
+    assert torch.allclose(posterior.mode()[:, :8], old.mode(), atol=1e-3)
+    assert torch.allclose(posterior.std[:, 8:], torch.tensor(-2.0).exp())
+    assert torch.allclose(grown.decode(old.mode()).sample, nested.decode(old.mode()).sample, atol=1e-3)
+    tokens = posterior.mode().flatten(2).mT.flatten(0, 1)
+    assert tokens[:, 8:].mean(dim=0).abs().max() < 1e-2 and (tokens[:, 8:].std(dim=0) - 1).abs().max() < 1e-2
+    assert torch.cov(tokens.mT)[:8, 8:].abs().max() < 2e-2
+
+
 def test_lengths_chosen_by_psnr():
     psnrs = np.array([[20.0, 25, 30], [28, 32, 36], [10, 15, 20]])
     assert choose(psnrs, 25).tolist() == [1, 0, 2] and choose(psnrs, 0).tolist() == [0, 0, 0]
@@ -71,6 +88,10 @@ def test_scripts(tmp_path, run_example):
     assert (tmp_path / "rates" / "histograms.png").is_file()
     with pytest.raises(ValueError, match="`channel_counts` must end with `latent_channels`, 4"):
         run_example("nest_channels.py", "--model", "vae", "--channel_counts", 2, *data, "--output_dir", "x")
+    run_example("add_channels.py", "--model", "vae", "--channel_counts", 2, 4, 6, *data, "--output_dir", "grown")
+    assert AutoencoderViTok.from_pretrained(tmp_path / "grown").config.channel_counts == [2, 4, 6]
+    with pytest.raises(SystemExit):
+        run_example("add_channels.py", "--model", "vae", "--channel_counts", 2, 6, *data, "--output_dir", "x")
     for change in ({"variational": False}, {"token_counts": [2]}):
         AutoencoderViTok(**TINY | change).save_pretrained(tmp_path / "plain")
         with pytest.raises(SystemExit):

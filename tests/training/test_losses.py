@@ -124,6 +124,7 @@ class TestLPIPS:
         with caplog.at_level(logging.WARNING):
             loss = make_loss(lpips=1.0)
         assert loss.module.weights["lpips"] == 0.0 and "LPIPS loss is OFF" in caplog.text and "VGG-16" in caplog.text
+        assert "Install" not in caplog.text  # it is
         assert "lpips" not in loss(*pair)[1]
 
 

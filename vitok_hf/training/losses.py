@@ -18,11 +18,13 @@ def load_lpips() -> nn.Module | None:
     try:
         return networks.load_lpips(trunk="vgg").module.get_submodule("network")
     except (ImportError, OSError) as error:  # not installed, or the weights of VGG are neither cached nor downloadable
-        logger.warning(
-            "The LPIPS loss is OFF (its weight is set to 0): %s. Install `lpips`, and download the VGG-16 weights of "
-            "torchvision once with a network, or copy them to the folder checkpoints/ of `torch.hub.get_dir()`.",
-            error,
-        )
+        remedy = "Install `lpips`"
+        if not isinstance(error, ImportError):
+            remedy = (
+                "Download the VGG-16 weights of torchvision once with a network, or copy them to the folder "
+                "checkpoints/ of `torch.hub.get_dir()`"
+            )
+        logger.warning("The LPIPS loss is OFF (its weight is set to 0): %s. %s.", error, remedy)
         return None
 
 
