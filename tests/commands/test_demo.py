@@ -139,7 +139,7 @@ def test_errors_are_words():
 class TestCommand:
     def test_bundled_models(self):
         models = demo.load_models(demo.parse(["--compare", "vitok-tiny-f8x8"], "vitok demo"))
-        assert models.name == models.other_name == "vitok-tiny-f8x8" and models.pipe.labels["face"] == 0
+        assert models.name == models.other_name == "vitok-dial-f8x16" and models.pipe.labels["face"] == 0
         models = demo.load_models(demo.parse(["--compare", "none", "--pipeline", "none"], "vitok demo"))
         assert models.other is None and models.pipe is None
         assert "--compare MODEL" in str(make_app(models).get_config_file())
@@ -148,7 +148,7 @@ class TestCommand:
         make_vae("v1").save_pretrained(tmp_path / "output" / "vae")
         make_pipeline("video").save_pretrained(tmp_path / "film")
         models = demo.load_models(demo.parse(["--model", str(tmp_path / "output" / "vae")], "vitok demo"))
-        assert models.name == "output/vae" and models.other_name == "vitok-tiny-f8x8"
+        assert models.name == "output/vae" and models.other_name == "vitok-dial-f8x16"
         with pytest.raises(ValueError, match="film makes videos, but the demo draws pictures"):
             demo.load_models(demo.parse(["--pipeline", str(tmp_path / "film")], "vitok demo"))
 

@@ -51,11 +51,11 @@ def run(args):
 
 def test_learns(arguments, monkeypatch):
     """And its result, by the code of its card, knows the classes as it does."""
-    trainer = run(arguments())
+    trainer = run(arguments(max_train_steps=80, learning_rate=5e-4))  # enough for the means of batch normalisation
     assert (
         trainer.metrics
         == {"test_accuracy": 1.0}
-        == {"test_accuracy": read_log(trainer.output_dir, "test_accuracy")[8]}
+        == {"test_accuracy": read_log(trainer.output_dir, "test_accuracy")[80]}
     )
     monkeypatch.chdir(trainer.output_dir / "classifier")
     card = (trainer.output_dir / "classifier" / "README.md").read_text()
