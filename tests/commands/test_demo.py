@@ -139,7 +139,7 @@ def test_errors_are_words():
 class TestCommand:
     def test_bundled_models(self):
         models = demo.load_models(demo.parse(["--compare", "vitok-tiny-f8x8"], "vitok demo"))
-        assert models.name == models.other_name == "vitok-dial-f8x16" and models.pipe.labels["face"] == 0
+        assert models.name == models.other_name == "vitok-tiny-f8x8" and models.pipe.labels["face"] == 0
         models = demo.load_models(demo.parse(["--compare", "none", "--pipeline", "none"], "vitok demo"))
         assert models.other is None and models.pipe is None
         assert "--compare MODEL" in str(make_app(models).get_config_file())
