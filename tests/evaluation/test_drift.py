@@ -47,6 +47,12 @@ def test_one_encodes_and_the_other_decodes(teacher, student):
     assert torch.equal(Relay(teacher, student, teacher)(IMAGES), reconstruct(teacher, IMAGES))
 
 
+def test_sequences_are_not_decoded_by_another(teacher):
+    student = AutoencoderViTok(**TINY | {"num_latent_tokens": 3})
+    with pytest.raises(ValueError, match="Another `decoder` takes whole codes on a grid"):
+        Relay(student, teacher, teacher)(IMAGES)
+
+
 def test_rows(teacher, student):
     rows = list(drift_rows("T", teacher, iter([("S", student)]), "cpu"))
     assert [row.name for row in rows] == ["T", "S", "T to S", "S to T"]

@@ -153,6 +153,12 @@ def test_other_factors_are_refused(arguments, teacher, change, found, wanted):
         Teacher(arguments(teacher_model_name_or_path=teacher), AutoencoderViTok(**STUDENT | change))
 
 
+def test_students_whose_codes_are_cut_are_refused(arguments, teacher):
+    student = AutoencoderViTok(**STUDENT | {"channel_counts": [2, 4]})
+    with pytest.raises(ValueError, match=r"`channel_counts` \[2, 4\], but the latents of a teacher are whole"):
+        Teacher(arguments(teacher_model_name_or_path=teacher), student)
+
+
 def test_teacher_without_statistics(arguments, tmp_path):
     teacher = save(AutoencoderKL(**KL | {"scaling_factor": 1.0}), tmp_path)
     with pytest.raises(ValueError, match="AutoencoderKL has no statistics of its latents: write"):

@@ -143,6 +143,8 @@ def run_autoencoder(
             f"{', '.join(lengths)} cut the codes of a ViTok, but this is a {type(vae).__name__}: leave them out."
         )
     is_sequence = isinstance(vae, AutoencoderViTok) and vae.config.num_latent_tokens is not None
+    if decoder is not None and (lengths or is_sequence):
+        raise ValueError("Another `decoder` takes whole codes on a grid, not sequences, and not codes that are cut.")
     if lengths or (is_sequence and change_latents is not None):
         codes = vae.encode(pixels, **lengths or {}).latent_dist.mode()
         codes = codes if change_latents is None else change_latents(codes)

@@ -12,6 +12,7 @@ from ..clips import Runs, fold_frames, unfold_frames
 from ..evaluation.autoencoders import encode_moments, fit_shape, load_autoencoder, takes_videos
 from ..latents import NO_STATISTICS, latent_spread
 from ..models import AutoencoderViTok
+from ..models.codes import CODE_FIELDS
 from ..models.posterior import ViTokPosterior
 from .arguments import TeacherSettings
 
@@ -106,6 +107,10 @@ class Teacher(nn.Module):
 def check_latents(teacher: ModelMixin, student: AutoencoderViTok, name: str) -> None:
     """Raises `ValueError` unless both turn the same clip into latents of one shape."""
     config, side = student.config, 4 * student.config.patch_size
+    if cut := [field for field in CODE_FIELDS if config[field] is not None]:
+        raise ValueError(
+            f"The model has `{cut[0]}` {config[cut[0]]}, but the latents of a teacher are whole: take another."
+        )
     shape = (1, config.in_channels, config.sample_frames, side, side)
     wanted = (config.latent_channels, config.num_latent_frames(config.sample_frames), 4, 4)
     fitted = fit_shape(teacher, shape)
