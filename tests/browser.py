@@ -26,6 +26,8 @@ def start_browser() -> webdriver.Chrome:
     options.add_argument("--headless=new")
     options.add_argument("--window-size=1280,900")
     options.add_argument("--disable-dev-shm-usage")
+    for name in ("background-networking", "component-update", "sync"):  # it would ask its maker's servers
+        options.add_argument(f"--disable-{name}")
     if os.geteuid() == 0:
         options.add_argument("--no-sandbox")  # which root has none of
     options.set_capability("goog:loggingPrefs", {"performance": "ALL", "browser": "ALL"})

@@ -27,7 +27,7 @@ CODECS = {
     "mpeg2video": {"bf": "2", "g": "15"},
     "libvpx": {"g": "20", "lag-in-frames": "10"},
     "libvpx-vp9": {"g": "20", "lag-in-frames": "10", "cpu-used": "8"},
-    "libsvtav1": {"g": "20", "preset": "12"},
+    "libsvtav1": {"g": "20", "preset": "12", "svtav1-params": "lp=1"},  # several threads may stall on two cores
     "mjpeg": {},
     "ffv1": {},
 }
