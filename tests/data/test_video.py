@@ -27,7 +27,7 @@ CODECS = {
     "mpeg2video": {"bf": "2", "g": "15"},
     "libvpx": {"g": "20", "lag-in-frames": "10"},
     "libvpx-vp9": {"g": "20", "lag-in-frames": "10", "cpu-used": "8"},
-    "libsvtav1": {"g": "20", "preset": "12", "svtav1-params": "lp=1"},  # several threads may stall on two cores
+    "libsvtav1": {"g": "20", "preset": "12", "svtav1-params": "lp=1"},
     "mjpeg": {},
     "ffv1": {},
 }
@@ -81,7 +81,7 @@ def encode(
     """Frame i at second `times`[i], by default 60 of them at `rate` from 0 on; then `sound` seconds of silence."""
     rate = Fraction(rate)
     times = [Fraction(index) / rate for index in range(60)] if times is None else times
-    name, options = codec.split()[0], CODECS.get(codec, {})
+    name, options = codec.split()[0], CODECS.get(codec, {}) | {"threads": "1"}  # more spin where cores are busy
     file = f"file:{target}" if isinstance(target, Path) else target
     with av.open(file, "w", format=format, options=muxer or {}) as container:
         stream = container.add_stream(name, rate=rate, options=options)
