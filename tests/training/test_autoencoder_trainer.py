@@ -196,7 +196,7 @@ class TestData:
         (batch,) = next_batches(trainer)
         frames = config["sample_frames"]
         assert batch.pixels[0].shape[1:3] == (3, frames) and trainer.count_pixels(batch) == 8 * frames * 16 * 16
-        assert trainer._count(batch.pixels)[0] == 8 * 4 * 2 * 2 * 2  # of two latent frames each
+        assert trainer._count(batch.pixels, batch.pixels)[0] == 8 * 4 * 2 * 2 * 2  # of two latent frames each
 
     @pytest.mark.parametrize("stage", [1, 2])
     def test_pictures_and_clips_mixed(self, arguments, stage2, tmp_path, stage):
@@ -207,7 +207,7 @@ class TestData:
         assert {run.shape[2] for run in batch.pixels} == {1, 5} and batch.num_items == 8
         pictures = sum(len(run) for run in batch.pixels if run.shape[2] == 1)
         tokens = batch.pixels[0][0, 0, 0].numel() // 8**2
-        latents, values, frames = trainer._count(batch.pixels)
+        latents, values, frames = trainer._count(batch.pixels, batch.pixels)
         assert latents == 4 * tokens * (pictures + 2 * (8 - pictures))
         assert frames == pictures + 5 * (8 - pictures) and values == 3 * 64 * tokens * frames
         assert set(read_log(trainer.output_dir)) == {1, 2}

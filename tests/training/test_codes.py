@@ -34,7 +34,7 @@ def test_one_length_for_each_picture(arguments, monkeypatch):
     trainer = AutoencoderTrainer(arguments(channel_counts=[1, 2, 4], token_counts=[1, 2, 9], crop_sizes=["16"]))
     (batch,) = next_batches(trainer)
     calls, reconstruct = [], trainer._reconstruct
-    monkeypatch.setattr(trainer, "_reconstruct", lambda *args: calls.append(args[2]) or reconstruct(*args))
+    monkeypatch.setattr(trainer, "_reconstruct", lambda *args: calls.append(args[0].lengths) or reconstruct(*args))
     counts = {"num_tokens": Counter(), "num_channels": Counter()}
     for parts in ([8], [3, 5]):
         torch.manual_seed(0)

@@ -97,14 +97,13 @@ def test_loss_is_in_spreads_of_the_teacher(arguments, teacher):
 
 def test_decoder_sees_samples_of_the_teacher(arguments, teacher, monkeypatch):
     trainer = AutoencoderTrainer(arguments(STUDENT, teacher_model_name_or_path=teacher))
-    (batch,) = next_batches(trainer)
-    target, seeds = trainer._to_device(batch.pixels), list(range(batch.num_items))
-    lesson = trainer._teach(target)
-    output = trainer._reconstruct(target, seeds, {}, lesson)
-    noise = torch.randn(lesson.means[0][:1].shape, generator=torch.Generator().manual_seed(0))
+    (part,), _ = trainer._prepare(next_batches(trainer))
+    lesson = trainer._teach(part)
+    output = trainer._reconstruct(part, lesson)
+    noise = torch.randn(lesson.means[0][:1].shape, generator=torch.Generator().manual_seed(part.seeds[0]))
     latents = lesson.means[0][:1] + lesson.stds[0][:1] * noise
     assert_close(output.sample[0][:1], trainer.vae.decode(latents).sample)
-    assert_close(output.parameters[0], trainer.vae(target, decode=False).parameters[0])
+    assert_close(output.parameters[0], trainer.vae(part.pixels, decode=False).parameters[0])
     gradients = torch.autograd.grad(output.sample[0].sum(), list(trainer.vae.encoder.parameters()), allow_unused=True)
     assert all(gradient is None for gradient in gradients)
 

@@ -1,4 +1,5 @@
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -165,8 +166,7 @@ class AutoencoderViTok(
         Args:
             variant: `"S-B/16"` or `"S-B/4x8"` (the paper: ENC-DEC/p, ENC-DEC/qxp), or `"Ld4-Ld24/1x16x64"` or
                 `"B/1x16x64"` (ViTok-v2: ENC-DEC/qxpxc, or one size for both towers).
-            kwargs: Constructor arguments, which take precedence. Of a `causal` model of the paper, `sample_frames` are
-                those of the name and one more, 17.
+            kwargs: Constructor arguments, which take precedence. A `causal` model of the paper has `sample_frames` 17.
 
         Raises:
             ValueError: If the name is unknown.
@@ -369,6 +369,7 @@ class AutoencoderViTok(
         latents: torch.Tensor | list[torch.Tensor] | None = None,
         encode: bool = True,
         decode: bool = True,
+        transform: Callable[[Any], Any] | None = None,
     ) -> ViTokOutput | tuple[Any]:
         """Encodes and decodes `sample`, (B, C, H, W) or (B, C, T, H, W) in [-1, 1], or a list; see `encode`, `decode`.
 
@@ -377,23 +378,23 @@ class AutoencoderViTok(
                 (n, C, T, H, W), T = 1 for pictures. Then `sample` of the output is such a list, and `kl` is (N,).
             sample_posterior: Decode a sample of the posterior, drawn with `generator`, not its mode.
             generator: One, or a list of one for each item, of all runs.
-            num_tokens, num_channels: What is kept of the codes, one number for all, or a list of one for each item, of
-                all runs.
-            latents: Another model's, of the same form, which are decoded. The output has the posterior's `parameters`.
+            num_tokens, num_channels: What is kept of codes: one number, or a list of one for each item of all runs.
+            latents: Another model's, of the same form, which are decoded.
             encode: `False`: `sample` is not encoded, and only says how large `latents` are decoded.
-            decode: `False`: the output has the posterior's `parameters`, and no `sample`.
+            decode: `False`: the output has no `sample`.
+            transform: What becomes of the latents before they are decoded, as noise. They may get another size.
         """
         check_bool(sample_posterior=sample_posterior, return_dict=return_dict, encode=encode, decode=decode)
         if not encode and latents is None:
             raise ValueError("`encode` is False and `latents` None: pass the latents to decode.")
-        settings = self._memory_settings()
-        posterior = self._posterior(self._encode("sample", sample, settings)) if encode else None
-        kl = None if posterior is None else posterior.kl()
-        parameters = None if posterior is None or (decode and latents is None) else posterior.parameters
+        posterior = self._posterior(self._encode("sample", sample, self._memory_settings())) if encode else None
+        kl, parameters = (None, None) if posterior is None else (posterior.kl(), posterior.parameters)
         if posterior is not None and kl is not None and latents is None:
             check_generator(generator, len(kl))
             latents = posterior.sample(generator) if sample_posterior else posterior.mode()
+        latents = latents if transform is None else transform(latents)
         if num_tokens is not None or num_channels is not None:
             latents = self._fill(sample, latents, num_tokens, num_channels)
-        decoded = self._decode(None, latents, settings, sizes_of(sample), self._grids(sample)) if decode else None
+        sizes = sizes_of(sample) if transform is None else None
+        decoded = self._decode(None, latents, self._memory_settings(), sizes, self._grids(sample)) if decode else None
         return ViTokOutput(sample=decoded, kl=kl, parameters=parameters) if return_dict else (decoded,)

@@ -106,7 +106,7 @@ class PosteriorList:
 class ViTokOutput(DecoderOutput):
     """The reconstruction `sample`, and `kl`, (B,): the posterior's divergence, summed over all latents of an item.
 
-    Where asked for, `parameters` are means and log-variances, (B, 2c, ...), or, without variances, (B, c, ...). For a
+    `parameters` are the posterior's means and log-variances, (B, 2c, ...), or, without variances, (B, c, ...). For a
     list of items, `sample` and `parameters` are lists.
     """
 

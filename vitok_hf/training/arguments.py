@@ -191,7 +191,28 @@ class TeacherSettings:
 
 
 @dataclass
-class AutoencoderArguments(TeacherSettings, AdversarySettings, LossSettings, TransformerArguments):
+class DiffusabilitySettings:
+    """What makes latents easier to learn for a diffusion model; see `training.diffusability`."""
+
+    equivariance: float = argument(
+        0.0,
+        "EQ-VAE: share of batches whose latents are scaled and flipped, and decoded to such pictures.",
+        minimum=0,
+        maximum=1,
+    )
+    latent_noise: float = argument(
+        0.0, "RAE: decoded latents have noise of |N(0, this)| of their standard deviation (RAE: 0.8).", minimum=0
+    )
+    alignment_model_name_or_path: str | None = argument(
+        None, "VA-VAE: latents are like the features of this vision transformer: folder or Hub id."
+    )
+    alignment_weight: float = argument(0.01, "Weight of what they differ.", above=0)
+
+
+@dataclass
+class AutoencoderArguments(
+    DiffusabilitySettings, TeacherSettings, AdversarySettings, LossSettings, TransformerArguments
+):
     """Settings of `AutoencoderTrainer`, the arguments of `vitok train`."""
 
     stage: int = argument(

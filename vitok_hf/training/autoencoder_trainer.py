@@ -1,7 +1,7 @@
 """Training of the autoencoder, both stages."""
 
 import logging
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from ..pipelines.model_card import ModelCard
 from .adversary import Adversary
 from .arguments import AutoencoderArguments
 from .checkpointing import atomic_folder
+from .diffusability import Alignment, Change, check_diffusability, draw_change
 from .losses import ReconstructionLoss
 from .publishing import usage_of_lengths
 from .teacher import Lesson, Teacher
@@ -34,6 +35,19 @@ from .trainer import Trainer
 logger = logging.getLogger(__name__)
 
 Lengths = dict[str, list[int]]  # arguments of the model: a number for each picture
+
+
+@dataclass
+class Part:
+    """One batch of a step: its pixels, what is to come out of its changed latents, and its share of the frames."""
+
+    pixels: Runs
+    wanted: Runs
+    change: Change
+    seeds: list[int]
+    lengths: Lengths
+    share: torch.Tensor
+
 
 LORA_TARGETS = r".*\.(to_q|to_k|to_v|to_out\.0|ff\.net\.0\.proj|ff\.net\.2)"
 
@@ -116,6 +130,7 @@ class AutoencoderTrainer(Trainer[AutoencoderArguments, AutoencoderViTok]):
         super().__init__(args)
         vae = load_model(args)
         self.teacher = None if args.teacher_model_name_or_path is None else Teacher(args, vae)
+        check_diffusability(args, vae)
         if args.distill == "encoder":
             vae.get_submodule("decoder").requires_grad_(False)
         if args.freeze_encoder:
@@ -134,7 +149,10 @@ class AutoencoderTrainer(Trainer[AutoencoderArguments, AutoencoderViTok]):
         with self.accelerator.local_main_process_first():  # which downloads networks for all
             with_kl = not args.freeze_encoder and self.teacher is None
             loss = ReconstructionLoss(args, self.config.patch_size, with_kl, self.config.in_channels)
+            self.alignment = None if args.alignment_model_name_or_path is None else Alignment(args, vae)
         self.loss = loss.to(self.accelerator.device)
+        if self.alignment is not None:
+            self.alignment.to(self.accelerator.device)
         self.add_model("vae", vae)
         self.adversary = None
         if args.stage == 2:
@@ -186,63 +204,68 @@ class AutoencoderTrainer(Trainer[AutoencoderArguments, AutoencoderViTok]):
         own. Only what the discriminator sees of the variation in a batch depends on it, unless the batches have
         multiples of 4 frames, the size of its groups.
         """
-        targets, trained = [self._to_device(batch.pixels) for batch in batches], self.trained
-        counts = torch.tensor([self._count(runs) for runs in targets], dtype=torch.float32).to(self.accelerator.device)
-        *totals, num_frames = self.accelerator.reduce(counts.mean(dim=0), "mean")
-        shares = counts[:, -1] / num_frames
-        items = [batch.num_items for batch in batches]
-        seeds = [part.tolist() for part in torch.randint(2**62, (sum(items),)).split(items)]
-        lengths = self._draw_lengths(targets)
-        logs, adversary, squares, pairs = [], self.adversary, None, []
-        if len(batches) > 1 and adversary is not None and adversary.is_adaptive(self.step):
-            parts = zip(targets, seeds, lengths, shares)
-            of_batches = [self._gradient_squares(adversary, *part, totals) for part in parts]
-            squares = torch.stack(of_batches).sum(dim=0)
-        for target, batch_seeds, batch_lengths, share in zip(targets, seeds, lengths, shares):
+        parts, totals = self._prepare(batches)
+        logs, adversary, trained, squares, pairs = [], self.adversary, self.trained, None, []
+        if len(parts) > 1 and adversary is not None and adversary.is_adaptive(self.step):
+            squares = torch.stack([self._gradient_squares(adversary, part, totals) for part in parts]).sum(dim=0)
+        for part in parts:
             with trained.accumulate():
-                lesson = self._teach(target)
-                output = self._reconstruct(target, batch_seeds, batch_lengths, lesson)
-                loss, log = self._losses(output, target, lesson, totals)
+                lesson = self._teach(part)
+                output = self._reconstruct(part, lesson)
+                loss, log = self._losses(output, part, lesson, totals)
                 if adversary is not None:
-                    gan_loss, gan_log = adversary.generator_loss(output.sample, loss, self.step, share, squares)
+                    gan_loss, gan_log = adversary.generator_loss(output.sample, loss, self.step, part.share, squares)
                     loss, log = loss + gan_loss, log | gan_log
-                    pairs.append(([run.detach() for run in output.sample], target))
+                    pairs.append(([run.detach() for run in output.sample], part.wanted))
                 self.accelerator.backward(loss)
                 logs.append(log | {"loss": loss.detach()} | trained.update(self.step))
         if adversary is not None:
-            for log, pair, share in zip(logs, pairs, shares):
-                log |= adversary.discriminator_step(*pair, self.step, share)
+            for log, pair, part in zip(logs, pairs, parts):
+                log |= adversary.discriminator_step(*pair, self.step, part.share)
             adversary.end_step(logs)
         return logs
 
-    def _gradient_squares(
-        self, adversary: Adversary, target: Runs, seeds: list[int], lengths: Lengths, share, totals
-    ) -> torch.Tensor:
+    def _prepare(self, batches: list[Batch]) -> tuple[list[Part], list[torch.Tensor]]:
+        """The batches of a step with all that is random, and the latent elements and values of an average one."""
+        pixels = [self._to_device(batch.pixels) for batch in batches]
+        changes = [draw_change(self.args) for _ in batches]
+        wanted = [change.pixels(runs, self.config.patch_size) for change, runs in zip(changes, pixels)]
+        numbers = [self._count(*runs) for runs in zip(pixels, wanted)]
+        counts = torch.tensor(numbers, dtype=torch.float32).to(self.accelerator.device)
+        *totals, num_frames = self.accelerator.reduce(counts.mean(dim=0), "mean")
+        items = [batch.num_items for batch in batches]
+        seeds = [part.tolist() for part in torch.randint(2**62, (sum(items),)).split(items)]
+        shares = counts[:, -1] / num_frames
+        return [*map(Part, pixels, wanted, changes, seeds, self._draw_lengths(pixels), shares)], totals
+
+    def _gradient_squares(self, adversary: Adversary, part: Part, totals: list[torch.Tensor]) -> torch.Tensor:
         """What the adaptive weight of a step needs of each batch beforehand: all graphs take too much memory."""
         with torch.no_grad():
-            lesson = self._teach(target)
-            sample = self._reconstruct(target, seeds, lengths, lesson).sample
+            sample = self._reconstruct(part, self._teach(part)).sample
         fakes = [run.requires_grad_() for run in sample]
-        loss, _ = self.loss(fakes, target, None, *totals)
-        return adversary.gradient_squares(fakes, loss, share)
+        loss, _ = self.loss(fakes, part.wanted, None, *totals)
+        return adversary.gradient_squares(fakes, loss, part.share)
 
-    def _teach(self, target: Runs) -> Lesson | None:
-        return None if self.teacher is None else self.teacher.teach(target)
+    def _teach(self, part: Part) -> Lesson | None:
+        return None if self.teacher is None else self.teacher.teach(part.pixels)
 
-    def _reconstruct(self, target: Runs, seeds: list[int], lengths: Lengths, lesson: Lesson | None) -> ViTokOutput:
-        """From a sample of the posterior, or the teacher's, cut to `lengths`; it has one seed for each picture."""
-        generators = [torch.Generator(self.accelerator.device).manual_seed(seed) for seed in seeds]
+    def _reconstruct(self, part: Part, lesson: Lesson | None) -> ViTokOutput:
+        """From a sample of the posterior, or the teacher's, changed and cut; it has one seed for each picture."""
+        generators = [torch.Generator(self.accelerator.device).manual_seed(seed) for seed in part.seeds]
+        options: dict[str, Any] = {"transform": part.change.bind(generators)}
         if self.teacher is not None and lesson is not None:
-            return self.trained.model(target, **self.teacher.options(lesson, generators))
-        return self.trained.model(target, sample_posterior=True, generator=generators, **lengths)
+            return self.trained.model(part.pixels, **options, **self.teacher.options(lesson, generators))
+        return self.trained.model(part.pixels, sample_posterior=True, generator=generators, **options, **part.lengths)
 
     def _losses(
-        self, output: ViTokOutput, target: Runs, lesson: Lesson | None, totals: list[torch.Tensor]
+        self, output: ViTokOutput, part: Part, lesson: Lesson | None, totals: list[torch.Tensor]
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Of the reconstructions, if there are, and the latents, if there is a teacher: (loss, logs)."""
-        parts = [] if output.sample is None else [self.loss(output.sample, target, output.kl, *totals)]
+        """Of the reconstructions, if there are, and of the latents, if these are to be like others: (loss, logs)."""
+        parts = [] if output.sample is None else [self.loss(output.sample, part.wanted, output.kl, *totals)]
         if self.teacher is not None and lesson is not None and isinstance(output.parameters, list):
             parts.append(self.teacher.loss(output.parameters, lesson, totals[0]))
+        if self.alignment is not None and isinstance(output.parameters, list):
+            parts.append(self.alignment.loss(output.parameters, part.pixels, totals[0]))
         losses, logs = zip(*parts)
         return torch.stack(losses).sum(), {name: value for log in logs for name, value in log.items()}
 
@@ -268,10 +291,10 @@ class AutoencoderTrainer(Trainer[AutoencoderArguments, AutoencoderViTok]):
     def _to_device(self, pixels: Runs) -> Runs:
         return [to_float(run.to(self.accelerator.device, non_blocking=True)) for run in pixels]
 
-    def _count(self, runs: Runs) -> tuple[int, int, int]:
-        """Latent elements, values and frames of a batch."""
-        latents = self.config.latent_channels * sum(map(self.vae.count_tokens, item_sizes(runs)))
-        return latents, sum(run.numel() for run in runs), sum(run[:, 0, :, 0, 0].numel() for run in runs)
+    def _count(self, pixels: Runs, wanted: Runs) -> tuple[int, int, int]:
+        """Latent elements of a batch, and values and frames of what it is to become."""
+        latents = self.config.latent_channels * sum(map(self.vae.count_tokens, item_sizes(pixels)))
+        return latents, sum(run.numel() for run in wanted), sum(run[:, 0, :, 0, 0].numel() for run in wanted)
 
     def load_held_out(self, path: str) -> torch.Tensor:
         """(N, C, T, H, W) uint8; of a folder without videos, for a causal model, clips of one frame."""
