@@ -84,7 +84,7 @@ def draw_change(settings: DiffusabilitySettings) -> Change:
 
 
 class Alignment(nn.Module):
-    """How far latents are from the features of a frozen vision transformer (VA-VAE, arXiv 2501.01423, equations 3, 5).
+    """How far latents are from the features of a frozen vision transformer (VA-VAE, arXiv 2501.01423).
 
     The picture is resized so that it has a patch for each latent. Two terms: 1 - 0.5 - cosine of the features and what
     a linear map makes of the latent, and the difference of cosines between two latents and between their features,
