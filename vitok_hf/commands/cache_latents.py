@@ -6,7 +6,8 @@ Files and settings must then be the same; data that were moved as a whole are. W
         --output_dir latents
 
 The class of a picture is the name of the folder that holds it. Both flips are written, as means and standard
-deviations of the posteriors.
+deviations of the posteriors. A caption in `picture.txt`, or any object in `picture.json`, beside `picture.png` goes
+along: `vitok_hf.data.latent_cache.LatentCache(folder).metadata(index)` has it.
 """
 
 import argparse

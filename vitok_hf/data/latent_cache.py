@@ -2,12 +2,14 @@
 
 `index.json` names the autoencoder, the classes and the shards with their checksums and those of the files that they
 hold, and has one itself. A shard is a safetensors file with `mean` and `std`, (N, 2, c, [t,] h, w), of the picture and
-its mirror image, and `labels`, (N,); of few bits, also `mean_grid` and `std_grid` (see `quantization`). It is written
-under a temporary name, and listed when it is complete, so that an interrupted run goes on after the last one, if files
-and settings are the same (see `claims`). What could not be read is tried again.
+its mirror image, and `labels`, (N,); of few bits, also `mean_grid` and `std_grid` (see `quantization`); in its header
+is what lies beside the files, a caption in `picture.txt` or an object in `picture.json`. It is written under a
+temporary name, and listed when it is complete, so that an interrupted run goes on after the last one, if files and
+settings are the same (see `claims`). What could not be read is tried again.
 """
 
 import hashlib
+import json
 import logging
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -69,6 +71,19 @@ def read_index(folder: Path) -> dict:
             "cache-latents` again, which then writes all shards anew."
         )
     return index
+
+
+def read_metadata(path: str | Path) -> dict[str, Any]:
+    """The object in the file of this name that ends in .json, or {"caption": text} of one in .txt, or nothing."""
+    path = Path(path)
+    if path.with_suffix(".json").is_file():
+        found = read_json(path.with_suffix(".json"))
+        if not isinstance(found, dict):
+            raise ValueError(f'"{path.with_suffix(".json")}" must hold a JSON object, but holds {found!r:.200}.')
+        return found
+    if path.with_suffix(".txt").is_file():
+        return {"caption": path.with_suffix(".txt").read_text(encoding="utf-8").strip()}
+    return {}
 
 
 def check_shard(folder: Path, shard: dict) -> None:
@@ -192,7 +207,10 @@ def write_latents(
         contents = claimed_contents(folder)
         for number in tqdm(range(index["num_shards"]), desc="shards"):
             part = range(number * shard_size, min(len(files), (number + 1) * shard_size))
-            digest = hashlib.sha256("".join(f"{files.labels[i]} {contents[i]}\n" for i in part).encode()).hexdigest()
+            beside = {i: read_metadata(files.files[i]) for i in part}
+            lines = [f"{files.labels[i]} {contents[i]}\n" for i in part]
+            lines += [json.dumps({i: x}, sort_keys=True) for i, x in beside.items() if x]
+            digest = hashlib.sha256("".join(lines).encode()).hexdigest()
             shard = index["shards"].get(str(number))
             if shard is not None and shard["files_sha256"] == digest and _is_kept(folder, shard):
                 if not read_squares(files, view, shard["skipped"])[0]:  # what could not be read, still cannot
@@ -204,18 +222,19 @@ def write_latents(
                 tensors = round_to_bits(tensors, bits)
             for reason in skipped.values():
                 logger.warning("Skipped what cannot be read: %s", reason)
-            written = _write_shard(folder / f"latents-{number:05d}.safetensors", tensors)
+            items = [beside[i] for i in part if i not in skipped]
+            written = _write_shard(folder / f"latents-{number:05d}.safetensors", tensors, items)
             index["shards"][str(number)] = written | {"skipped": [*skipped], "files_sha256": digest}
             index = seal(index)
             write_json(path, index)
     return index
 
 
-def _write_shard(file: Path, tensors: dict[str, torch.Tensor] | None) -> dict:
+def _write_shard(file: Path, tensors: dict[str, torch.Tensor] | None, items: list[dict]) -> dict:
     if tensors is None:
         return {"file": None, "num_items": 0, "sha256": None}
     with atomic_file(file) as temporary:
-        save_file(tensors, temporary)
+        save_file(tensors, temporary, {"items": json.dumps(items)} if any(items) else None)
         digest = checksum(temporary)
     return {"file": file.name, "num_items": len(tensors["labels"]), "sha256": digest}
 
@@ -252,6 +271,7 @@ class LatentCache:
             check_shard(self.folder, shard)
         self.ends = np.cumsum([shard["num_items"] for shard in self.shards])
         self.handles: dict[int, Any] = {}
+        self.items: dict[int, list[dict]] = {}  # of the shards that were asked for
         self.labels = np.concatenate([self._read_labels(number) for number in range(len(self.shards))])
 
     def _read_labels(self, number: int) -> np.ndarray:
@@ -291,13 +311,26 @@ class LatentCache:
             self.handles[number] = safe_open(inside(self.folder, self.shards[number]["file"]), framework="pt")
         return self.handles[number]
 
+    def _place(self, index: int) -> tuple[int, int]:
+        """Shard and row."""
+        number = int(np.searchsorted(self.ends, index, side="right"))
+        return number, index - int(self.ends[number] - self.shards[number]["num_items"])
+
+    def metadata(self, index: int) -> dict[str, Any]:
+        """What lay beside the file: {"caption": ...} or any object, or {}."""
+        number, row = self._place(index)
+        if number not in self.items:
+            header = self._open(number).metadata() or {}
+            self.items[number] = json.loads(header.get("items", "[]"))
+        return self.items[number][row] if self.items[number] else {}
+
     def __getitem__(self, index: int) -> torch.Tensor:
         """(2, 2, c, t, h, w) float32: of the picture and its mirror image, mean and standard deviation.
 
         Of 1-D codes, (2, 2, c, l).
         """
-        number = int(np.searchsorted(self.ends, index, side="right"))
-        shard, row = self._open(number), index - int(self.ends[number] - self.shards[number]["num_items"])
+        number, row = self._place(index)
+        shard = self._open(number)
         moments = torch.cat([self._read_moment(shard, name, row) for name in ("mean", "std")])
         moments = moments.transpose(0, 1)  # (2, 2, c, [t,] h, w)
         return moments.unsqueeze(3) if moments.ndim == 5 else moments
