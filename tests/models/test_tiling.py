@@ -8,7 +8,7 @@ from vitok_hf import AutoencoderViTok
 from vitok_hf.clips import to_float
 from vitok_hf.data.media import load_image
 from vitok_hf.evaluation.costs import peak_memory, reset_peak_memory
-from vitok_hf.models.tiling import Tiling, apply_tiled, overlap_add, windows
+from vitok_hf.models.tiles import Tiling, apply_tiled, overlap_add, windows
 
 
 def pieces_of(video, lengths, dim=2):

@@ -139,8 +139,7 @@ class AutoencoderViTok(
         self.set_counts()
         self.use_slicing = self.use_tiling = self._has_seen_pixels = False
         self.tiling: Tiling = make_tiling(self.config)
-        self.window_radius: int | None = None
-        self.window_frames: int | None = None
+        self.disable_sliding_window()
         self._init_weights()
 
     @classmethod
@@ -387,7 +386,8 @@ class AutoencoderViTok(
         check_bool(sample_posterior=sample_posterior, return_dict=return_dict, encode=encode, decode=decode)
         if not encode and latents is None:
             raise ValueError("`encode` is False and `latents` None: pass the latents to decode.")
-        posterior = self._posterior(self._encode("sample", sample, self._memory_settings())) if encode else None
+        settings = self._memory_settings()
+        posterior = self._posterior(self._encode("sample", sample, settings)) if encode else None
         kl, parameters = (None, None) if posterior is None else (posterior.kl(), posterior.parameters)
         if posterior is not None and kl is not None and latents is None:
             check_generator(generator, len(kl))
@@ -396,5 +396,5 @@ class AutoencoderViTok(
         if num_tokens is not None or num_channels is not None:
             latents = self._fill(sample, latents, num_tokens, num_channels)
         sizes = sizes_of(sample) if transform is None else None
-        decoded = self._decode(None, latents, self._memory_settings(), sizes, self._grids(sample)) if decode else None
+        decoded = self._decode(None, latents, settings, sizes, self._grids(sample)) if decode else None
         return ViTokOutput(sample=decoded, kl=kl, parameters=parameters) if return_dict else (decoded,)

@@ -1,8 +1,8 @@
-"""Bounded memory: functions of videos on overlapping tiles along any axis, and of videos that arrive in pieces."""
+"""Bounded memory: pictures and videos in tiles, and videos that arrive in pieces."""
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -11,18 +11,9 @@ from ..clips import Runs
 from .causal import Causal, FrameCache, causal_stream
 from .compat import ViTokConfig
 from .layers import ViTokTower, patchify, unpatchify
+from .parallel import check_group, spread
 from .rotary import Grid
-
-
-Steps = tuple[int, int, int]  # what a token measures: frames, rows and columns
-
-
-@dataclass
-class Tiling:
-    """Sizes and overlaps of tiles in tokens, (t, h, w) each; `None` leaves an axis whole."""
-
-    sizes: tuple[int | None, int | None, int | None]
-    overlaps: tuple[int, int, int]
+from .tiles import Steps, Tiling, apply_tiled, cut
 
 
 class MemorySettings(NamedTuple):
@@ -32,88 +23,7 @@ class MemorySettings(NamedTuple):
     tiling: Tiling | None
     window_radius: int | None
     causal: Causal | None = None  # of a causal model
-
-
-def windows(
-    pieces: Iterable[torch.Tensor], dim: int, size: int | None, overlap: int
-) -> Iterator[tuple[int, torch.Tensor]]:
-    """Cuts what the pieces make, joined along `dim`, into windows of `size`, and tells what each shares with the last.
-
-    Neighbours share `overlap`, the last two what makes the last one as large as the others. No more than two windows
-    and a piece are held at a time.
-    """
-    shared = 0
-    window: torch.Tensor | None = None
-    rest: torch.Tensor | None = None
-    for piece in pieces:
-        rest = piece if rest is None else torch.cat([rest, piece], dim=dim)
-        while size is not None and rest.shape[dim] > size:
-            window = rest.narrow(dim, 0, size)
-            yield shared, window
-            shared = overlap
-            rest = rest.narrow(dim, size - overlap, rest.shape[dim] - size + overlap)
-    if rest is not None and window is not None:
-        new, full = rest.shape[dim] - overlap, window.shape[dim]
-        rest = torch.cat([window.narrow(dim, new, full - new), rest.narrow(dim, overlap, new)], dim=dim)
-        shared = full - new
-    if rest is not None:
-        yield shared, rest
-
-
-def overlap_add(tiles: Iterable[tuple[int, torch.Tensor]], dim: int) -> Iterator[torch.Tensor]:
-    """Inverse of `windows`: joins tiles along `dim`, neighbours blended linearly, and yields what is final."""
-    last = None
-    for shared, tile in tiles:
-        if last is not None:
-            final, end = last.split([last.shape[dim] - shared, shared], dim=dim)
-            yield final
-            start, rest = tile.split([shared, tile.shape[dim] - shared], dim=dim)
-            ramp = torch.arange(1, shared + 1, device=tile.device, dtype=tile.dtype) / (shared + 1)
-            blended = torch.lerp(end, start, ramp.view(-1, *[1] * (tile.ndim - dim - 1)))
-            tile = torch.cat([blended, rest], dim=dim)
-        last = tile
-    if last is not None:
-        yield last
-
-
-def apply_tiled(
-    function: Callable[[torch.Tensor], torch.Tensor],
-    pieces: Iterable[torch.Tensor],
-    tiling: Tiling,
-    steps_in: Steps,
-    steps_out: Steps,
-    dim: int = 2,
-) -> Iterator[torch.Tensor]:
-    """Applies `function` to overlapping tiles and blends the results.
-
-    Args:
-        function: From (B, C, T, H, W) to such a tensor of `steps_out` for each `steps_in`.
-        pieces: Parts of a video, (B, C, T, H, W), that follow one another along `dim`.
-        tiling: Sizes and overlaps in multiples of the steps.
-        steps_in, steps_out: What a token measures, (T, H, W), before and after `function`.
-
-    Yields:
-        The result in parts, along `dim`.
-
-    Raises:
-        ValueError: If the pieces together are no multiple of the step.
-    """
-    axis = dim - 2
-    step_in, step_out, size, overlap = steps_in[axis], steps_out[axis], tiling.sizes[axis], tiling.overlaps[axis]
-
-    def tiles() -> Iterator[tuple[int, torch.Tensor]]:
-        for shared, window in windows(pieces, dim, None if size is None else size * step_in, overlap * step_in):
-            if shared % step_in:
-                raise ValueError(
-                    f"The last {step_in - shared % step_in} of each {step_in} frames are missing: pad them."
-                )
-            if dim < 4:
-                parts = apply_tiled(function, [window], tiling, steps_in, steps_out, dim + 1)
-                yield shared // step_in * step_out, torch.cat(list(parts), dim=dim + 1)
-            else:
-                yield shared // step_in * step_out, function(window)
-
-    return overlap_add(tiles(), dim)
+    process_group: Any = None  # of processes that each do a share
 
 
 def check_pieces(pieces: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
@@ -184,6 +94,7 @@ class MemoryMixin:
     tiling: Tiling
     window_radius: int | None
     window_frames: int | None
+    process_group: Any = None
     _encode: Callable
     _decode: Callable
     _posterior: Callable
@@ -259,24 +170,41 @@ class MemoryMixin:
         steps_out: Steps,
         pixel_grids: list[Grid] | None = None,
     ) -> Runs:
-        """As `_run_tower`, in slices and tiles if these are on."""
-        tiling, steps = settings.tiling, (steps_in, steps_out)
-        if settings.use_slicing and sum(run.shape[0] for run in runs) > 1:
-            grids = [None] * len(runs) if pixel_grids is None else [[grid] for grid in pixel_grids]
-            return [
-                torch.cat([self._run_batches(tower, [item], settings, *steps, grid)[0] for item in run.split(1)])
-                for run, grid in zip(runs, grids)
-            ]
+        """As `_run_tower`, in slices and tiles if these are on, and of several processes each a share."""
+        steps, group, tiling = (steps_in, steps_out), settings.process_group, settings.tiling
         if tower.num_latent_tokens:
             check_whole(runs, pixel_grids, settings, steps_in, self.is_image_model)
-        if tiling is None or tower.num_latent_tokens:
-            return self._run_tower(tower, runs, settings, *steps, pixel_grids)
+        elif tiling is not None:
+            parts = [run.split(1) if settings.use_slicing else [run] for run in runs]
+            return [torch.cat([self._run_tiles(tower, x, tiling, settings, *steps) for x in part]) for part in parts]
+        if (settings.use_slicing or group is not None) and sum(run.shape[0] for run in runs) > 1:
+            grids = [None] * len(runs) if pixel_grids is None else [[grid] for grid in pixel_grids]
+            units = [(item, grid) for run, grid in zip(runs, grids) for item in run.split(1)]
 
+            def run_item(unit: tuple[torch.Tensor, list[Grid] | None]) -> torch.Tensor:
+                return self._run_tower(tower, [unit[0]], settings, *steps, unit[1])[0]
+
+            items = iter(map(run_item, units) if group is None else spread(run_item, units, runs[0], group))
+            return [torch.cat([*itertools.islice(items, run.shape[0])]) for run in runs]
+        return self._run_tower(tower, runs, settings, *steps, pixel_grids)
+
+    def _run_tiles(
+        self,
+        tower: ViTokTower,
+        run: torch.Tensor,
+        tiling: Tiling,
+        settings: MemorySettings,
+        steps_in: Steps,
+        steps_out: Steps,
+    ) -> torch.Tensor:
         def run_tile(tile: torch.Tensor) -> torch.Tensor:
-            return self._run_tower(tower, [tile], settings, *steps)[0]
+            return self._run_tower(tower, [tile], settings, steps_in, steps_out)[0]
 
-        parts = (apply_tiled(run_tile, [run], tiling, *steps) for run in runs)
-        return [torch.cat(list(part), dim=2) for part in parts]
+        steps, group = (steps_in, steps_out), settings.process_group
+        if group is None:
+            return torch.cat([*apply_tiled(run_tile, [run], tiling, *steps)], dim=2)
+        tiles = iter(spread(run_tile, [*cut(run, tiling, steps_in)], run, group))
+        return torch.cat([*apply_tiled(lambda _: next(tiles), [run], tiling, *steps)], dim=2)
 
     def encode_stream(
         self, pieces: Iterable[torch.Tensor], max_cached_frames: int | None = None
@@ -332,7 +260,7 @@ class MemoryMixin:
             return settings
         bounds = [frames for frames in (max_cached_frames, settings.causal.frames) if frames is not None]
         frames = min(bounds, default=None)
-        return settings._replace(causal=Causal(frames, FrameCache(frames)))
+        return settings._replace(causal=Causal(frames, FrameCache(frames)), process_group=None)
 
     def _stream(self, function, pieces, settings, steps, lead=0):
         if self.config.num_latent_tokens is not None:
@@ -351,10 +279,11 @@ class MemoryMixin:
     def _memory_settings(self) -> MemorySettings:
         tiling = self.tiling if self.use_tiling else None
         if not self.config.causal:
-            return MemorySettings(self.use_slicing, tiling, self.window_radius)
+            return MemorySettings(self.use_slicing, tiling, self.window_radius, None, self.process_group)
         if tiling is not None:
             tiling = Tiling((None, *tiling.sizes[1:]), (0, *tiling.overlaps[1:]))
-        return MemorySettings(self.use_slicing, tiling, self.window_radius, Causal(self.window_frames))
+        causal = Causal(self.window_frames)
+        return MemorySettings(self.use_slicing, tiling, self.window_radius, causal, self.process_group)
 
     def _check_causal(self, name: str, frames: int) -> int:
         """Latent frames that a token may see."""
@@ -364,6 +293,24 @@ class MemoryMixin:
                 "take a model with `causal=True`."
             )
         return check_int(name, frames)
+
+    def enable_parallel(self, process_group: Any = None) -> None:
+        """Has several processes compute one call: each does a share of the tiles, or, without tiling, of the items.
+
+        All must make the same calls with the same pixels or latents, under `torch.no_grad()`, and all get the whole,
+        what one process gives up to rounding. Of a stream, each piece is shared; causal ones are not.
+
+        Args:
+            process_group: Of torch.distributed; default: all processes.
+
+        Raises:
+            ValueError: If there is no process group, or this process is not in it.
+        """
+        self.process_group = check_group(process_group)
+
+    def disable_parallel(self) -> None:
+        """Back to one process."""
+        self.process_group = None
 
     def enable_sliding_window(self, radius: int | None = None, frames: int | None = None) -> None:
         """Makes attention local, so that its time grows with the area of the picture and not with the square of it.
