@@ -85,6 +85,16 @@ class TestTraining:
         trainer.train()
         assert set(read_log(trainer.output_dir)) == {1, 2}
 
+    @pytest.mark.parametrize("options", [{"equivariance": 1.0}, {"latent_noise": 0.8}])
+    def test_pictures_of_their_own_sizes(self, arguments, options):
+        trainer = AutoencoderTrainer(arguments(crop_sizes=[], max_tokens=60, max_train_steps=3, **options))
+        for part in trainer._prepare(next_batches(trainer, 4))[0]:
+            assert any(side % 8 for run in part.pixels for side in run.shape[-2:])
+            output = trainer._reconstruct(part, None)
+            assert [x.shape for x in output.sample] == [x.shape for x in part.wanted]
+        trainer.train()
+        assert set(read_log(trainer.output_dir)) == {1, 2, 3}
+
     @pytest.mark.parametrize("stage", [1, 2])
     def test_noise_reaches_the_decoder_alone(self, arguments, stage2, stage):
         trainer = AutoencoderTrainer((arguments, stage2)[stage - 1](latent_noise=0.8, max_train_steps=2))

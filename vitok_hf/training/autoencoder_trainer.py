@@ -254,8 +254,13 @@ class AutoencoderTrainer(Trainer[AutoencoderArguments, AutoencoderViTok]):
         generators = [torch.Generator(self.accelerator.device).manual_seed(seed) for seed in part.seeds]
         options: dict[str, Any] = {"transform": part.change.bind(generators)}
         if self.teacher is not None and lesson is not None:
-            return self.trained.model(part.pixels, **options, **self.teacher.options(lesson, generators))
-        return self.trained.model(part.pixels, sample_posterior=True, generator=generators, **options, **part.lengths)
+            options |= self.teacher.options(lesson, generators)
+        else:
+            options |= {"sample_posterior": True, "generator": generators} | part.lengths
+        output = self.trained.model(part.pixels, **options)
+        if output.sample is not None:  # of changed latents with the padding
+            output.sample = [run[..., : x.shape[-2], : x.shape[-1]] for run, x in zip(output.sample, part.wanted)]
+        return output
 
     def _losses(
         self, output: ViTokOutput, part: Part, lesson: Lesson | None, totals: list[torch.Tensor]

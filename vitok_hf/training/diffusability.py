@@ -58,8 +58,11 @@ class Change:
         return scale_and_flip(run, (size[0], size[1]), list(self.flips))
 
     def pixels(self, runs: Runs, patch_size: int) -> Runs:
-        """As large as what the changed latents are decoded to."""
-        return runs if self.factor is None else [self._apply(run, patch_size) for run in runs]
+        """What the changed latents are to be decoded to: scaled pictures are padded to whole patches before."""
+        if self.factor is None:
+            return runs
+        padded = [F.pad(run, (0, -run.shape[-1] % patch_size, 0, -run.shape[-2] % patch_size)) for run in runs]
+        return [self._apply(run, patch_size) for run in padded]
 
     def bind(self, generators: list[torch.Generator]) -> Callable[[Runs], Runs] | None:
         """What the model is to do with its latents, with noise from one generator for each item; `None`: nothing."""
