@@ -300,6 +300,20 @@ class TestExportOnnx:
                 atol=1e-4,
             )
 
+    @pytest.mark.parametrize(
+        "option, words",
+        [
+            (("--sizes", "65x64"), r"multiples of \(8, 8\), but one is \(65, 64\)"),
+            (("--sizes", "0x64"), r"positive multiples of \(8, 8\), but one is \(0, 64\)"),
+            (("--batch_sizes", "0"), "`batch_sizes` .* but is 0"),
+            (("--rounds", "0"), "`rounds` .* but is 0"),
+        ],
+    )
+    def test_checks_of_nothing(self, tmp_path, option, words):
+        with pytest.raises(ValueError, match=words):
+            start("export-onnx", [*option, "--output_dir", str(tmp_path / "onnx")])
+        assert not (tmp_path / "onnx").exists()
+
     def test_writes_nothing_that_differs(self, monkeypatch, tmp_path):
         make_vae("v1", component="decoder", decoder_num_layers=1).save_pretrained(tmp_path / "model")
         monkeypatch.chdir(tmp_path)

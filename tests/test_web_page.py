@@ -1,13 +1,12 @@
 """The page of docs/try, built with tiny models and driven in Chromium, computes what PyTorch does."""
 
 import functools
-import gzip
 import json
 import re
+import shutil
 import sys
 import threading
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 
 import build_web_page
 import numpy as np
@@ -199,7 +198,7 @@ class TestReconstruct:
     @pytest.mark.parametrize(
         "name, words",
         [
-            ("broken.png", "broken.png is damaged, or no picture that this browser can read"),
+            ("broken.png", "broken.png is damaged, too large, or no picture that this browser can read"),
             ("letter.txt", r"letter.txt is no picture \(its type is text/plain\): choose a PNG"),
         ],
     )
@@ -276,6 +275,82 @@ class TestPage:
         Section(browser, "reconstruct").wait("no models yet: examples/build_web_page.py", ".alert")
 
 
+class TestFaults:
+    """Copies of the page with files that are other ones, or none."""
+
+    @pytest.fixture
+    def copied(self, page, tmp_path):
+        return shutil.copytree(page, tmp_path / "page")
+
+    @pytest.fixture
+    def opened(self, copied, browser, serve):
+        def start(**files):
+            for name, text in files.items():
+                (copied / name).write_text(text)
+            browser.get(serve(copied))
+            return Section(browser, "reconstruct"), Section(browser, "draw")
+
+        return start
+
+    def test_models_of_other_rates(self, copied, opened):
+        few = shutil.copytree(copied / "models" / "emoji", copied / "models" / "few") / "model.json"
+        few.write_text(json.dumps(json.loads(few.read_text()) | {"channel_counts": [4]}))
+        content = json.loads((copied / "page.json").read_text())
+        content["autoencoders"] = {"few": "models/few", "many": "models/emoji"}
+        reconstruct, _ = opened(**{"page.json": json.dumps(content)})
+        reconstruct.wait("^4 of 4 channels$", "#rate-text")
+        Select(reconstruct.find("#model")).select_by_visible_text("many")
+        WebDriverWait(reconstruct.browser, SECONDS).until(
+            lambda _: reconstruct.find("#rate").get_attribute("max") == "2"
+        )
+        assert reconstruct.find("#rate").get_attribute("value") == "2"
+        assert reconstruct.find("#rate-text").text == "4 of 4 channels"
+
+    @pytest.mark.parametrize(
+        "name, words",
+        [
+            ("page.json", r"^page.json is damaged \(.*\): build this page anew"),
+            ("onnxruntime/ort-wasm-simd-threaded.wasm.gz", r"threaded.wasm.gz cannot be used \(.*\): its maker"),
+            ("models/emoji/model.json", r"^models/emoji/model.json cannot be used \(.*\): its maker"),
+            ("models/emoji/encoder.onnx", r"^models/emoji/encoder.onnx cannot be used \(.*\): its maker"),
+        ],
+    )
+    def test_damaged_files_are_named(self, opened, name, words):
+        reconstruct, draw = opened(**{name: "nothing"})
+        reconstruct.find("[data-sample]").click()
+        reconstruct.wait(words, ".alert")
+        if name.endswith("model.json"):
+            draw.wait(words, ".alert")
+
+    def test_one_half_without_its_model(self, copied, opened):
+        content = json.loads((copied / "page.json").read_text())
+        reconstruct, draw = opened(**{"page.json": json.dumps(content | {"generator": "models/none"})})
+        draw.wait(r"^models/none/model.json is missing \(404\)", ".alert")
+        draw.find("#seed").send_keys(Keys.ENTER)  # would load the page again
+        reconstruct.find("[data-sample]").click()
+        reconstruct.wait("The cat Chelsea")
+        assert draw.find(".alert").text and not draw.find("#start").is_enabled()
+
+    def test_no_worker(self, copied, opened):
+        (copied / "worker.js").unlink()
+        opened()[0].wait("^The worker ended: it could not start. Load the page again.$", ".alert")
+
+    def test_a_picture_that_is_chosen_too_early(self, copied, opened):
+        later = "await new Promise((resolve) => { window.go = resolve; });\n"
+        reconstruct, _ = opened(**{"app.js": later + (copied / "app.js").read_text()})
+        reconstruct.send(ASSETS / "coffee.png")
+        reconstruct.browser.execute_script("go()")
+        reconstruct.wait("^coffee.png: 256 x 171")
+
+    def test_cancelled_before_a_call(self, opened):
+        script = """
+            const done = arguments[0], signal = AbortSignal.abort();
+            import("./client.js").then(({ call }) => call("describe", { folder: "models/emoji" }, { signal }))
+              .then(() => done("answered"), (error) => done(error.message));
+        """
+        assert opened()[0].browser.execute_async_script(script) == "cancelled"
+
+
 class TestFiles:
     @torch.no_grad()
     def test_the_denoiser(self, pipe, page):
@@ -301,45 +376,3 @@ class TestFiles:
         generator = model["generator"]
         assert generator["id2label"]["0"] == "cat" and generator["num_classes"] == 5
         assert generator["scheduler"]["_class_name"] == "FlowMatchEulerDiscreteScheduler"
-
-
-class TestBuild:
-    """Without the exports, whose files are written by `export`."""
-
-    @pytest.fixture(autouse=True)
-    def folder(self, tmp_path, monkeypatch):
-        def export(command, arguments):
-            option, name, *_, target = arguments
-            assert command == "export-onnx" and (option == "--pipeline") == (name == "vitok-dit-emoji")
-            Path(target).mkdir(parents=True, exist_ok=True)
-            for part, size in (("encoder", 1), ("decoder", 20), ("transformer", 300)):
-                Path(target, f"{part}.onnx").write_bytes(bytes(size))
-            channels = 1 if "grey" in name else 3
-            Path(target, "model.json").write_text(json.dumps({"in_channels": channels, "temporal_patch_size": 1}))
-
-        (tmp_path / "dist").mkdir()
-        for name in build_web_page.RUNTIME:
-            (tmp_path / "dist" / name).write_text(name)
-        monkeypatch.setattr(build_web_page, "start", export)
-        monkeypatch.chdir(tmp_path)
-        return tmp_path
-
-    def test_other_autoencoders(self, folder):
-        build("--autoencoders", "vitok-tiny-f8x8", "mine/dial", "--onnxruntime_dir", "dist")
-        content = json.loads((folder / "page" / "page.json").read_text())
-        names = {"vitok-tiny-f8x8": "models/vitok-tiny-f8x8", "dial": "models/dial"}
-        assert content["autoencoders"] == names and content["generator"] == "models/vitok-dit-emoji"
-        assert content["bytes"]["generator"] - content["bytes"]["autoencoder"] == 299
-        assert (
-            (folder / "page" / "README.md").read_text().startswith("---\ntitle: ViTok in the browser\nsdk: static\n")
-        )
-        cards = (folder / "page" / "models" / "README.md").read_text()
-        for name in ("vitok-dit-emoji", "vitok-tiny-f8x8"):  # that of the autoencoder goes along with the pipeline
-            assert f"({name}/README.md)" in cards and (folder / "page" / "models" / name / "README.md").is_file()
-        packed = folder / "page" / "onnxruntime" / f"{build_web_page.RUNTIME[-1]}.gz"
-        assert gzip.decompress(packed.read_bytes()).decode() == build_web_page.RUNTIME[-1]
-        assert "MIT" in (folder / "page" / "onnxruntime" / "LICENSE.txt").read_text()
-
-    def test_pictures_are_in_colour(self):
-        with pytest.raises(ValueError, match="mine/grey has 1 channels and 1 frames a latent"):
-            build("--autoencoders", "mine/grey", "--onnxruntime_dir", "dist")

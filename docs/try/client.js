@@ -3,7 +3,7 @@
 // The query of the page, with which "?device=wasm" keeps it from the graphics processor, is the worker's, too.
 const worker = new Worker(new URL(`worker.js${window.location.search}`, import.meta.url), { type: "module" });
 const calls = new Map();
-let count = 0;
+let count = 0, ended; // the error that ended the worker
 
 worker.onmessage = ({ data: { id, progress, result, error } }) => {
   const call = calls.get(id);
@@ -17,14 +17,15 @@ worker.onmessage = ({ data: { id, progress, result, error } }) => {
   else call.reject(new Error(error));
 };
 worker.onerror = (event) => {
-  const error = new Error(`The worker ended: ${event.message ?? "it could not start"}`);
-  for (const call of calls.values()) call.reject(error);
+  ended = new Error(`The worker ended: ${event.message ?? "it could not start"}. Load the page again.`);
+  for (const call of calls.values()) call.reject(ended);
   calls.clear();
 };
 
 /** What a method of worker.js answers. An AbortSignal cancels it: then it throws an Error "cancelled". */
 export function call(method, argument, { onProgress, signal } = {}) {
   return new Promise((resolve, reject) => {
+    if (ended || signal?.aborted) throw ended ?? new Error("cancelled");
     const id = ++count;
     calls.set(id, { resolve, reject, onProgress });
     signal?.addEventListener("abort", () => worker.postMessage({ id, method: "cancel" }));

@@ -55,6 +55,7 @@ export async function start(folder) {
   find("#label").add(new Option("no class", generator.num_classes));
   find("#scale").value = generator.guidance_scale;
   find("#rescale").value = generator.guidance_rescale;
+  button.disabled = false;
   find("form").addEventListener("submit", async (event) => {
     event.preventDefault();
     const control = new AbortController();

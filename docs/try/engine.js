@@ -22,6 +22,15 @@ async function fetchFile(path) {
   return response;
 }
 
+/** What `use` makes of a file, or an Error that names it. */
+async function named(path, use) {
+  try {
+    return await use();
+  } catch (error) {
+    throw new Error(`${path} cannot be used (${error.message ?? error}): its maker has to build this page anew.`);
+  }
+}
+
 /** The bytes of a file, with `report(name, bytes so far, bytes in all)` while they come. */
 async function fetchBytes(path, report) {
   const response = await fetchFile(path);
@@ -53,9 +62,9 @@ export class Engine {
     const ort = await import(`./onnxruntime/${module}`).catch((error) => {
       throw new Error(`onnxruntime/${module} could not be loaded: ${error.message}`);
     });
-    const packed = await fetchBytes(`onnxruntime/${binary}.wasm.gz`, report);
+    const path = `onnxruntime/${binary}.wasm.gz`, packed = await fetchBytes(path, report);
     const unpacked = packed.stream().pipeThrough(new DecompressionStream("gzip"));
-    ort.env.wasm.wasmBinary = await new Response(unpacked).arrayBuffer();
+    ort.env.wasm.wasmBinary = await named(path, () => new Response(unpacked).arrayBuffer());
     ort.env.wasm.wasmPaths = { mjs: new URL(`onnxruntime/${binary}.mjs`, import.meta.url).href };
     return ort;
   }
@@ -79,7 +88,10 @@ export class Engine {
 
   describe(folder) {
     const path = `${folder}/model.json`;
-    return this.#once(path, async () => (await fetchFile(path)).json());
+    return this.#once(path, async () => {
+      const response = await fetchFile(path);
+      return named(path, () => response.json());
+    });
   }
 
   session(folder, name, report) {
@@ -87,7 +99,8 @@ export class Engine {
     return this.#once(path, async () => {
       const ort = await this.#once("runtime", () => this.#start(report));
       const bytes = new Uint8Array(await (await fetchBytes(path, report)).arrayBuffer());
-      return this.#enqueue(() => ort.InferenceSession.create(bytes, { executionProviders: [this.device] }));
+      const options = { executionProviders: [this.device] };
+      return named(path, () => this.#enqueue(() => ort.InferenceSession.create(bytes, options)));
     });
   }
 

@@ -1,13 +1,13 @@
 // Between files, canvases and what the models take: (3, H, W) from -1 to 1, as Float32Array.
 
-/** A bitmap of a file or blob; an Error in words if it is none. */
-export async function readPicture(blob, name) {
-  const bitmap = await createImageBitmap(blob).catch(() => null);
+/** A bitmap of a file, a blob or an <img>; an Error in words if it is none. */
+export async function readPicture(source, name) {
+  const bitmap = await createImageBitmap(source).catch(() => null);
   if (bitmap) return bitmap;
-  if (blob.type && !blob.type.startsWith("image/")) {
-    throw new Error(`${name} is no picture (its type is ${blob.type}): choose a PNG, JPEG or WebP file.`);
-  }
-  throw new Error(`${name} is damaged, or no picture that this browser can read: choose a PNG, JPEG or WebP file.`);
+  const isOther = source.type && !source.type.startsWith("image/");
+  const fault = isOther ? `no picture (its type is ${source.type})`
+    : "damaged, too large, or no picture that this browser can read";
+  throw new Error(`${name} is ${fault}: choose a PNG, JPEG or WebP file.`);
 }
 
 /** Draws a bitmap, on white, so that its longer side has at most `longest` pixels. */

@@ -33,14 +33,15 @@ function refresh() {
     }
     section.setAttribute("aria-busy", "false");
   });
+  return queue;
 }
 
 async function update() {
-  if (model.folder !== models.value) await setModel();
+  if (model?.folder !== models.value) await setModel();
   if (waiting) {
-    const { blob, title } = waiting;
+    const { source, title } = waiting;
     waiting = undefined;
-    [bitmap, name] = [await readPicture(blob, title), title];
+    [bitmap, name] = [await readPicture(source, title), title];
   }
   if (!bitmap) return;
   const wanted = { bitmap, longest: Number(find("#longest").value), folder: model.folder };
@@ -86,8 +87,8 @@ async function decode() {
   status.textContent = title;
 }
 
-function show(blob, title) {
-  waiting = { blob, title };
+function show(source, title) {
+  waiting = { source, title };
   refresh();
 }
 
@@ -102,17 +103,20 @@ async function setModel() {
   model = { ...(await call("describe", { folder })), folder };
   find(".rate").hidden = !model.channel_counts;
   if (model.channel_counts) {
-    rate.max = rate.value = model.channel_counts.length - 1;
+    rate.max = model.channel_counts.length - 1; // before the value, which cannot be above it
+    rate.value = rate.max;
     setRate();
   }
 }
 
 function connectFiles() {
   const file = find("#file");
-  file.addEventListener("change", () => {
+  const choose = () => {
     if (file.files.length) show(file.files[0], file.files[0].name);
     file.value = ""; // so that the same can be chosen again
-  });
+  };
+  file.addEventListener("change", choose);
+  choose(); // what was chosen while the page was loaded
   for (const event of ["dragover", "dragleave", "drop"]) {
     document.addEventListener(event, (drag) => {
       drag.preventDefault();
@@ -125,10 +129,8 @@ function connectFiles() {
     if (clipboardData.files.length) show(clipboardData.files[0], "The picture of the clipboard");
   });
   for (const button of section.querySelectorAll("[data-sample]")) {
-    button.addEventListener("click", async () => {
-      const image = button.querySelector("img");
-      show(await (await fetch(image.src)).blob(), image.alt);
-    });
+    const image = button.querySelector("img");
+    button.addEventListener("click", () => show(image, image.alt));
   }
 }
 
@@ -149,7 +151,6 @@ function connectWipe() {
 export async function start(folders) {
   for (const [title, folder] of Object.entries(folders)) models.add(new Option(title, folder));
   find(".model").hidden = models.length < 2;
-  await setModel();
   models.addEventListener("change", refresh);
   find("#longest").addEventListener("change", refresh);
   rate.addEventListener("input", () => {
@@ -158,4 +159,5 @@ export async function start(folders) {
   });
   connectFiles();
   connectWipe();
+  await refresh();
 }

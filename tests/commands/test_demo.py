@@ -93,6 +93,10 @@ class TestPictures:
         (tmp_path / "cat.png").write_text("no picture")
         with pytest.raises(ValueError, match="^cat.png: cannot be read as a picture"):
             actions.send_picture(nested_vae(), str(tmp_path / "cat.png"), {})
+        (tmp_path / "cat.mp4").write_text("no video")
+        with pytest.raises(ValueError, match="^cat.mp4: cannot be read as a video") as raised:
+            actions.send_video(nested_vae(), str(tmp_path / "cat.mp4"), {})
+        assert str(tmp_path) not in str(raised.value)  # of the server
 
     def test_videos(self, tmp_path, cat):
         write_film(tmp_path / "x.MP4", 12)

@@ -124,9 +124,24 @@ def test_packages_name_the_extra_of_the_command(monkeypatch, tmp_path, capsys):
     assert not (tmp_path / "onnx").exists()
 
 
-def test_batches_of_nothing():
-    with pytest.raises(ValueError, match="`batch_size` must be an integer from 1 to .*, but is 0"):
-        start("evaluate", ["--models", "none", "--data_dir", "none", "--batch_size", "0"])
+@pytest.mark.parametrize("name, value, least", [("batch_size", 0, 1), ("limit", 0, 1), ("num_examples", -1, 0)])
+def test_numbers_out_of_their_range(name, value, least):
+    with pytest.raises(ValueError, match=f"`{name}` must be an integer from {least} to .*, but is {value}"):
+        start("evaluate", ["--models", "none", "--data_dir", "none", f"--{name}", str(value)])
+
+
+def test_opsets_that_are_not_made(capsys):
+    with pytest.raises(SystemExit):
+        start("export-onnx", ["--opset", "17"])
+    assert "--opset: invalid choice: 17 (choose from 18" in capsys.readouterr().err
+
+
+def test_classes_and_seeds_of_other_digits():
+    arguments = ["--num_inference_steps", "1", "--class_labels"]
+    with pytest.raises(ValueError, match='no class "²"'):
+        start("generate", [*arguments, "²"])
+    with pytest.raises(ValueError, match="`seed` must be an integer from -9223372036854775808 to .*, but is 1000000"):
+        start("generate", [*arguments, "face", "--seed", str(10**20)])
 
 
 def test_default_of_reconstruct(monkeypatch, tmp_path, capsys):

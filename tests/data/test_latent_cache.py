@@ -181,6 +181,20 @@ class TestCache:
         with pytest.raises(ValueError, match="has no index.json: write it with `vitok cache-latents`"):
             LatentCache(tmp_path)
 
+    @pytest.mark.parametrize(
+        "setting, words",
+        [
+            ({"batch_size": 0}, "`batch_size` must be an integer from 1 to .* but is 0"),
+            ({"shard_size": 0}, "`shard_size` must be an integer from 1 to .* but is 0"),
+            ({"resolution": 0}, "`resolution` must be an integer from 1 to .* but is 0"),
+            ({"resolution": 17}, "`resolution` 17 must be a multiple of the patch size, 8"),
+        ],
+    )
+    def test_numbers_out_of_their_range_leave_no_folder(self, files, tmp_path, setting, words):
+        with pytest.raises(ValueError, match=words):
+            write(files, tmp_path / "cache", **setting)
+        assert not (tmp_path / "cache").exists()
+
     def test_fingerprint(self):
         vae = make_vae("v1")
         same = make_vae("v1", latents_mean=[1.0] * 4).half().float()

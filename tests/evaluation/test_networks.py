@@ -54,6 +54,11 @@ def test_wrong_arguments(tmp_path):
         load_networks(["vgg"], {})
     with pytest.raises(ValueError, match='i3d" is no file'):
         load_networks(["i3d"], {"i3d": tmp_path / "x.pt"})
+    (tmp_path / "x.txt").write_text("hello")
+    torch.save([1], tmp_path / "list.pth")
+    for name, file in (("inception", "x.txt"), ("inception", "list.pth"), ("i3d", "x.txt"), ("lpips", "x.txt")):
+        with pytest.raises(ValueError, match=f'{file}" for the network "{name}" is damaged, or another file'):
+            load_networks([name], {name: tmp_path / file})
     torch.save({"classifier.weight": torch.zeros(1)}, tmp_path / "x.pth")
     with pytest.raises(ValueError, match="holds no weights of squeeze"):
         load_lpips(tmp_path / "x.pth", "squeeze")

@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> None:
         Path(args.vae_name_or_path).name,
         files,
         args.output_dir,
-        args.resolution or vae.config.sample_size,
+        vae.config.sample_size if args.resolution is None else args.resolution,
         fps=args.fps,
         batch_size=args.batch_size,
         shard_size=args.shard_size,

@@ -179,7 +179,9 @@ def run(
     from ..evaluation.tables import write_table
     from ..precision import choose_dtype
 
-    check_int("batch_size", args.batch_size)  # before networks are fetched
+    for name, least in (("batch_size", 1), ("num_examples", 0), ("limit", 1)):  # before networks are fetched
+        if name != "limit" or args.limit is not None:
+            check_int(name, getattr(args, name), least)
     args.dtype = choose_dtype(args.dtype)
     accelerator = Accelerator()
     protocol = Protocol(args.resolution or None, args.num_frames, args.fps, common_channels(args))

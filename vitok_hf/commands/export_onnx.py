@@ -31,10 +31,12 @@ def parse(argv: list[str], program: str) -> argparse.Namespace:
     source.add_argument("--model", default="vitok-tiny-f8x8", help="autoencoder: folder, Hub id or bundled name")
     source.add_argument("--pipeline", help="instead, all of a generator: folder, Hub id or bundled name")
     parser.add_argument("--half", action="store_true", help="store weights in float16; what is computed is float32")
-    parser.add_argument("--opset", type=int, default=23, help="lower ones have no attention operator")
+    parser.add_argument(
+        "--opset", type=int, default=23, choices=range(18, 24), help="lower ones have no attention operator"
+    )
     parser.add_argument("--sizes", nargs="+", default=["256x256", "512x384"], help="HEIGHTxWIDTH, for the check")
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 4], help="for the check")
-    parser.add_argument("--rounds", type=int, default=5, help="the median of so many timings counts")
+    parser.add_argument("--rounds", type=int, default=3, help="the median of so many timings counts")
     parser.add_argument("--output_dir", type=Path, default=Path("onnx"))
     return parser.parse_args(argv)
 

@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> None:
     pipe.to(PartialState().default_device)
     names, count = pipe.config.id2label, args.num_images_per_label
     given = args.class_labels or ()
-    chosen = [int(label) if label.isdigit() and label not in pipe.labels else label for label in given]
+    chosen = [int(label) if label.isdecimal() and label not in pipe.labels else label for label in given]
     ids = pipe.get_label_ids(chosen) or sorted(names, key=names.get)
     if not ids or pipe.is_video or count < 1:
         raise ValueError(

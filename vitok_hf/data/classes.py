@@ -18,9 +18,13 @@ def read_classes(path: str | Path) -> list[str]:
     """The classes in a file, one a line.
 
     Raises:
-        ValueError: If there is none, or one twice.
+        ValueError: If there is none, or one twice, or the file is no text.
     """
-    classes = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f'"{path}" is no text in UTF-8 ({error}): name a file with one class a line.') from error
+    classes = [line.strip() for line in text.splitlines() if line.strip()]
     if not classes or len(set(classes)) < len(classes):
         raise ValueError(f'"{path}" must have one class a line and each once, but has {classes}.')
     return classes

@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from ..checks import check_int
 from ..clips import add_row, to_float
 from ..disk import atomic_file, checksum, inside, is_sealed, locked, remove_leftovers, seal, write_json
 from ..latents import NO_STATISTICS
@@ -185,13 +186,17 @@ def write_latents(
         num_workers: Processes that read files.
 
     Raises:
-        ValueError: If the folder has a cache of other files or settings, or a finished shard has changed, or another
-            process writes to it.
+        ValueError: If a number is out of its range, the folder has a cache of other files or settings, or a finished
+            shard has changed, or another process writes to it.
     """
     clip = Clip(vae.config.sample_frames, fps, channels=vae.config.in_channels)
     folder, view = Path(folder), SquareView(resolution, batch_size, clip)
     if bits not in (None, 8, 4):
         raise ValueError(f"`bits` must be 8, 4 or None, but is {bits!r}.")
+    for argument, number in {"batch_size": batch_size, "shard_size": shard_size}.items():
+        check_int(argument, number)
+    if check_int("resolution", resolution) % vae.config.patch_size:
+        raise ValueError(f"`resolution` {resolution} must be a multiple of the patch size, {vae.config.patch_size}.")
     with locked(folder):
         remove_leftovers(folder)
         settings = {"format": FORMAT, "vae_sha256": fingerprint(vae), "classes": files.classes}

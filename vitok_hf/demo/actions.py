@@ -79,11 +79,15 @@ def send_picture(vae: ModelMixin, path: str, lengths: Lengths) -> Picture:
 def send_video(vae: AutoencoderViTok, path: str, lengths: Lengths) -> tuple[str, str, MeasuredFile]:
     """A video through a ViTok: files with the original left of its reconstruction, and with some frames of both.
 
-    They are in a new folder beside the video. Raises `ValueError` if that cannot be read.
+    They are in a new folder beside the video. Raises `ValueError` without the folder's name if that cannot be read.
     """
-    target = str(Path(tempfile.mkdtemp(dir=Path(path).parent), "video"))
+    folder = Path(path).parent
+    target = str(Path(tempfile.mkdtemp(dir=folder), "video"))
     file = MeasuredFile(vae, _settings(lengths))
-    reconstruct_video(file, Path(path), target)
+    try:
+        reconstruct_video(file, Path(path), target)
+    except ValueError as error:
+        raise ValueError(str(error).replace(f"{folder}/", "")) from error
     return f"{target}_comparison.mp4", f"{target}_frames.png", file
 
 

@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
+from ..checks import check_int
+
 
 def generate_samples(
     pipe: DiffusionPipeline, class_ids: list[int], batch_size: int = 32, seed: int = 0, **options: Any
@@ -17,7 +19,11 @@ def generate_samples(
         batch_size: Samples of one call. The samples do not depend on it.
         seed: Of the first sample.
         options: Further arguments of the call.
+
+    Raises:
+        ValueError: If the seed is no number of 64 bits.
     """
+    check_int("seed", seed, -(2**63), 2**63 - 1)
     samples = []
     for start in range(0, len(class_ids), batch_size):
         ids = class_ids[start : start + batch_size]

@@ -1,6 +1,7 @@
 """Networks whose features metrics compare; their weights come from a local path, or a library downloads them."""
 
 import hashlib
+import pickle
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from .metrics import check_size
 
 
 DINO = "facebook/dinov2-large"
+DAMAGED = (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, TypeError, AttributeError)  # of files
 LPIPS_MIN_SIZES = {"alex": 31, "vgg": 16, "squeeze": 17}  # pixels a side that leave something on the coarsest scale
 
 
@@ -182,6 +184,11 @@ def load_networks(
             unavailable[name] = f'{error}: pip install "vitok-hf[eval]"'
         except OSError as error:  # an HTTP error is an OSError
             unavailable[name] = f"no weights: {str(error).splitlines()[0]}"
+        except DAMAGED as error:
+            if path is None:
+                raise
+            text = f'"{path}" for the network "{name}" is damaged, or another file'
+            raise ValueError(f"{text} ({type(error).__name__}): correct it, or leave it out.") from error
         else:
             networks[name].module.to(device)
     return networks, unavailable

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ..checks import check_int
 from ..disk import replace_durably
 from .autoencoder_vitok import AutoencoderViTok
 from .codes import FILL
@@ -52,6 +53,9 @@ class Graph:
     """A part and its inputs: (B, channels, [T,] H, W), whose sizes are multiples of `steps`.
 
     `frames` are those of a causal model, whose number cannot vary; `steps` are then without them.
+
+    Raises:
+        ValueError: If one of `shapes` is no such multiple.
     """
 
     part: Part
@@ -60,6 +64,13 @@ class Graph:
     steps: tuple[int, ...]
     shapes: list[tuple[int, ...]]  # [T,] H, W for the check
     frames: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        for shape in self.shapes:
+            if any(side < step or side % step for side, step in zip(shape[-len(self.steps) :], self.steps)):
+                raise ValueError(
+                    f"Sizes for the check must be positive multiples of {self.steps}, but one is {shape}."
+                )
 
     def inputs(self, batch_size: int, shape: tuple[int, ...]) -> tuple[torch.Tensor, ...]:
         x = torch.rand(batch_size, self.channels, *shape) * 2 - 1
@@ -220,6 +231,9 @@ def export_onnx(
     import onnxruntime  # noqa: F401, missed before the work
     import onnxscript  # noqa: F401
 
+    for batch_size in batch_sizes:
+        check_int("batch_sizes", batch_size)
+    check_int("rounds", rounds)
     output_dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output_dir, suffix=".incomplete") as folder:
         for name, graph in graphs.items():
