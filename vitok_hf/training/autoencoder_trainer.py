@@ -193,14 +193,14 @@ class AutoencoderTrainer(Trainer[AutoencoderArguments, AutoencoderViTok]):
         items = [batch.num_items for batch in batches]
         seeds = [part.tolist() for part in torch.randint(2**62, (sum(items),)).split(items)]
         lengths = self._draw_lengths(targets)
+        lessons = [self._teach(runs) for runs in targets]
         logs, adversary, squares, pairs = [], self.adversary, None, []
         if len(batches) > 1 and adversary is not None and adversary.is_adaptive(self.step):
-            parts = zip(targets, seeds, lengths, shares)
+            parts = zip(targets, seeds, lengths, lessons, shares)
             of_batches = [self._gradient_squares(adversary, *part, totals) for part in parts]
             squares = torch.stack(of_batches).sum(dim=0)
-        for target, batch_seeds, batch_lengths, share in zip(targets, seeds, lengths, shares):
+        for target, batch_seeds, batch_lengths, lesson, share in zip(targets, seeds, lengths, lessons, shares):
             with trained.accumulate():
-                lesson = self._teach(target)
                 output = self._reconstruct(target, batch_seeds, batch_lengths, lesson)
                 loss, log = self._losses(output, target, lesson, totals)
                 if adversary is not None:
@@ -216,11 +216,10 @@ class AutoencoderTrainer(Trainer[AutoencoderArguments, AutoencoderViTok]):
         return logs
 
     def _gradient_squares(
-        self, adversary: Adversary, target: Runs, seeds: list[int], lengths: Lengths, share, totals
+        self, adversary: Adversary, target: Runs, seeds, lengths: Lengths, lesson: Lesson | None, share, totals
     ) -> torch.Tensor:
         """What the adaptive weight of a step needs of each batch beforehand: all graphs take too much memory."""
         with torch.no_grad():
-            lesson = self._teach(target)
             sample = self._reconstruct(target, seeds, lengths, lesson).sample
         fakes = [run.requires_grad_() for run in sample]
         loss, _ = self.loss(fakes, target, None, *totals)
