@@ -111,10 +111,12 @@ def load_models(args: argparse.Namespace) -> "Iterator[tuple[str, ModelMixin]]":
 
 
 def common_channels(args: argparse.Namespace) -> int:
-    """Channels of the pictures that the models take; raises `ValueError` if these are not the same."""
+    """Channels of the pictures that models and teacher take; raises `ValueError` if these are not the same."""
     from ..evaluation.autoencoders import read_channels
 
     channels = {name: read_channels(name, args.subfolder) for name in args.models}
+    if args.teacher is not None:
+        channels[args.teacher] = read_channels(args.teacher, args.teacher_subfolder)
     if len(set(channels.values())) > 1:
         listed = ", ".join(f"{name} has {count}" for name, count in channels.items())
         raise ValueError(f"The models take pictures of different numbers of channels, {listed}: measure them apart.")
@@ -179,7 +181,9 @@ def run(
     from ..evaluation.tables import write_table
     from ..precision import choose_dtype
 
-    check_int("batch_size", args.batch_size)  # before networks are fetched
+    for name in ("batch_size", "limit"):  # before networks are fetched
+        if getattr(args, name) is not None:
+            check_int(name, getattr(args, name))
     args.dtype = choose_dtype(args.dtype)
     accelerator = Accelerator()
     protocol = Protocol(args.resolution or None, args.num_frames, args.fps, common_channels(args))
