@@ -10,17 +10,13 @@ reconstruction; they have mean 0, variance 1 and narrow posteriors. The decoder 
 weights for them are small and random. Begin with next to no KL divergence, or the new channels give in to it.
 """
 
-from pathlib import Path
-
 import torch
-from accelerate import PartialState
-from nest_channels import least_squares, measure, nest
+from nest_channels import least_squares, load, make_channels_parser, measure, nest, save
 
 from vitok_hf import AutoencoderViTok
 from vitok_hf.clips import to_float
-from vitok_hf.commands import make_parser, run_command
-from vitok_hf.data.loader import SourceSettings, iterate_pixels, make_dataset
-from vitok_hf.data.views import CropView
+from vitok_hf.commands import run_command
+from vitok_hf.latents import NO_STATISTICS
 from vitok_hf.loading.strict import public_config
 from vitok_hf.models.layers import patchify
 
@@ -76,32 +72,27 @@ def grow(vae: AutoencoderViTok, counts: list[int], batches: list[torch.Tensor]) 
     return grown
 
 
-def main():
-    parser = make_parser("add_channels.py", __doc__)
-    parser.add_argument("--model", required=True, help="what `from_pretrained` takes: variational, of pictures")
-    parser.add_argument("--channel_counts", nargs="+", type=int, required=True, help="increasing, to the new number")
-    parser.add_argument("--train_data_dir", nargs="+", required=True, help="folders with optional weights")
-    parser.add_argument("--num_batches", type=int, default=6, help="batches of 2 ** 20 pixels to measure on")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output_dir", type=Path, required=True)
-    args = parser.parse_args()
+def check_counts(vae: AutoencoderViTok, counts: list[int]) -> None:
+    """Raises `ValueError` for numbers of channels that the model cannot grow to."""
+    old, hidden, pixels = vae.config.latent_channels, vae.config.encoder_hidden_size, vae.decoder.proj_out.out_features
+    if counts[-1] <= old or old not in counts:
+        raise ValueError(f"--channel_counts must go beyond the model's {old} and name it, not {counts}.")
+    if counts[-1] - old > (most := min(hidden - old, pixels)):  # directions that there are
+        raise ValueError(f"--channel_counts must add at most {most} channels to the model's {old}, not {counts}.")
+    vae.check_config(vae.config | NO_STATISTICS | {"latent_channels": counts[-1], "channel_counts": counts})
 
+
+def main():
+    parser = make_channels_parser("add_channels.py", __doc__)
+    parser.add_argument("--seed", type=int, default=0, help="of the decoder's new weights")
+    parser.set_defaults(num_batches=6)
+    args = parser.parse_args()
     torch.manual_seed(args.seed)
-    vae = AutoencoderViTok.from_pretrained(args.model, dtype=torch.float32).to(PartialState().default_device)
-    config, counts = vae.config, args.channel_counts
-    if not config.variational or config.num_latent_tokens or config.token_counts or not vae.is_image_model:
-        parser.error(f"{args.model} must be a variational autoencoder of pictures, without token counts")
-    if counts[-1] <= config.latent_channels or config.latent_channels not in counts:
-        parser.error(f"--channel_counts must go beyond the model's {config.latent_channels} and name it, not {counts}")
-    if args.num_batches < 1:
-        parser.error(f"--num_batches must be at least 1, but is {args.num_batches}")
-    dataset = make_dataset(CropView([(128, 128, 1.0)], 2**20, flip=False), SourceSettings(args.train_data_dir))
-    batches = list(iterate_pixels(dataset, args.num_batches))
-    nest(vae, [count for count in counts if count <= config.latent_channels], measure(vae, batches))
-    grown = grow(vae, counts, batches)
-    grown.register_to_config(_name_or_path=args.output_dir.name)
-    grown.save_pretrained(args.output_dir)
-    print(f"Saved {args.output_dir}")
+    vae, pixels = load(args)
+    check_counts(vae, args.channel_counts)
+    batches = list(pixels)
+    nest(vae, [count for count in args.channel_counts if count <= vae.config.latent_channels], measure(vae, batches))
+    save(grow(vae, args.channel_counts, batches), args.output_dir)
 
 
 if __name__ == "__main__":

@@ -3,10 +3,10 @@ r"""Autoencoders next to PCA with as many numbers, and to JPEG and WebP with as 
     python examples/compare_codecs.py --models vitok-tiny-f8x8 --latent_bits 8 --data_dir data/test/film \
         --baselines pca jpeg webp --pca_data_dir data/train/film
 
-Takes the arguments of `vitok evaluate` too, and writes its tables, of pictures of one --resolution. JPEG (4:4:4 or
-4:2:0, whichever is closer) and lossy WebP have the highest quality within as many bytes, whole files, as latents of 16
-and of 8 bits; bytes of quantized latents count the ranges of the channels. With --num_channels or --num_tokens,
-rates.png has a curve of each.
+Takes the arguments of `vitok evaluate` too, but for --teacher, and writes its tables, of pictures of one --resolution.
+JPEG (4:4:4 or 4:2:0, whichever is closer) and lossy WebP have the highest quality within as many bytes, whole files,
+as latents of 16 and of 8 bits; bytes of quantized latents count the ranges of the channels. With --num_channels or
+--num_tokens, rates.png has a curve of each.
 """
 
 import argparse
@@ -70,8 +70,10 @@ def main():
     args = check_data(parser, parser.parse_args(sys.argv[1:]))
     if args.num_frames > 1 or args.resolution == 0:
         parser.error("codecs are compared on pictures of one --resolution")
-    if "pca" in args.baselines and not args.pca_data_dir:
-        parser.error("--baselines pca needs --pca_data_dir")
+    if args.teacher is not None:
+        parser.error("--teacher is of `vitok evaluate` alone: leave it out")
+    if "pca" in args.baselines and not (args.pca_data_dir and args.pca_limit > 0):
+        parser.error(f"--baselines pca needs --pca_data_dir, and --pca_limit from 1, not {args.pca_limit}")
     if args.latent_bits is not None and not 1 <= args.latent_bits <= 16:
         parser.error(f"--latent_bits must be from 1 to 16, but is {args.latent_bits}")
     run(args, make_rows)

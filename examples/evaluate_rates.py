@@ -85,7 +85,7 @@ def main():
     print("| data | min_psnr | mean length | reached | PSNR | equal length | saved |\n|---|---|---|---|---|---|---|")
     rows, strips = [], []
     for path in args.data_dir:
-        images = load_evaluation_images(path, args.resolution, args.limit)
+        images = load_evaluation_images(path, args.resolution, args.limit, channels=vae.config.in_channels)
         samples = [
             torch.cat([reconstruct(vae, batch, lengths=cut) for batch in images.split(8)])
             for cut in [{name: length} for length in lengths[:-1]] + [None]

@@ -9,13 +9,15 @@ inverse the decoder's first: they become uncorrelated, of mean 0 and variance 1,
 decoder needs them, and reconstructions stay as they are.
 """
 
-from collections.abc import Iterable
+import argparse
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
 
 from vitok_hf import AutoencoderViTok
+from vitok_hf.checks import check_int
 from vitok_hf.clips import to_float
 from vitok_hf.commands import make_parser, run_command
 from vitok_hf.data.items import Clip
@@ -63,27 +65,40 @@ def nest(vae: AutoencoderViTok, counts: list[int], tokens: list[torch.Tensor]) -
     last.bias[number:] = (torch.linalg.inv(back).square() @ variances.mean(dim=0)).log().to(last.bias)
 
 
-def main():
-    parser = make_parser("nest_channels.py", __doc__)
+def make_channels_parser(program: str, description: str | None) -> argparse.ArgumentParser:
+    parser = make_parser(program, description)
     parser.add_argument("--model", required=True, help="what `from_pretrained` takes: variational, of pictures")
-    parser.add_argument("--channel_counts", nargs="+", type=int, required=True, help="increasing")
+    parser.add_argument("--channel_counts", nargs="+", type=int, required=True, help="increasing, to the last channel")
     parser.add_argument("--train_data_dir", nargs="+", required=True, help="folders with optional weights")
     parser.add_argument("--num_batches", type=int, default=8, help="batches of 2 ** 20 pixels to measure on")
     parser.add_argument("--output_dir", type=Path, required=True)
-    args = parser.parse_args()
+    return parser
 
+
+def load(args: argparse.Namespace) -> tuple[AutoencoderViTok, Iterator[torch.Tensor]]:
+    """The model, and batches of crops, (B, C, 1, H, W) uint8."""
+    check_int("num_batches", args.num_batches)
     vae = AutoencoderViTok.from_pretrained(args.model, dtype=torch.float32).to(PartialState().default_device)
-    has_tokens = vae.config.num_latent_tokens or vae.config.token_counts
-    if not vae.config.variational or has_tokens or not vae.is_image_model:
-        parser.error(f"{args.model} must be a variational autoencoder of pictures, without token counts")
-    if args.num_batches < 1:
-        parser.error(f"--num_batches must be at least 1, but is {args.num_batches}")
-    view = CropView([(128, 128, 1.0)], 2**20, Clip(channels=vae.config.in_channels), flip=False)
-    dataset = make_dataset(view, SourceSettings(args.train_data_dir))
-    nest(vae, args.channel_counts, measure(vae, iterate_pixels(dataset, args.num_batches)))
-    vae.register_to_config(_name_or_path=args.output_dir.name)
-    vae.save_pretrained(args.output_dir)
-    print(f"Saved {args.output_dir}")
+    config = vae.config
+    if not config.variational or config.num_latent_tokens or config.token_counts or not vae.is_image_model:
+        raise ValueError(f"{args.model} must be a variational autoencoder of pictures, without token counts.")
+    side = max(128 // config.patch_size, 1) * config.patch_size
+    view = CropView([(side, side, 1.0)], 2**20, Clip(channels=config.in_channels), flip=False)
+    return vae, iterate_pixels(make_dataset(view, SourceSettings(args.train_data_dir)), args.num_batches)
+
+
+def save(vae: AutoencoderViTok, folder: Path) -> None:
+    vae.register_to_config(_name_or_path=folder.name)
+    vae.save_pretrained(folder)
+    print(f"Saved {folder}")
+
+
+def main():
+    args = make_channels_parser("nest_channels.py", __doc__).parse_args()
+    vae, batches = load(args)
+    vae.check_config(vae.config | {"channel_counts": args.channel_counts})  # before the measurement
+    nest(vae, args.channel_counts, measure(vae, batches))
+    save(vae, args.output_dir)
 
 
 if __name__ == "__main__":

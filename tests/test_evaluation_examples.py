@@ -98,6 +98,8 @@ class TestEvaluateReconstruction:
         with pytest.raises(SystemExit):
             run_example("evaluate_reconstruction.py", "--models", "model")
         assert "either --data_dir or --dataset_name" in capsys.readouterr().err
+        with pytest.raises(ValueError, match="`limit` must be an integer from 1 .* but is 0"):
+            run_example("evaluate_reconstruction.py", "--models", "model", "--data_dir", ASSETS, "--limit", 0)
 
 
 class TestCompareCodecs:
@@ -122,6 +124,8 @@ class TestCompareCodecs:
         "options, message",
         [
             (("--baselines", "pca"), "needs --pca_data_dir"),
+            (("--baselines", "pca", "--pca_data_dir", ASSETS, "--pca_limit", 0), "--pca_limit from 1, not 0"),
+            (("--teacher", "vitok-tiny-f8x8"), "--teacher is of `vitok evaluate` alone"),
             (("--num_frames", 4), "pictures of one --resolution"),
             (("--latent_bits", 20), "--latent_bits must be from 1 to 16, but is 20"),
         ],

@@ -90,11 +90,18 @@ def test_scripts(tmp_path, run_example):
         run_example("nest_channels.py", "--model", "vae", "--channel_counts", 2, *data, "--output_dir", "x")
     run_example("add_channels.py", "--model", "vae", "--channel_counts", 2, 4, 6, *data, "--output_dir", "grown")
     assert AutoencoderViTok.from_pretrained(tmp_path / "grown").config.channel_counts == [2, 4, 6]
-    with pytest.raises(SystemExit):
-        run_example("add_channels.py", "--model", "vae", "--channel_counts", 2, 6, *data, "--output_dir", "x")
+    for wrong, message in (
+        ((2, 6), "go beyond the model's 4 and name it"),
+        ((4, 2, 6), "an increasing list"),
+        ((4, 33), "add at most 28 channels to the model's 4"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run_example("add_channels.py", "--model", "vae", "--channel_counts", *wrong, *data, "--output_dir", "x")
+    run_example("add_channels.py", "--model", "vae", "--channel_counts", 4, 32, *data, "--output_dir", "most")
+    assert all(x.isfinite().all() for x in AutoencoderViTok.from_pretrained(tmp_path / "most").state_dict().values())
     for change in ({"variational": False}, {"token_counts": [2]}):
         AutoencoderViTok(**TINY | change).save_pretrained(tmp_path / "plain")
-        with pytest.raises(SystemExit):
+        with pytest.raises(ValueError, match="plain must be a variational autoencoder of pictures"):
             run_example("nest_channels.py", "--model", "plain", *counts, *data, "--output_dir", "x")
     masked = run_example(
         "evaluate_rates.py", "--model", "plain", "--data_dir", "train", *options
@@ -104,3 +111,13 @@ def test_scripts(tmp_path, run_example):
         run_example("evaluate_rates.py", "--model", "nested", "--data_dir", "train", "--min_psnr", "nan")
     with pytest.raises(SystemExit):
         run_example("evaluate_rates.py", "--model", "vae", "--data_dir", "train")
+
+
+def test_grey_pictures_and_other_patches(tmp_path, run_example):
+    write_noise(tmp_path / "train", 2)
+    AutoencoderViTok(**TINY | {"in_channels": 1, "patch_size": 12}).save_pretrained(tmp_path / "vae")
+    data = ("--train_data_dir", "train", "--num_batches", 1)
+    for name, counts in (("nest", (2, 4)), ("add", (2, 4, 6))):
+        run_example(f"{name}_channels.py", "--model", "vae", "--channel_counts", *counts, *data, "--output_dir", name)
+        out = run_example("evaluate_rates.py", "--model", name, "--data_dir", "train", "--resolution", 24)
+        assert f"| train | 26 | {counts[-1]:.2f} | 0% |" in out

@@ -177,4 +177,7 @@ class TestEvaluate:
         with pytest.raises(SystemExit):
             main("evaluate", "--models", "model1", "model3", "--data_dir", str(ASSETS), "--networks")
         assert "of different numbers of channels, model1 has 1, model3 has 3: measure them" in capsys.readouterr().err
+        with pytest.raises(SystemExit):
+            main("evaluate", "--models", "model1", "--teacher", "model3", "--data_dir", str(ASSETS), "--networks")
+        assert "of different numbers of channels, model1 has 1, model3 has 3: measure them" in capsys.readouterr().err
         assert read_channels("vitok-tiny-f8x8") == 3

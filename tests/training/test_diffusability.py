@@ -74,7 +74,7 @@ class TestTraining:
     def test_equivariance(self, arguments, architecture):
         trainer = AutoencoderTrainer(arguments(ARCHITECTURES[architecture], equivariance=1.0, max_train_steps=2))
         (part,), totals = trainer._prepare(next_batches(trainer))
-        output = trainer._reconstruct(part, None)
+        output = trainer._reconstruct(part)
         assert part.wanted[0].shape != part.pixels[0].shape or part.change.factor > 0.75
         codes = trainer.vae._posterior(output.parameters).sample(generators_of(part))
         codes = Change(part.change.factor, part.change.flips).bind([])(codes)
@@ -90,7 +90,7 @@ class TestTraining:
         trainer = AutoencoderTrainer(arguments(crop_sizes=[], max_tokens=60, max_train_steps=3, **options))
         for part in trainer._prepare(next_batches(trainer, 4))[0]:
             assert any(side % 8 for run in part.pixels for side in run.shape[-2:])
-            output = trainer._reconstruct(part, None)
+            output = trainer._reconstruct(part)
             assert [x.shape for x in output.sample] == [x.shape for x in part.wanted]
         trainer.train()
         assert set(read_log(trainer.output_dir)) == {1, 2, 3}
@@ -99,7 +99,7 @@ class TestTraining:
     def test_noise_reaches_the_decoder_alone(self, arguments, stage2, stage):
         trainer = AutoencoderTrainer((arguments, stage2)[stage - 1](latent_noise=0.8, max_train_steps=2))
         (part,), _ = trainer._prepare(next_batches(trainer))
-        output = trainer._reconstruct(part, None)
+        output = trainer._reconstruct(part)
         used = generators_of(part)
         codes = trainer.vae._posterior(output.parameters).sample(used)
         noisy = add_noise(codes[0], 0.8, used[: len(codes[0])])
@@ -111,7 +111,7 @@ class TestTraining:
         trainer = AutoencoderTrainer(arguments(TINY | {"channel_counts": [1, 4]}, latent_noise=0.8))
         (part,), _ = trainer._prepare(next_batches(trainer))
         part.lengths["num_channels"] = [1] * len(part.seeds)
-        output = trainer._reconstruct(part, None)
+        output = trainer._reconstruct(part)
         used = generators_of(part)
         codes = trainer.vae._posterior(output.parameters).sample(used)
         noisy = add_noise(codes[0], 0.8, used[: len(codes[0])])

@@ -98,8 +98,7 @@ def test_loss_is_in_spreads_of_the_teacher(arguments, teacher):
 def test_decoder_sees_samples_of_the_teacher(arguments, teacher, monkeypatch):
     trainer = AutoencoderTrainer(arguments(STUDENT, teacher_model_name_or_path=teacher))
     (part,), _ = trainer._prepare(next_batches(trainer))
-    lesson = trainer._teach(part)
-    output = trainer._reconstruct(part, lesson)
+    lesson, output = part.lesson, trainer._reconstruct(part)
     noise = torch.randn(lesson.means[0][:1].shape, generator=torch.Generator().manual_seed(part.seeds[0]))
     latents = lesson.means[0][:1] + lesson.stds[0][:1] * noise
     assert_close(output.sample[0][:1], trainer.vae.decode(latents).sample)
@@ -113,6 +112,25 @@ def test_gan_on_the_latents_of_the_teacher(arguments, teacher):
     assert args.distill == "decoder" and args.freeze_encoder
     trainer = run(args)
     assert read_log(trainer.output_dir, "discriminator_loss")
+
+
+def test_batches_of_an_accumulation_are_taught_once(arguments, teacher, monkeypatch):
+    options = {"stage": 2, "gan_weight": 0.1, "adaptive_gan_weight": 10.0, "gradient_accumulation_steps": 2}
+    trainer = AutoencoderTrainer(arguments(STUDENT, teacher_model_name_or_path=teacher, max_train_steps=3, **options))
+    taught, teach = [], trainer.teacher.teach
+    monkeypatch.setattr(trainer.teacher, "teach", lambda runs: taught.append(runs) or teach(runs))
+    trainer.train()
+    assert len(taught) == 3 * 2
+
+
+def test_pictures_that_are_padded(arguments, teacher):
+    trainer = run(
+        arguments(STUDENT, teacher_model_name_or_path=teacher, max_tokens=64, crop_sizes=[], max_train_steps=2)
+    )
+    assert read_log(trainer.output_dir, "latents")
+    x = torch.rand(1, 3, 1, 13, 18) * 2 - 1
+    padded = torch.nn.functional.pad(x, (0, 2, 0, 3))
+    assert_close(trainer.teacher.teach([x]).means, trainer.teacher.teach([padded]).means)
 
 
 def test_held_out_pictures_by_halves(arguments, teacher):
@@ -142,14 +160,47 @@ def test_video_teacher(arguments, tmp_path):
 @pytest.mark.parametrize(
     "change, found, wanted",
     [
-        ({"patch_size": 8}, "4 x 1 x 8 x 8", "4 x 1 x 4 x 4"),
-        ({"latent_channels": 5}, "4 x 1 x 4 x 4", "5 x 1 x 4 x 4"),
-        ({"sample_frames": 2, "temporal_patch_size": 2}, "4 x 2 x 4 x 4", "4 x 1 x 4 x 4"),
+        ({"patch_size": 8}, "4 x 1 x 8 x 8", "3 x 1 x 32 x 32 into 4 x 1 x 4 x 4"),
+        ({"patch_size": 3}, "3 x 1 x 12 x 12 values into 4 x 1 x 3 x 3", "3 x 1 x 12 x 12 into 4 x 1 x 4 x 4"),
+        ({"latent_channels": 5}, "4 x 1 x 4 x 4", "3 x 1 x 16 x 16 into 5 x 1 x 4 x 4"),
+        (
+            {"sample_frames": 2, "temporal_patch_size": 2},
+            "3 x 2 x 16 x 16 values into 4 x 2 x 4 x 4",
+            "3 x 2 x 16 x 16 into 4 x 1 x 4 x 4",
+        ),
     ],
 )
 def test_other_factors_are_refused(arguments, teacher, change, found, wanted):
-    with pytest.raises(ValueError, match=f"into {found} latents, this model into {wanted}"):
+    with pytest.raises(ValueError, match=f"{found} latents, this model {wanted}"):
         Teacher(arguments(teacher_model_name_or_path=teacher), AutoencoderViTok(**STUDENT | change))
+
+
+def test_frames_of_causal_teachers(arguments, tmp_path):
+    args = arguments(teacher_model_name_or_path=save(AutoencoderKLWan(**WAN), tmp_path))
+    message = "turns 3 x 5 x 32 x 32 values into 4 x 2 x 4 x 4 latents, this model 3 x 4 x 32 x 32 into 4 x 2 x 4 x 4"
+    with pytest.raises(ValueError, match=message):
+        Teacher(args, AutoencoderViTok(**ARCHITECTURES["video"]))
+
+
+def test_teachers_of_other_pictures_are_refused(arguments, tmp_path):
+    teacher = save(AutoencoderKL(**KL, in_channels=1, out_channels=1), tmp_path)
+    with pytest.raises(ValueError, match="takes pictures of 1 channels, this model of 3: give it as many"):
+        Teacher(arguments(teacher_model_name_or_path=teacher), AutoencoderViTok(**STUDENT))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"latents_std": [1.0, 2.0, 3.0]}, "`latents_std` has 3 entries, but `latent_channels` is 4"),
+        ({"latents_mean": [1.0]}, "`latents_mean` has 1 entries"),
+        ({"latents_std": [1.0, 2.0, 3.0, 0.0]}, "must be positive"),
+        ({"scaling_factor": -2.0}, "must be positive, but are -2.0"),
+    ],
+)
+def test_wrong_statistics_are_refused(arguments, tmp_path, change, message):
+    teacher = save(AutoencoderKL(**KL | change), tmp_path)
+    with pytest.raises(ValueError, match=f"The config of the teacher .* has wrong statistics: .*{message}"):
+        Teacher(arguments(teacher_model_name_or_path=teacher), AutoencoderViTok(**STUDENT))
 
 
 def test_students_whose_codes_are_cut_are_refused(arguments, teacher):

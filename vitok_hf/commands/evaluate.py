@@ -111,10 +111,12 @@ def load_models(args: argparse.Namespace) -> "Iterator[tuple[str, ModelMixin]]":
 
 
 def common_channels(args: argparse.Namespace) -> int:
-    """Channels of the pictures that the models take; raises `ValueError` if these are not the same."""
+    """Channels of the pictures that models and teacher take; raises `ValueError` if these are not the same."""
     from ..evaluation.autoencoders import read_channels
 
     channels = {name: read_channels(name, args.subfolder) for name in args.models}
+    if args.teacher is not None:
+        channels[args.teacher] = read_channels(args.teacher, args.teacher_subfolder)
     if len(set(channels.values())) > 1:
         listed = ", ".join(f"{name} has {count}" for name, count in channels.items())
         raise ValueError(f"The models take pictures of different numbers of channels, {listed}: measure them apart.")

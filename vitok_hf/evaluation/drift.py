@@ -6,7 +6,9 @@ from collections.abc import Iterator
 import torch
 from diffusers.models.modeling_utils import ModelMixin
 
+from ..clips import fold_frames
 from ..latents import latent_spread
+from ..pipelines.checks import check_components
 from ..pipelines.pipeline_vitok_dit import ViTokDiTPipeline
 from .autoencoders import encode_moments
 from .evaluator import Row
@@ -50,8 +52,13 @@ class Relay:
         if self.encoder is not self.teacher:
             with torch.no_grad():
                 right, _ = encode_moments(self.teacher, fit_pixels(self.teacher, images))
-            spread = self.spread.to(right.device).view(1, -1, *[1] * (right.ndim - 2))
-            error = ((codes[0] - right).float() / spread).square().sum().item()
+            code, right = fold_frames(codes[0]), fold_frames(right)  # those of single pictures have no T
+            if code.shape != right.shape:
+                raise ValueError(
+                    f"The teacher gives latents of shape {tuple(right.shape)}, not {tuple(code.shape)}: both models "
+                    "must have the same channels, patch size and frames."
+                )
+            error = ((code - right).float() / self.spread.to(right.device).view(1, -1, 1, 1)).square().sum().item()
         seconds = [end - start for start, end in zip(times, times[1:])]
         self.measured.append([*seconds, len(images), error, codes[0].numel()])
         return sample
@@ -93,12 +100,20 @@ def pipeline_drift(
 
     Classes in turn, each picture from a seed of its own, the same for both; `kwargs` are arguments of the pipeline.
     """
-    labels: list[str | int] = [index % len(pipe.labels) for index in range(num_images)]
+    labels: list[str | int] = [index % max(1, pipe.transformer.config.num_classes) for index in range(num_images)]
+    check_components(pipe.transformer, student, pipe.scheduler)
     teacher, pictures = pipe.vae, []
-    for vae in (teacher, student):
-        pipe.vae = vae
-        generators = [torch.Generator(pipe.device).manual_seed(seed + index) for index in range(num_images)]
-        pictures.append(pipe(labels, generator=generators, output_type="pt", **kwargs).images)
-    pipe.vae = teacher
+    try:
+        for vae in (teacher, student):
+            pipe.vae = vae
+            generators = [torch.Generator(pipe.device).manual_seed(seed + index) for index in range(num_images)]
+            pictures.append(pipe(labels, generator=generators, output_type="pt", return_dict=False, **kwargs)[0])
+    finally:
+        pipe.vae = teacher
     first, second = ((255.0 * images).round().to(torch.uint8) for images in pictures)
+    if first.shape != second.shape:
+        raise ValueError(
+            f"The pictures of the student have shape {tuple(second.shape)}, those of the pipeline "
+            f"{tuple(first.shape)}: the student must have the same patch size and frames, on a grid."
+        )
     return psnr(second, first).double().mean().item()

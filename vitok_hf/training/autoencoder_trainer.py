@@ -39,7 +39,7 @@ Lengths = dict[str, list[int]]  # arguments of the model: a number for each pict
 
 @dataclass
 class Part:
-    """One batch of a step: its pixels, what is to come out of its changed latents, and its share of the frames."""
+    """One batch of a step: its pixels, what is to come out of its changed latents, its share of the frames, ..."""
 
     pixels: Runs
     wanted: Runs
@@ -47,6 +47,7 @@ class Part:
     seeds: list[int]
     lengths: Lengths
     share: torch.Tensor
+    lesson: Lesson | None
 
 
 LORA_TARGETS = r".*\.(to_q|to_k|to_v|to_out\.0|ff\.net\.0\.proj|ff\.net\.2)"
@@ -210,9 +211,8 @@ class AutoencoderTrainer(Trainer[AutoencoderArguments, AutoencoderViTok]):
             squares = torch.stack([self._gradient_squares(adversary, part, totals) for part in parts]).sum(dim=0)
         for part in parts:
             with trained.accumulate():
-                lesson = self._teach(part)
-                output = self._reconstruct(part, lesson)
-                loss, log = self._losses(output, part, lesson, totals)
+                output = self._reconstruct(part)
+                loss, log = self._losses(output, part, totals)
                 if adversary is not None:
                     gan_loss, gan_log = adversary.generator_loss(output.sample, loss, self.step, part.share, squares)
                     loss, log = loss + gan_loss, log | gan_log
@@ -235,26 +235,26 @@ class AutoencoderTrainer(Trainer[AutoencoderArguments, AutoencoderViTok]):
         *totals, num_frames = self.accelerator.reduce(counts.mean(dim=0), "mean")
         items = [batch.num_items for batch in batches]
         seeds = [part.tolist() for part in torch.randint(2**62, (sum(items),)).split(items)]
-        shares = counts[:, -1] / num_frames
-        return [*map(Part, pixels, wanted, changes, seeds, self._draw_lengths(pixels), shares)], totals
+        shares, lengths, lessons = counts[:, -1] / num_frames, self._draw_lengths(pixels), map(self._teach, pixels)
+        return [*map(Part, pixels, wanted, changes, seeds, lengths, shares, lessons)], totals
 
     def _gradient_squares(self, adversary: Adversary, part: Part, totals: list[torch.Tensor]) -> torch.Tensor:
         """What the adaptive weight of a step needs of each batch beforehand: all graphs take too much memory."""
         with torch.no_grad():
-            sample = self._reconstruct(part, self._teach(part)).sample
+            sample = self._reconstruct(part).sample
         fakes = [run.requires_grad_() for run in sample]
         loss, _ = self.loss(fakes, part.wanted, None, *totals)
         return adversary.gradient_squares(fakes, loss, part.share)
 
-    def _teach(self, part: Part) -> Lesson | None:
-        return None if self.teacher is None else self.teacher.teach(part.pixels)
+    def _teach(self, pixels: Runs) -> Lesson | None:
+        return None if self.teacher is None else self.teacher.teach(pixels)
 
-    def _reconstruct(self, part: Part, lesson: Lesson | None) -> ViTokOutput:
+    def _reconstruct(self, part: Part) -> ViTokOutput:
         """From a sample of the posterior, or the teacher's, changed and cut; it has one seed for each picture."""
         generators = [torch.Generator(self.accelerator.device).manual_seed(seed) for seed in part.seeds]
         options: dict[str, Any] = {"transform": part.change.bind(generators)}
-        if self.teacher is not None and lesson is not None:
-            options |= self.teacher.options(lesson, generators)
+        if self.teacher is not None and part.lesson is not None:
+            options |= self.teacher.options(part.lesson, generators)
         else:
             options |= {"sample_posterior": True, "generator": generators} | part.lengths
         output = self.trained.model(part.pixels, **options)
@@ -263,12 +263,12 @@ class AutoencoderTrainer(Trainer[AutoencoderArguments, AutoencoderViTok]):
         return output
 
     def _losses(
-        self, output: ViTokOutput, part: Part, lesson: Lesson | None, totals: list[torch.Tensor]
+        self, output: ViTokOutput, part: Part, totals: list[torch.Tensor]
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Of the reconstructions, if there are, and of the latents, if these are to be like others: (loss, logs)."""
         parts = [] if output.sample is None else [self.loss(output.sample, part.wanted, output.kl, *totals)]
-        if self.teacher is not None and lesson is not None and isinstance(output.parameters, list):
-            parts.append(self.teacher.loss(output.parameters, lesson, totals[0]))
+        if self.teacher is not None and part.lesson is not None and isinstance(output.parameters, list):
+            parts.append(self.teacher.loss(output.parameters, part.lesson, totals[0]))
         if self.alignment is not None and isinstance(output.parameters, list):
             parts.append(self.alignment.loss(output.parameters, part.pixels, totals[0]))
         losses, logs = zip(*parts)

@@ -8,8 +8,8 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils.torch_utils import randn_tensor
 from torch import nn
 
-from ..clips import Runs, fold_frames, unfold_frames
-from ..evaluation.autoencoders import encode_moments, fit_shape, load_autoencoder, takes_videos
+from ..clips import Runs, fold_frames, to_runs, unfold_frames
+from ..evaluation.autoencoders import encode_moments, fit_shape, load_autoencoder, read_channels, takes_videos
 from ..latents import NO_STATISTICS, latent_spread
 from ..models import AutoencoderViTok
 from ..models.codes import CODE_FIELDS
@@ -45,7 +45,8 @@ class Teacher(nn.Module):
     channel: the standard deviation of the latents by the statistics in the teacher's config.
 
     Raises:
-        ValueError: If the teacher's latents have other factors or channels than the student's, or no statistics.
+        ValueError: If the teacher's pictures have other channels than the student's, or its latents other factors or
+            channels, or wrong statistics, or none.
     """
 
     spread: torch.Tensor
@@ -54,9 +55,19 @@ class Teacher(nn.Module):
         super().__init__()
         self.part, self.weight, name = settings.distill, settings.latent_weight, settings.teacher_model_name_or_path
         assert name is not None  # there is a teacher
+        if (channels := read_channels(name, settings.teacher_subfolder)) != student.config.in_channels:
+            raise ValueError(
+                f'The teacher "{name}" takes pictures of {channels} channels, this model of '
+                f"{student.config.in_channels}: give it as many `in_channels`."
+            )
         vae: Any = load_autoencoder(name, settings.teacher_subfolder, dtype=torch.float32)
         self.vae: ModelMixin = vae.eval().requires_grad_(False)
         check_latents(self.vae, student, name)
+        self.patch_size = student.config.patch_size
+        try:
+            student.check_config(student.config | self.statistics)
+        except ValueError as error:
+            raise ValueError(f'The config of the teacher "{name}" has wrong statistics: {error}') from error
         self.register_buffer("spread", latent_spread(self.vae).view(1, -1, 1, 1, 1), persistent=False)
 
     @property
@@ -67,8 +78,8 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def teach(self, runs: Runs) -> Lesson:
-        """What pixels in [-1, 1] are to become."""
-        moments = [self._encode(run) for run in runs]
+        """What pixels in [-1, 1] are to become, padded as the student pads them."""
+        moments = [self._encode(run) for run in to_runs(runs, self.patch_size)[0]]
         means, stds = [mean for mean, _ in moments], [std for _, std in moments if std is not None]
         return Lesson(means, stds or None)
 
@@ -118,10 +129,11 @@ def check_latents(teacher: ModelMixin, student: AutoencoderViTok, name: str) -> 
         mean, _ = encode_moments(teacher, torch.zeros(fitted))
     found = tuple(mean.shape[1:]) if len(fitted) == 5 else (mean.shape[1], config.sample_frames, *mean.shape[2:])
     if fitted[-2:] != shape[-2:] or (len(fitted) == 5 and fitted != shape) or found != wanted:
+        taken = fitted[1:] if len(fitted) == 5 else (fitted[1], shape[2], *fitted[2:])
         raise ValueError(
-            f'The teacher "{name}" turns {words(shape[1:])} values into {words(found)} latents, this model into '
-            f"{words(wanted)} (channels x frames x height x width): give it the teacher's `latent_channels`, "
-            f"{found[0]}, patch size and frames."
+            f'The teacher "{name}" turns {words(taken)} values into {words(found)} latents, this model '
+            f"{words(shape[1:])} into {words(wanted)} (channels x frames x height x width): give it the teacher's "
+            f"`latent_channels`, {found[0]}, patch size and frames."
         )
 
 
