@@ -36,10 +36,12 @@ logger = logging.getLogger(__name__)
 
 Lengths = dict[str, list[int]]  # arguments of the model: a number for each picture
 
+LORA_TARGETS = r".*\.(to_q|to_k|to_v|to_out\.0|ff\.net\.0\.proj|ff\.net\.2)"
+
 
 @dataclass
 class Part:
-    """One batch of a step: its pixels, what is to come out of its changed latents, its share of the frames, ..."""
+    """A batch of a step: its pixels, what its latents, changed and cut, are to be decoded to, its share of frames."""
 
     pixels: Runs
     wanted: Runs
@@ -48,9 +50,6 @@ class Part:
     lengths: Lengths
     share: torch.Tensor
     lesson: Lesson | None
-
-
-LORA_TARGETS = r".*\.(to_q|to_k|to_v|to_out\.0|ff\.net\.0\.proj|ff\.net\.2)"
 
 
 def load_model(args: AutoencoderArguments) -> AutoencoderViTok:
