@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from ..checks import check_int
 from ..clips import add_row, to_float
 from ..disk import atomic_file, checksum, inside, is_sealed, locked, remove_leftovers, seal, write_json
 from ..latents import NO_STATISTICS
@@ -117,6 +118,12 @@ def encode_shard(
         posterior = vae.encode(both, return_dict=False)[0]
         for name, batches in moments.items():
             batches.append(getattr(posterior, name).unflatten(0, (-1, 2)).to("cpu", dtype))  # (B, 2, c, [t,] h, w)
+            for index, moment in zip(squares, batches[-1]):
+                if not moment.isfinite().all():
+                    raise ValueError(
+                        f"The latents of {files[index].name} are not finite in {dtype}: leave it out, or take another "
+                        "`dtype`, or `bits`."
+                    )
         read += squares
     if not read:
         return None, skipped
@@ -173,6 +180,11 @@ def write_latents(
         ValueError: If the folder has a cache of other files or settings, or a finished shard has changed, or another
             process writes to it.
     """
+    for number, value in (("resolution", resolution), ("batch_size", batch_size), ("shard_size", shard_size)):
+        check_int(number, value)
+    check_int("num_workers", num_workers, 0)
+    if resolution % vae.config.patch_size:
+        raise ValueError(f"`resolution` {resolution} must be a multiple of patch_size {vae.config.patch_size}.")
     clip = Clip(vae.config.sample_frames, fps, channels=vae.config.in_channels)
     folder, view = Path(folder), SquareView(resolution, batch_size, clip)
     if bits not in (None, 8, 4):
