@@ -233,7 +233,7 @@ def compute_latent_statistics(
                 if not batch:
                     continue
                 for posterior in vae.encode(list(map(prepare, batch))).latent_dist:
-                    yield posterior.mode(), posterior.std
+                    yield add_row(posterior.mode()), add_row(posterior.std)
             elif not isinstance(batch, torch.Tensor) or batch.numel():
                 output = vae.encode(prepare(batch))
                 std = getattr(getattr(output, "latent_dist", None), "std", None)

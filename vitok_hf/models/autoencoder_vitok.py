@@ -341,8 +341,9 @@ class AutoencoderViTok(
         """
         tower, p = self._tower("decoder"), self.config.patch_size
         if name is not None:
-            config = self.config
-            check_clips(name, z, Expected(config.latent_channels, needs_frames=config.needs_frames, axes="cthw"))
+            config, takes_runs = self.config, name == "latents"  # runs in `forward` alone
+            expected = Expected(config.latent_channels, (1, 1), config.needs_frames, False, takes_runs, axes="cthw")
+            check_clips(name, z, expected)
         if sizes is not None and not self._has_codes:
             check_sizes(sizes, z, p)
         runs, form = to_runs(z, kinds=grids or ())
@@ -386,7 +387,7 @@ class AutoencoderViTok(
         check_bool(sample_posterior=sample_posterior, return_dict=return_dict, encode=encode, decode=decode)
         if not encode and latents is None:
             raise ValueError("`encode` is False and `latents` None: pass the latents to decode.")
-        settings = self._memory_settings()
+        settings, given = self._memory_settings(), None if latents is None else "latents"
         posterior = self._posterior(self._encode("sample", sample, settings)) if encode else None
         kl = None if posterior is None else posterior.kl()
         parameters = None if posterior is None or (decode and latents is None) else posterior.parameters
@@ -395,5 +396,5 @@ class AutoencoderViTok(
             latents = posterior.sample(generator) if sample_posterior else posterior.mode()
         if num_tokens is not None or num_channels is not None:
             latents = self._fill(sample, latents, num_tokens, num_channels)
-        decoded = self._decode(None, latents, settings, sizes_of(sample), self._grids(sample)) if decode else None
+        decoded = self._decode(given, latents, settings, sizes_of(sample), self._grids(sample)) if decode else None
         return ViTokOutput(sample=decoded, kl=kl, parameters=parameters) if return_dict else (decoded,)
