@@ -72,7 +72,7 @@ def latent_spread(vae: ModelMixin) -> torch.Tensor:
     """The standard deviation of the latents by the statistics in the config, (c,) or, one for all, (1,).
 
     Raises:
-        ValueError: If the config has none.
+        ValueError: If the config has none, or wrong ones.
     """
     std, factor = vae.config.get("latents_std"), vae.config.get("scaling_factor") or 1.0
     if std is None and factor == 1.0:
@@ -80,7 +80,14 @@ def latent_spread(vae: ModelMixin) -> torch.Tensor:
             f"The config of the {type(vae).__name__} has no statistics of its latents: write what "
             "`compute_latent_statistics` measures, `vae.register_to_config(**statistics.to_config())`."
         )
-    return torch.tensor([1.0] if std is None else list(std), dtype=torch.float32) / factor
+    channels = vae.config.get("latent_channels") or vae.config.get("z_dim")
+    spread = torch.tensor([1.0] if std is None else list(std), dtype=torch.float32) / factor
+    if len(spread) not in (1, channels or len(spread)) or not ((spread > 0) & spread.isfinite()).all():
+        raise ValueError(
+            f"The config of the {type(vae).__name__} has `latents_std` {std} and `scaling_factor` {factor:g} for "
+            f"{channels} channels: they must be positive, one for all or one for each channel."
+        )
+    return spread
 
 
 @dataclass
@@ -233,7 +240,7 @@ def compute_latent_statistics(
                 if not batch:
                     continue
                 for posterior in vae.encode(list(map(prepare, batch))).latent_dist:
-                    yield posterior.mode(), posterior.std
+                    yield add_row(posterior.mode()), add_row(posterior.std)
             elif not isinstance(batch, torch.Tensor) or batch.numel():
                 output = vae.encode(prepare(batch))
                 std = getattr(getattr(output, "latent_dist", None), "std", None)

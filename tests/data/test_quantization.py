@@ -59,3 +59,27 @@ def test_command(tmp_path):
     assert LatentCache(tmp_path / "few").bits == 4
     with pytest.raises(ValueError, match="`bits` must be 8, 4 or None, but is 3"):
         write_latents(make_vae("v1"), "tiny", LabelledFiles([ASSETS]), tmp_path / "three", 16, bits=3)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"shard_size": 0}, "`shard_size` must be an integer from 1"),
+        ({"shard_size": -2}, "`shard_size` must be an integer from 1"),
+        ({"batch_size": 0}, "`batch_size` must be an integer from 1"),
+        ({"num_workers": -1}, "`num_workers` must be an integer from 0"),
+        ({"resolution": 15}, "`resolution` 15 must be a multiple of the patch size, 8"),
+    ],
+)
+def test_wrong_settings_leave_no_folder(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        write_latents(make_vae("v1"), "tiny", LabelledFiles([ASSETS]), tmp_path / "x", **{"resolution": 16} | options)
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("options", [{"dtype": torch.float16}, {"dtype": torch.float32}, {"bits": 8}])
+def test_latents_that_are_not_finite(tmp_path, options):
+    vae = make_vae("v1")
+    vae.encoder.proj_out.bias.data[0] = 1e5 if options.get("dtype") == torch.float16 else torch.inf
+    with pytest.raises(ValueError, match=r"The latents of .*astronaut.png are not finite in torch.float"):
+        write_latents(vae, "tiny", LabelledFiles([ASSETS]), tmp_path / "x", 16, **options)

@@ -63,6 +63,13 @@ def test_other_factors_are_refused(teacher):
         Relay(student, student, teacher)(IMAGES)
 
 
+@pytest.mark.parametrize("change", [{"latents_std": [1.0, 2.0]}, {"latents_std": [0.0] * 4}, {"scaling_factor": -2.0}])
+def test_wrong_statistics_are_refused(teacher, change):
+    other = AutoencoderKL(block_out_channels=(4,), norm_num_groups=4, **change)
+    with pytest.raises(ValueError, match="AutoencoderKL has `latents_std` .* for 4 channels: they must be positive"):
+        Relay(teacher, other, other)
+
+
 def test_one_encodes_and_the_other_decodes(teacher, student):
     expected = reconstruct(
         teacher, IMAGES, lambda z: z + 3.0 * torch.tensor(STATISTICS["latents_std"]).view(-1, 1, 1, 1)

@@ -8,6 +8,7 @@ from diffusers import AutoencoderKL
 from PIL import Image
 
 from tests.conftest import ASSETS, TINY
+from tests.data.conftest import video as video
 from vitok_hf import AutoencoderViTok
 from vitok_hf.commands import start
 from vitok_hf.data.held_out import load_evaluation_images
@@ -69,6 +70,21 @@ def test_autoencoders_without_lengths():
     vae = AutoencoderKL(block_out_channels=(4,), norm_num_groups=4).eval()
     with pytest.raises(ValueError, match="num_channels cut the codes of a ViTok, but this is a AutoencoderKL"):
         reconstruct(vae, load_evaluation_images(ASSETS, 32, 1), lengths={"num_channels": 2})
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "config, lengths", [({"num_latent_tokens": 3}, {}), ({"token_counts": [5, 12]}, {"num_tokens": 5})]
+)
+def test_each_frame_has_a_sequence(video, config, lengths, tmp_path):
+    torch.manual_seed(0)
+    vae = AutoencoderViTok(**TINY | config).eval()
+    images = torch.randint(0, 256, (2, 3, 4, 24, 32), dtype=torch.uint8)
+    frames = torch.stack([reconstruct(vae, x[:, :, None], lengths=lengths) for x in images.unbind(2)], dim=2)
+    assert torch.equal(reconstruct(vae, images, lengths=lengths), frames.squeeze(3))
+    line = reconstruct_file(vae, video, str(tmp_path / "x"), CodecSettings(lengths=lengths))
+    count = int(line.split(" frames")[0].split()[-1])
+    assert f"  {count * 4 * lengths.get('num_tokens', 3)} numbers  " in line
 
 
 def test_reconstruct_by_sequences(tmp_path):

@@ -2,14 +2,17 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from accelerate import cpu_offload, cpu_offload_with_hook
+from diffusers import DDIMScheduler
 
 from tests.conftest import TINY, assert_close, make_input
+from tests.dit import TRANSFORMER, make_transformer
 from tests.models.test_codes import make
 from tests.models.test_codes import no_grad as no_grad
-from vitok_hf import AutoencoderViTok
+from vitok_hf import AutoencoderViTok, ViTokDiTPipeline, compute_latent_statistics
 
 
 class TestErrors:
@@ -112,6 +115,40 @@ class TestFaults:
         z = torch.randn(code) if isinstance(code, tuple) else [torch.randn(shape) for shape in code]
         with pytest.raises(ValueError, match=message):
             make(name).decode(z, sizes=sizes)
+
+    @pytest.mark.parametrize("name", ["channels", "latent", "causal"])
+    @pytest.mark.parametrize(
+        "latents, message",
+        [
+            ("x", "`latents` must be a tensor of floats"),
+            (torch.zeros(2, 3, 2, 3), "`latents` must have 4 channels"),
+            (torch.zeros(2, 4, 2, 3).double(), "`latents` must be torch.float32, as the weights are"),
+            (torch.full((2, 4, 2, 3), math.nan), "`latents` must be finite"),
+            ([torch.zeros(2, 3, 1, 2, 3)], r"`latents\[0\]` must have 4 channels"),
+        ],
+    )
+    def test_latents_of_another_model(self, name, latents, message):
+        with pytest.raises(ValueError, match=message):
+            make(name)(torch.zeros(2, 3, 16, 24), latents=latents, encode=False)
+
+    @pytest.mark.parametrize("size", [16, (16,), None, "ab", (0, 8), (16.0, 24), (1, 2, 3, 4)])
+    def test_sizes_that_are_none(self, size):
+        with pytest.raises(ValueError, match="`sizes"):
+            make("tokens").count_tokens(size)
+
+    def test_sizes_that_are_arrays(self):
+        vae, code = make("tokens"), torch.randn(2, 4, 3)
+        sizes = [(np.array(16), np.int64(24))] * 2
+        assert_close(vae.decode(code, sizes=sizes).sample, vae.decode(code, sizes=[(16, 24)] * 2).sample)
+
+    def test_statistics_of_lists_of_sequences(self):
+        images = torch.randint(0, 256, (2, 3, 16, 24), dtype=torch.uint8)
+        batch, items = (compute_latent_statistics(make("latent"), [x]) for x in (images, list(images)))
+        assert items.channel_mean == pytest.approx(batch.channel_mean, abs=1e-5) and items.num_items == 2
+
+    def test_sequences_have_no_patches(self):
+        with pytest.raises(ValueError, match="codes are sequences, but the transformer has patch_size=2"):
+            ViTokDiTPipeline(make_transformer(**TRANSFORMER | {"patch_size": 2}), make("latent"), DDIMScheduler())
 
     def test_half_a_model(self):
         with pytest.raises(ValueError, match="holds only its encoder"):

@@ -133,6 +133,12 @@ def encode_shard(
         posterior = vae.encode(both, return_dict=False)[0]
         for name, batches in moments.items():
             batches.append(getattr(posterior, name).unflatten(0, (-1, 2)).to("cpu", dtype))  # (B, 2, c, [t,] h, w)
+            for index, moment in zip(squares, batches[-1]):
+                if not moment.isfinite().all():
+                    raise ValueError(
+                        f"The latents of {files[index].name} are not finite in {dtype}: leave it out, or take another "
+                        "`dtype`, or `bits`."
+                    )
         read += squares
     if not read:
         return None, skipped
@@ -193,8 +199,9 @@ def write_latents(
     folder, view = Path(folder), SquareView(resolution, batch_size, clip)
     if bits not in (None, 8, 4):
         raise ValueError(f"`bits` must be 8, 4 or None, but is {bits!r}.")
-    for argument, number in {"batch_size": batch_size, "shard_size": shard_size}.items():
-        check_int(argument, number)
+    for argument, count in {"batch_size": batch_size, "shard_size": shard_size}.items():
+        check_int(argument, count)
+    check_int("num_workers", num_workers, 0)
     if check_int("resolution", resolution) % vae.config.patch_size:
         raise ValueError(f"`resolution` {resolution} must be a multiple of the patch size, {vae.config.patch_size}.")
     with locked(folder):

@@ -70,8 +70,10 @@ def load_autoencoder(name_or_path: str | os.PathLike, subfolder: str | None = No
 
 
 def takes_videos(vae: ModelMixin) -> bool:
-    """Whether the model itself takes (B, C, T, H, W)."""
-    return isinstance(vae, AutoencoderViTok) or any(isinstance(module, nn.Conv3d) for module in vae.modules())
+    """Whether the model itself takes (B, C, T, H, W); sequences of an image model are of single pictures."""
+    if isinstance(vae, AutoencoderViTok):
+        return not (vae.is_image_model and (vae.config.num_latent_tokens or vae.config.token_counts))
+    return any(isinstance(module, nn.Conv3d) for module in vae.modules())
 
 
 def spatial_ratio(vae: ModelMixin) -> int:

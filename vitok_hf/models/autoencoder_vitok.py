@@ -340,8 +340,9 @@ class AutoencoderViTok(
         """
         tower, p = self._tower("decoder"), self.config.patch_size
         if name is not None:
-            config = self.config
-            check_clips(name, z, Expected(config.latent_channels, needs_frames=config.needs_frames, axes="cthw"))
+            config, takes_runs = self.config, name == "latents"  # runs in `forward` alone
+            expected = Expected(config.latent_channels, (1, 1), config.needs_frames, False, takes_runs, axes="cthw")
+            check_clips(name, z, expected)
         if sizes is not None and not self._has_codes:
             check_sizes(sizes, z, p)
         runs, form = to_runs(z, kinds=grids or ())
@@ -379,14 +380,13 @@ class AutoencoderViTok(
             generator: One, or a list of one for each item, of all runs.
             num_tokens, num_channels: What is kept of codes: one number, or a list of one for each item of all runs.
             latents: Another model's, of the same form, which are decoded.
-            encode: `False`: `sample` is not encoded, and only says how large `latents` are decoded.
-            decode: `False`: the output has no `sample`.
+            encode, decode: `False`: `sample` only says how large `latents` are decoded; the output has no `sample`.
             transform: What becomes of the latents before they are decoded, as noise. They may get another size.
         """
         check_bool(sample_posterior=sample_posterior, return_dict=return_dict, encode=encode, decode=decode)
         if not encode and latents is None:
             raise ValueError("`encode` is False and `latents` None: pass the latents to decode.")
-        settings = self._memory_settings()
+        settings, given = self._memory_settings(), None if latents is None else "latents"
         posterior = self._posterior(self._encode("sample", sample, settings)) if encode else None
         kl, parameters = (None, None) if posterior is None else (posterior.kl(), posterior.parameters)
         if posterior is not None and kl is not None and latents is None:
@@ -396,5 +396,5 @@ class AutoencoderViTok(
         if num_tokens is not None or num_channels is not None:
             latents = self._fill(sample, latents, num_tokens, num_channels)
         sizes = sizes_of(sample) if transform is None else None
-        decoded = self._decode(None, latents, settings, sizes, self._grids(sample)) if decode else None
+        decoded = self._decode(given, latents, settings, sizes, self._grids(sample)) if decode else None
         return ViTokOutput(sample=decoded, kl=kl, parameters=parameters) if return_dict else (decoded,)

@@ -143,6 +143,7 @@ class CodesMixin:
 
     def count_tokens(self, size: Sequence[int]) -> int:
         """Tokens of the whole code of a picture, (H, W), or a clip, (T, H, W) pixels."""
+        check_size_list([size], (2, 3))
         return self.config.num_latent_tokens or math.prod(self._grid(size))
 
     def _grids(self, x: Clips) -> list[Grid] | None:
@@ -222,7 +223,7 @@ class CodesMixin:
             check_size_list(sizes, (2, 3))
         if sizes is not None and len(sizes) != len(z):
             raise ValueError(f"`sizes` has {len(sizes)} entries for {len(z)} codes: pass one for each.")
-        if is_batch and sizes is not None and len(set(map(tuple, sizes))) > 1:
+        if is_batch and sizes is not None and any(tuple(size) != tuple(sizes[0]) for size in sizes):
             raise ValueError(f"`sizes` of a batch must be equal, but are {sizes}: pass a list of codes.")
         names = ["z"] if is_batch else [f"z[{index}]" for index in range(len(z))]
         for name, item in zip(names, [z] if is_batch else z):

@@ -62,6 +62,11 @@ def check_models(config: FrozenDict, vae: AutoencoderViTok | None, id2label: dic
             f"{config.in_channels} and out_channels={out_channels}: these must be {channels}, and {channels} or "
             f"{2 * channels}."
         )
+    if vae is not None and vae.config.get("num_latent_tokens") and config.patch_size > 1:
+        raise ValueError(
+            f"The autoencoder's codes are sequences, but the transformer has patch_size={config.patch_size}: make it "
+            "with 1."
+        )
     if unknown := [index for index in id2label if not 0 <= index < config.num_classes]:
         raise ValueError(f"`id2label` has ids {unknown}, but the transformer num_classes={config.num_classes}.")
 
