@@ -49,6 +49,9 @@ def nest(vae: AutoencoderViTok, counts: list[int], tokens: list[torch.Tensor]) -
     """Turns the channels of `vae`, by what `measure` gives."""
     codes, variances, patches = tokens
     number, mean = vae.config.latent_channels, codes.mean(dim=0)
+    constant = (codes.std(dim=0) <= 1e-5 * codes.abs().max()).nonzero().flatten().tolist()
+    if constant:
+        raise ValueError(f"Channels {constant} of the codes are constant in these pictures: name others.")
     scale = torch.linalg.cholesky(torch.cov(codes.mT))  # white codes: its inverse on the codes
     white = torch.linalg.solve_triangular(scale, (codes - mean).mT, upper=False).mT
     order = torch.linalg.svd(least_squares(white, patches - patches.mean(dim=0))).U  # most important directions first

@@ -113,6 +113,11 @@ def test_scripts(tmp_path, run_example):
         run_example("evaluate_rates.py", "--model", "vae", "--data_dir", "train")
 
 
+def test_pictures_that_are_all_alike(vae):
+    with pytest.raises(ValueError, match=r"Channels \[0, .*7\] of the codes are constant in these pictures"):
+        nest(vae, [2, 4, 8], measure(vae, [torch.full((4, 3, 1, 64, 64), 9, dtype=torch.uint8)]))
+
+
 def test_grey_pictures_and_other_patches(tmp_path, run_example):
     write_noise(tmp_path / "train", 2)
     AutoencoderViTok(**TINY | {"in_channels": 1, "patch_size": 12}).save_pretrained(tmp_path / "vae")
