@@ -317,7 +317,11 @@ class TestFaults:
     )
     def test_damaged_files_are_named(self, opened, name, words):
         reconstruct, draw = opened(**{name: "nothing"})
-        reconstruct.find("[data-sample]").click()
+        if name.endswith((".gz", ".onnx")):  # what the first picture loads
+            WebDriverWait(reconstruct.browser, SECONDS).until(
+                lambda browser: browser.find_elements(By.CSS_SELECTOR, "body.ready")
+            )
+            reconstruct.find("[data-sample]").click()
         reconstruct.wait(words, ".alert")
         if name.endswith("model.json"):
             draw.wait(words, ".alert")
