@@ -28,7 +28,7 @@ class TestLabelledFiles:
         with pytest.raises(ValueError, match='is in folder "flag", which is no class'):
             LabelledFiles([str(folder)], ["cat", "dog"])
         (tmp_path / "classes.txt").write_bytes(b"\xff\xd8")
-        with pytest.raises(ValueError, match='classes.txt" is no text in UTF-8 .*: name a file with one class a line'):
+        with pytest.raises(ValueError, match='classes.txt" is no text in UTF-8 .*: correct it, or name another'):
             read_classes(tmp_path / "classes.txt")
         (tmp_path / "classes.txt").write_text("cat\ncat\n")
         with pytest.raises(ValueError, match="one class a line and each once"):

@@ -44,6 +44,12 @@ def test_changed_captions_are_written(pictures, tmp_path):
     assert {name for name in before if before[name] != after[name]} == {"index.json", "latents-00001.safetensors"}
 
 
+def test_captions_that_are_no_text(pictures, tmp_path):
+    pictures[2].with_suffix(".txt").write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match=r"002.txt\" is no text in UTF-8"):
+        write(labelled(pictures), tmp_path / "cache")
+
+
 def test_json_that_is_no_object(pictures, tmp_path):
     pictures[2].with_suffix(".json").write_text("[1]")
     with pytest.raises(ValueError, match=r"002.json\" must hold a JSON object, but holds \[1\]"):

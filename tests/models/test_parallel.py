@@ -35,6 +35,8 @@ def calls(vae: AutoencoderViTok) -> list[torch.Tensor]:
 
     call(x)
     call([x[0], x[1, ..., :9], x[2]])
+    with torch.autocast("cpu", torch.bfloat16):  # whose results have another dtype
+        call(x)
     if vae.config.channel_counts:
         call(x, num_channels=2)
         call(x, min_psnr=8.0)
@@ -86,7 +88,8 @@ def test_two_processes(tmp_path):
         for results, _ in (first[name], second[name], alone[name]):
             assert len(results) == len(expected)
             for ours, theirs in zip(results, expected):
-                assert_close(ours, theirs)
+                assert ours.dtype == theirs.dtype
+                assert_close(ours, theirs, 1e-5 if ours.dtype == torch.float32 else 5e-2)
         assert alone[name][1] == tokens
         if name != "causal":  # whose streams are not shared
             assert sum(work) == tokens and min(work) > 0.3 * tokens

@@ -117,6 +117,25 @@ class TestTraining:
         noisy = add_noise(codes[0], 0.8, used[: len(codes[0])])
         assert_close(output.sample[0], trainer.vae.decode(noisy[:, :1]).sample)
 
+    def test_alignment_of_pictures_of_their_own_sizes(self, arguments, vision):
+        options = {"alignment_model_name_or_path": vision, "crop_sizes": [], "max_tokens": 60}
+        trainer = AutoencoderTrainer(arguments(**options))
+        for part in trainer._prepare(next_batches(trainer, 3))[0]:
+            for code, pixels in zip(trainer._reconstruct(part).parameters, part.pixels):
+                padded = F.pad(pixels, (0, -pixels.shape[-1] % 8, 0, -pixels.shape[-2] % 8))
+                means = code[:, :4, 0].flatten(2)
+                terms = alignment_terms(means.mT, trainer.alignment.features(padded[:, :, 0]))
+                loss, _ = trainer.alignment.loss([code], [pixels], means.numel())
+                assert loss.item() == pytest.approx(0.01 * terms.sum().item(), rel=1e-4)
+
+    def test_noise_on_the_latents_of_a_teacher(self, arguments, tmp_path):
+        make_vae("v1", scaling_factor=0.5).save_pretrained(tmp_path / "teacher")
+        trainer = AutoencoderTrainer(arguments(latent_noise=0.8, teacher_model_name_or_path=str(tmp_path / "teacher")))
+        (part,), _ = trainer._prepare(next_batches(trainer))
+        used = generators_of(part)
+        noisy = add_noise(part.lesson.sample(used)[0], 0.8, used[: len(part.pixels[0])])
+        assert_close(trainer._reconstruct(part).sample[0], trainer.vae.decode(noisy).sample)
+
     def test_alignment(self, arguments, vision):
         logs = run(arguments(alignment_model_name_or_path=vision, alignment_weight=2.0, max_train_steps=2)).output_dir
         loss, terms = read_log(logs, "loss"), [read_log(logs, f"alignment_{x}") for x in ("cosine", "distance")]

@@ -182,8 +182,8 @@ def run(
     from ..precision import choose_dtype
 
     for name, least in (("batch_size", 1), ("num_examples", 0), ("limit", 1)):  # before networks are fetched
-        if name != "limit" or args.limit is not None:
-            check_int(name, getattr(args, name), least)
+        if (value := getattr(args, name)) is not None:
+            check_int(name, value, least)
     args.dtype = choose_dtype(args.dtype)
     accelerator = Accelerator()
     protocol = Protocol(args.resolution or None, args.num_frames, args.fps, common_channels(args))

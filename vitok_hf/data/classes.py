@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..loading.strict import read_text
 from .files import FileList, iterate_files, printable
 from .items import PICTURE, Choice, Clip
 from .sources import FolderFiles
@@ -20,11 +21,7 @@ def read_classes(path: str | Path) -> list[str]:
     Raises:
         ValueError: If there is none, or one twice, or the file is no text.
     """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f'"{path}" is no text in UTF-8 ({error}): name a file with one class a line.') from error
-    classes = [line.strip() for line in text.splitlines() if line.strip()]
+    classes = [line.strip() for line in read_text(path).splitlines() if line.strip()]
     if not classes or len(set(classes)) < len(classes):
         raise ValueError(f'"{path}" must have one class a line and each once, but has {classes}.')
     return classes

@@ -27,7 +27,7 @@ from ..checks import check_int
 from ..clips import add_row, to_float
 from ..disk import atomic_file, checksum, inside, is_sealed, locked, remove_leftovers, seal, write_json
 from ..latents import NO_STATISTICS
-from ..loading.strict import read_json
+from ..loading.strict import read_json, read_object, read_text
 from ..models import AutoencoderViTok
 from ..models.saving import weights_checksum
 from .claims import claim_folder, claimed_contents
@@ -76,15 +76,10 @@ def read_index(folder: Path) -> dict:
 
 def read_metadata(path: str | Path) -> dict[str, Any]:
     """The object in the file of this name that ends in .json, or {"caption": text} of one in .txt, or nothing."""
-    path = Path(path)
-    if path.with_suffix(".json").is_file():
-        found = read_json(path.with_suffix(".json"))
-        if not isinstance(found, dict):
-            raise ValueError(f'"{path.with_suffix(".json")}" must hold a JSON object, but holds {found!r:.200}.')
-        return found
-    if path.with_suffix(".txt").is_file():
-        return {"caption": path.with_suffix(".txt").read_text(encoding="utf-8").strip()}
-    return {}
+    data, caption = (Path(path).with_suffix(suffix) for suffix in (".json", ".txt"))
+    if data.is_file():
+        return read_object(data)
+    return {"caption": read_text(caption).strip()} if caption.is_file() else {}
 
 
 def check_shard(folder: Path, shard: dict) -> None:

@@ -79,6 +79,14 @@ def check_file(path: str | os.PathLike) -> Path:
     return Path(path)
 
 
+def read_text(path: str | os.PathLike) -> str:
+    """What a file of text holds; raises `ValueError`, naming the file, if it is none."""
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f'"{path}" is no text in UTF-8 ({error}): correct it, or name another.') from error
+
+
 def read_json(path: str | os.PathLike) -> Any:
     """What a JSON file holds; raises `ValueError`, naming the file, if it is damaged or something else."""
     if check_file(path).stat().st_size > MAX_JSON_BYTES:

@@ -25,7 +25,7 @@ def check_group(process_group: Any) -> Any:
 def spread(function: Callable[[Any], torch.Tensor], units: Sequence[Any], like: torch.Tensor, group: Any) -> list:
     """`function` of each of the units, which all processes have; process i of n computes units i, i + n, ...
 
-    Results have the dtype and the device of `like`.
+    Results are on the device of `like`.
 
     Raises:
         ValueError: If gradients are recorded, which would end at the border of a process.
@@ -34,12 +34,12 @@ def spread(function: Callable[[Any], torch.Tensor], units: Sequence[Any], like: 
         raise ValueError("Gradients do not pass from one process to another: call under `torch.no_grad()`.")
     rank, count = dist.get_rank(group), dist.get_world_size(group)
     own = {index: function(units[index]).contiguous() for index in range(rank, len(units), count)}
-    shapes: list[Any] = [None] * count
-    dist.all_gather_object(shapes, {index: tuple(result.shape) for index, result in own.items()}, group)
+    forms: list[Any] = [None] * count
+    dist.all_gather_object(forms, {i: {"size": x.shape, "dtype": x.dtype} for i, x in own.items()}, group)
     results = []
     for index in range(len(units)):
         source = index % count
-        result = own[index] if source == rank else like.new_empty(shapes[source][index])
+        result = own[index] if source == rank else like.new_empty(**forms[source][index])
         dist.broadcast(result, group_src=source, group=group)
         results.append(result)
     return results

@@ -12,7 +12,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import nn
 from torch.nn import functional as F
 
-from ..clips import COLOURS, Runs, fold_frames, to_colours, unfold_frames
+from ..clips import COLOURS, Runs, fold_frames, to_colours, to_runs, unfold_frames
 from ..models import AutoencoderViTok
 from ..models.posterior import ViTokPosterior
 from .arguments import DiffusabilitySettings
@@ -61,8 +61,7 @@ class Change:
         """What the changed latents are to be decoded to: scaled pictures are padded to whole patches before."""
         if self.factor is None:
             return runs
-        padded = [F.pad(run, (0, -run.shape[-1] % patch_size, 0, -run.shape[-2] % patch_size)) for run in runs]
-        return [self._apply(run, patch_size) for run in padded]
+        return [self._apply(run, patch_size) for run in to_runs(runs, patch_size)[0]]
 
     def bind(self, generators: list[torch.Generator]) -> Callable[[Runs], Runs] | None:
         """What the model is to do with its latents, with noise from one generator for each item; `None`: nothing."""
@@ -145,7 +144,7 @@ class Alignment(nn.Module):
         `num_latents` is the number of latent elements of an average batch of the step.
         """
         terms = torch.zeros(2, device=self.mean.device)
-        for run, pixels in zip(parameters, runs):
+        for run, pixels in zip(parameters, to_runs(runs, self.patch_size)[0]):  # padded as the encoder pads them
             latents = ViTokPosterior(run, deterministic=not self.variational).mean
             with torch.autocast(run.device.type, enabled=False):
                 values = alignment_terms(latents.flatten(2).mT, self.features(fold_frames(pixels)))
